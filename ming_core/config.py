@@ -1,0 +1,278 @@
+"""What a checkpoint's config.json says, as frozen dataclasses.
+
+The defaults are the published sizes of MingTok-Vision and Ming-UniVision-16B-A3B, under the published field names,
+so that `UniVisionConfig()` describes the full model and a test writes down only what it makes smaller. Entries that
+only training or the original code's plumbing needs are ignored. A value that would change the mathematics to
+something not implemented here is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+HEAD_DIM = 64  # of every attention in MingTok; the checkpoints do not state it
+
+
+class ConfigError(ValueError):
+    """A config.json that cannot be meant: the message names the entry, its value and what is allowed."""
+
+
+def swiglu_width(dim: int) -> int:
+    """Hidden width of a SwiGLU layer: two thirds of 4 * dim, rounded up to a multiple of 8 (768 -> 2048)."""
+    return (int(4 * dim * 2 / 3) + 7) // 8 * 8
+
+
+def _demand(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class LowLevelEncoderConfig:
+    img_size: int = 512
+    patch_size: int = 32
+    depth: int = 12
+    embed_dim: int = 768
+    ffn_layer: str = "swiglufused"
+    out_dim: int = 32
+
+    def __post_init__(self) -> None:
+        _demand(
+            self.img_size % self.patch_size == 0,
+            f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        _demand(self.embed_dim % HEAD_DIM == 0, f"embed_dim {self.embed_dim} is not a multiple of {HEAD_DIM}")
+        _demand(
+            self.embed_dim % self.out_dim == 0,
+            f"embed_dim {self.embed_dim} is not a multiple of out_dim {self.out_dim}",
+        )
+        _demand_swiglu(self.ffn_layer)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side at the native size."""
+        return self.img_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class SemanticDecoderConfig:
+    in_dim: int = 32
+    patch_size: int = 32
+    embed_dim: int = 1024
+    decoder_depth: int = 24
+    ffn_layer: str = "swiglufused"
+
+    def __post_init__(self) -> None:
+        _demand(self.embed_dim % HEAD_DIM == 0, f"embed_dim {self.embed_dim} is not a multiple of {HEAD_DIM}")
+        _demand(
+            self.embed_dim % self.in_dim == 0, f"embed_dim {self.embed_dim} is not a multiple of in_dim {self.in_dim}"
+        )
+        _demand_swiglu(self.ffn_layer)
+
+
+@dataclass(frozen=True)
+class PixelDecoderConfig:
+    patch_size: int = 16
+    decoder_depth: int = 24
+    embed_dim: int = 1024
+
+    def __post_init__(self) -> None:
+        _demand(self.embed_dim % HEAD_DIM == 0, f"embed_dim {self.embed_dim} is not a multiple of {HEAD_DIM}")
+
+
+@dataclass(frozen=True)
+class MingTokConfig:
+    """config.json of a MingTok checkpoint, or `mingtok_config` inside one of Ming-UniVision."""
+
+    low_level_encoder: LowLevelEncoderConfig = field(default_factory=LowLevelEncoderConfig)
+    semantic_decoder: SemanticDecoderConfig = field(default_factory=SemanticDecoderConfig)
+    pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    scaling_factor: float = 8.09449291
+    mean: float = 1.46817409
+
+    def __post_init__(self) -> None:
+        encoder, semantic, pixel = self.low_level_encoder, self.semantic_decoder, self.pixel_decoder
+        _demand(
+            encoder.out_dim == semantic.in_dim,
+            f"low_level_encoder.out_dim {encoder.out_dim} differs from semantic_decoder.in_dim {semantic.in_dim}",
+        )
+        _demand(
+            encoder.patch_size == semantic.patch_size,
+            f"low_level_encoder.patch_size {encoder.patch_size} differs from semantic_decoder.patch_size "
+            f"{semantic.patch_size}",
+        )
+        _demand(
+            semantic.patch_size % pixel.patch_size == 0,
+            f"semantic_decoder.patch_size {semantic.patch_size} is not a multiple of pixel_decoder.patch_size "
+            f"{pixel.patch_size}",
+        )
+        _demand(self.scaling_factor > 0, f"scaling_factor {self.scaling_factor} is not above 0")
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """`llm_config`: the decoder-only language model with its experts."""
+
+    vocab_size: int = 126464
+    hidden_size: int = 2048
+    intermediate_size: int = 5632  # of the dense layers, of which there are first_k_dense_replace
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    num_experts: int = 64
+    num_experts_per_tok: int = 6
+    num_shared_experts: int = 2
+    moe_intermediate_size: int = 1408
+    first_k_dense_replace: int = 0
+    norm_topk_prob: bool = True
+    multi_gate: bool = True
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 600000.0
+    rope_scaling: dict | None = None
+    max_position_embeddings: int = 32768
+    eos_token_id: int = 126081
+    image_patch_token: int = 126346
+    image_start_token: int = 126347
+    num_image_tokens_for_gen: int = 256
+    # Stated by every checkpoint, and only this one way round is implemented:
+    hidden_act: str = "silu"
+    use_bias: bool = False
+    use_qkv_bias: bool = False
+    norm_head: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name, only in (
+            ("hidden_act", "silu"),
+            ("use_bias", False),
+            ("use_qkv_bias", False),
+            ("norm_head", False),
+            ("tie_word_embeddings", False),
+            ("norm_topk_prob", True),
+            ("multi_gate", True),
+        ):
+            value = getattr(self, name)
+            _demand(value == only, f"{name} {value!r} is not supported: only {only!r} is")
+        # Both published spellings of the position encoding are plain 1-D rope (three equal rows of the 3-D one
+        # give the same bits).
+        scaling = self.rope_scaling
+        kind = None if scaling is None else scaling.get("type", scaling.get("rope_type"))
+        _demand(kind in (None, "3D", "default"), f'rope_scaling {scaling!r} is not supported: null or {{"type": "3D"}}')
+        _demand(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"{self.num_key_value_heads}",
+        )
+        _demand(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd")
+        _demand(
+            0 < self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}",
+        )
+        for name in ("eos_token_id", "image_patch_token", "image_start_token"):
+            value = getattr(self, name)
+            _demand(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class FlowHeadConfig:
+    """`vishead_diffloss_config`. Width and depth are checked against, or read from, the tensors' shapes."""
+
+    diffloss_w: int = 3072
+    diffloss_d: int = 12
+    num_sampling_steps: str = "16"  # a string in the published config
+    gen_method: str = "flow_matching_swiglu-4"
+    vis_head_arch: str = "linear2-norm"
+
+    def __post_init__(self) -> None:
+        _demand(
+            self.num_sampling_steps.isdecimal() and int(self.num_sampling_steps) > 0,
+            f"num_sampling_steps {self.num_sampling_steps!r} is not a whole number above 0",
+        )
+        _demand(
+            self.gen_method.startswith("flow_matching_swiglu"),
+            f'gen_method {self.gen_method!r} is not supported: only "flow_matching_swiglu-4" is',
+        )
+        _demand(
+            self.vis_head_arch == "linear2-norm",
+            f'vis_head_arch {self.vis_head_arch!r} is not supported: only "linear2-norm" is',
+        )
+
+    @property
+    def steps(self) -> int:
+        return int(self.num_sampling_steps)
+
+
+@dataclass(frozen=True)
+class UniVisionConfig:
+    """config.json of a Ming-UniVision checkpoint. `mingtok_config` None: not stated there."""
+
+    llm_config: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    vishead_diffloss_config: FlowHeadConfig = field(default_factory=FlowHeadConfig)
+    mingtok_config: MingTokConfig | None = None
+    mlp_depth: int = 2
+
+    def __post_init__(self) -> None:
+        _demand(self.mlp_depth >= 1, f"mlp_depth {self.mlp_depth} is not 1 or more")
+        tokens = self.llm_config.num_image_tokens_for_gen
+        _demand(int(tokens**0.5) ** 2 == tokens, f"num_image_tokens_for_gen {tokens} is not a square number")
+
+    @property
+    def drawing_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a drawn picture."""
+        side = int(self.llm_config.num_image_tokens_for_gen**0.5)
+        return side, side
+
+
+def read_config(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """Build the dataclass `cls` from the entries of a config.json that it knows; the others are ignored.
+
+    Raises ConfigError that names the entry (`where` is the dotted path so far), its value and what is wrong.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the file'} is {type(values).__name__}, not a JSON object")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    # rope_theta 600000 and num_sampling_steps 16 are found as either number or string in configs
+    arguments = {
+        name: _convert(hints[name], value, f"{where}.{name}".lstrip("."))
+        for name, value in values.items()
+        if name in known
+    }
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def write_config(config: Any) -> dict[str, Any]:
+    """The inverse of `read_config`: plain values, ready for json."""
+    return dataclasses.asdict(config)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return read_config(hint, value, where)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        return float(value)
+    if hint is int and number and value == int(value):
+        return int(value)
+    if hint is str and number:
+        return f"{value:g}"
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} is {value!r}, not {hint.__name__}")
+
+
+def _demand_swiglu(ffn_layer: str) -> None:
+    _demand(ffn_layer in ("swiglufused", "swiglu"), f'ffn_layer {ffn_layer!r} is not supported: only "swiglufused" is')

@@ -1,0 +1,295 @@
+"""The immutable conversation: exactly the sequence that went through the language model, and nothing else.
+
+Per round there is a prompt part and a generated part, each made of text (token ids) and pictures. Which of the past
+tokens a guidance row may see, and hence its positions, is a pure function of this structure (`guidance_views`).
+Extending a conversation makes a new one; two continuations of one conversation never see each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .features import Features, tensor_digest
+from .files import FileError, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from .univision import UniVision
+
+FILE_FORMAT = "ming conversation 1"
+
+# Kinds of text, which decide who sees it: the role tags everybody, the marks around a picture of the newest prompt
+# only rows that see its pictures, the prompt's words (and line breaks) only the conditional row.
+ROLE, MARK, PROMPT, ANSWER = "role", "mark", "prompt", "answer"
+
+
+class _ByContent:
+    """Equality and hash by content digest, for named tuples whose tensors cannot be compared by ==."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.digest() == other.digest()
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return int.from_bytes(self.digest()[:8], "big", signed=True)
+
+
+class _Text(NamedTuple):
+    ids: tuple[int, ...]
+    kind: str
+    text: str = ""
+
+
+class Text(_ByContent, _Text):
+    """A run of tokens; `text` is what it says, for people (identity goes by the ids and the kind)."""
+
+    __slots__ = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def content(self) -> bytes:
+        """What the language model's keys and values at these positions depend on."""
+        return b"text:" + ",".join(map(str, self.ids)).encode()
+
+    def digest(self) -> bytes:
+        return _hash(self.content(), self.kind.encode())
+
+    def __repr__(self) -> str:
+        return f"Text({self.kind}, {self.length} tokens)"
+
+
+class _Picture(NamedTuple):
+    features: Features
+    drawn: bool
+
+
+class Picture(_ByContent, _Picture):
+    """One picture, seen (attached by the user) or drawn (by the model): float32 latents, grid, and which of the two."""
+
+    __slots__ = ()
+
+    @property
+    def length(self) -> int:
+        return self.features.grid[0] * self.features.grid[1]
+
+    def content(self) -> bytes:
+        kind = b"drawn:" if self.drawn else b"seen:"
+        return kind + str(self.features.grid).encode() + tensor_digest(self.features.latents)
+
+    def digest(self) -> bytes:
+        return _hash(self.content())
+
+    def __repr__(self) -> str:
+        return f"Picture({'drawn' if self.drawn else 'seen'}, {self.features.grid[0]}x{self.features.grid[1]})"
+
+
+Segment = Text | Picture
+
+
+class _Part(NamedTuple):
+    generated: bool
+    segments: tuple[Segment, ...]
+
+
+class Part(_ByContent, _Part):
+    """What the user said in a round (a prompt part), or what the model emitted (a generated part)."""
+
+    __slots__ = ()
+
+    @property
+    def length(self) -> int:
+        return sum(s.length for s in self.segments)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(s for s in self.segments if isinstance(s, Picture))
+
+    def digest(self) -> bytes:
+        return _hash(b"generated" if self.generated else b"prompt", *(s.digest() for s in self.segments))
+
+    def __repr__(self) -> str:
+        return f"Part({'generated' if self.generated else 'prompt'}, {self.length} tokens)"
+
+
+class _Conversation(NamedTuple):
+    parts: tuple[Part, ...] = ()
+    model: str = ""
+
+
+class Conversation(_ByContent, _Conversation):
+    """A transcript of rounds with one model (`model`: its fingerprint). `Conversation()` is the empty one."""
+
+    __slots__ = ()
+
+    @property
+    def length(self) -> int:
+        """Positions that it takes in the language model."""
+        return sum(p.length for p in self.parts)
+
+    @property
+    def rounds(self) -> int:
+        """Prompts so far."""
+        return sum(not p.generated for p in self.parts)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(s for p in self.parts for s in p.segments)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(s for p in self.parts for s in p.pictures)
+
+    @property
+    def depth(self) -> int:
+        """The largest number of drawings behind a picture in view."""
+        return max((p.features.depth for p in self.pictures), default=0)
+
+    def extended(self, part: Part, model: str) -> Conversation:
+        return Conversation((*self.parts, part), model)
+
+    def shows(self, features: Features) -> bool:
+        """Whether this one picture (batch 1) is in view already."""
+        wanted = (features.grid, tensor_digest(features.latents))
+        return any((p.features.grid, tensor_digest(p.features.latents)) == wanted for p in self.pictures)
+
+    def transcript(self) -> str:
+        """The rounds as plain text for people."""
+        lines = []
+        for part in self.parts:
+            said = "".join(_readable(s) for s in part.segments).strip()
+            lines.append(("Ming: " if part.generated else "You: ") + said)
+        return "\n".join(lines)
+
+    def digest(self) -> bytes:
+        return _hash(self.model.encode(), *(p.digest() for p in self.parts))
+
+    def __repr__(self) -> str:
+        return f"Conversation({self.rounds} rounds, {len(self.pictures)} pictures, {self.length} tokens)"
+
+
+def segment_keys(segments: tuple[Segment, ...]) -> list[bytes]:
+    """For each segment a key of everything up to its end: equal keys, equal keys and values in the language model."""
+    keys, key = [], b""
+    for segment in segments:
+        key = _hash(key, segment.content())
+        keys.append(key)
+    return keys
+
+
+def prompt_views(part: Part) -> tuple[list[bool], list[bool]]:
+    """What of the newest prompt the unconditional and the text-unconditional row see."""
+    unconditional, text_unconditional = [], []
+    for segment in part.segments:
+        role = isinstance(segment, Text) and segment.kind == ROLE
+        picture = isinstance(segment, Picture) or segment.kind == MARK
+        unconditional += [role] * segment.length
+        text_unconditional += [role or picture] * segment.length
+    return unconditional, text_unconditional
+
+
+def guidance_views(parts: tuple[Part, ...]) -> Tensor:
+    """Which positions of a transcript, whose last part is the newest prompt, each guidance row sees.
+
+    bool [g, length]: the conditional row sees all, the unconditional row neither the newest prompt's words and
+    pictures nor the newest generated part, the text-unconditional row everything but the newest prompt's words.
+    Where the last two agree (no picture in the newest prompt, nothing before it) there are two rows, else three.
+    """
+    *past, prompt = parts
+    newest = max((i for i, p in enumerate(past) if p.generated), default=None)
+    unconditional: list[bool] = []
+    text_unconditional: list[bool] = []
+    for i, part in enumerate(past):
+        unconditional += [i != newest] * part.length
+        text_unconditional += [True] * part.length
+    for view, of_prompt in zip((unconditional, text_unconditional), prompt_views(prompt), strict=True):
+        view += of_prompt
+    views = [[True] * len(unconditional), unconditional]
+    if text_unconditional != unconditional:
+        views.append(text_unconditional)
+    return torch.tensor(views)
+
+
+def save_conversation(conversation: Conversation, path: str | Path) -> None:
+    """Write one small safetensors file, whole or not at all: token ids and latents, never features."""
+    pictures = conversation.pictures
+    ids = [i for s in conversation.segments if isinstance(s, Text) for i in s.ids]
+    tensors = {f"latents.{i}": p.features.latents[0] for i, p in enumerate(pictures)}
+    tensors["ids"] = torch.tensor(ids, dtype=torch.int32)
+    parts = [{"generated": p.generated, "segments": [_about(s) for s in p.segments]} for p in conversation.parts]
+    about = {
+        "format": FILE_FORMAT,
+        "model": conversation.model,
+        "tokenizer": pictures[0].features.tokenizer if pictures else "",
+        "parts": parts,
+    }
+    write_tensors(path, tensors, about)
+
+
+def load_conversation(path: str | Path, model: UniVision) -> Conversation:
+    """Read what `save_conversation` wrote; the pictures' features are made anew, once a picture.
+
+    Raises FileError for a damaged file, and ValueError for the file of another model.
+    """
+    tensors, about = read_tensors(path, FILE_FORMAT)
+    try:
+        fingerprint, listed = str(about["model"]), about["parts"]
+        if fingerprint not in ("", model.fingerprint):
+            raise ValueError(
+                f"{path} was saved with another model ({fingerprint[:12]}) than this one ({model.fingerprint[:12]}): "
+                "load that model to go on with it"
+            )
+        ids, latents = tensors["ids"].tolist(), iter(tensors[f"latents.{i}"] for i in range(len(tensors) - 1))
+        parts = []
+        for part in listed:
+            segments: list[Segment] = []
+            for entry in part["segments"]:
+                if "kind" in entry:
+                    n = entry["length"]
+                    if n > len(ids) or entry["kind"] not in (ROLE, MARK, PROMPT, ANSWER):
+                        raise KeyError("ids")
+                    segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
+                    del ids[:n]
+                else:
+                    segments.append(_restore(model, next(latents), entry))
+            parts.append(Part(bool(part["generated"]), tuple(segments)))
+        if ids or next(latents, None) is not None:
+            raise KeyError("parts")
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise FileError(f"{path}: not a whole conversation file ({error!r}); save the conversation again") from None
+    return Conversation(tuple(parts), fingerprint)
+
+
+def _restore(model: UniVision, latents: Tensor, entry: dict) -> Picture:
+    with torch.no_grad():
+        features = model.mingtok.semantic_features(latents[None])
+    return Picture(features._replace(depth=int(entry["depth"])), bool(entry["drawn"]))
+
+
+def _about(segment: Segment) -> dict:
+    if isinstance(segment, Text):
+        return {"kind": segment.kind, "length": segment.length, "text": segment.text}
+    return {"drawn": segment.drawn, "depth": segment.features.depth}
+
+
+def _readable(segment: Segment) -> str:
+    if isinstance(segment, Picture):
+        h, w = segment.features.grid
+        return f"[picture {'drawn' if segment.drawn else 'seen'}, {h}x{w} tokens]"
+    return segment.text if segment.kind in (PROMPT, ANSWER) else ""
+
+
+def _hash(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.digest()

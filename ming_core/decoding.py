@@ -1,0 +1,432 @@
+"""The two loops: text tokens and image tokens.
+
+Both go over `Rows` that continue one prefilled prefix. For a picture, each seed has two or three guidance rows that
+share the prefix and see different parts of it; the head turns their hidden states into one latent, the semantic
+decoder expands it, and all rows take the same feature as their next token. Pixels appear nowhere here.
+
+Every call owns what it allocates, so stopping it half-way (`on_token` may raise) leaves model and conversations as
+they were; only keys and values that are whole go into the prefix cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .conversation import Conversation, Part, Picture, Text, guidance_views, segment_keys
+from .features import Features, to_grid
+from .flow_head import Guidance, Solver
+from .language_model import KeyValues, Prefix, Rows
+from .prompts import TextStream
+
+if TYPE_CHECKING:
+    from .univision import UniVision
+
+log = logging.getLogger(__name__)
+
+STARTS = ("draw now", "model decides")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text tokens are chosen: the most likely one at temperature 0, else drawn from the nucleus of mass top_p."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"sampling.temperature is {self.temperature}: give a number of 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}: give a number above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a round stands after a token.
+
+    kind       "text" or "image"
+    done       tokens of this kind so far, of at most `total`
+    text       text: all that was written so far, in the first picture's row
+    latents    image: [B, done, C], normalised latents so far; views, not to be written to
+    tokens     image: [B, done, D], semantic features so far; likewise
+    """
+
+    kind: str
+    done: int
+    total: int
+    text: str = ""
+    latents: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a round gave.
+
+    text          the words, without special tokens
+    token_ids     all that was emitted, end token included; a picture counts as its `<image>`
+    features      the drawn picture (batch 1), None for a round of text
+    conversation  the conversation with this round
+    prefilled     positions that were forwarded before the first token could be emitted
+    logits        float32 [len(token_ids), vocabulary], when asked for
+    """
+
+    text: str
+    token_ids: list[int]
+    features: Features | None
+    conversation: Conversation
+    prefilled: int
+    logits: Tensor | None = None
+
+
+OnToken = Callable[[Progress], None] | None
+
+
+def understand(
+    model: UniVision,
+    conversation: Conversation,
+    prompt: str,
+    features: Features | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    on_token: OnToken,
+    return_logits: bool,
+) -> Turn:
+    """See UniVision.understand."""
+    with torch.no_grad():
+        opened = _open_round(model, conversation, prompt, features, room=max_new_tokens, max_new_tokens=max_new_tokens)
+        rows = Rows(opened.prefix, capacity=max_new_tokens)
+        generator = _generator(seed, "text", opened.noise_round)
+        writer = _Writer(model, max_new_tokens, sampling, generator, on_token, return_logits)
+        written = writer.write(rows, opened.hidden[None], forbidden=model.chat.image_open_id)[0]
+        segments = _answer(model, written.ids[:-1])
+        grown = _close_round(model, opened, segments, rows, 0)
+        text = model.chat.decode(written.ids)
+        return Turn(text, written.ids, None, grown, opened.prefilled, written.stacked_logits())
+
+
+def draw(
+    model: UniVision,
+    conversation: Conversation,
+    prompt: str,
+    features: Features | None,
+    seeds: list[int],
+    guidance: Guidance,
+    solver: Solver,
+    temperature: float,
+    start: str,
+    max_new_tokens: int,
+    noise: Tensor | None,
+    on_token: OnToken,
+    return_logits: bool,
+) -> list[Turn]:
+    """See UniVision.generate_images."""
+    if start not in STARTS:
+        raise ValueError(f"start is {start!r}: give one of {STARTS}")
+    if not seeds:
+        raise ValueError("no seed: give one for every picture that is to be drawn")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}: give a number of 0 or more")
+    n = model.config.llm_config.num_image_tokens_for_gen
+    with torch.no_grad():
+        opened = _open_round(
+            model, conversation, prompt, features, room=max_new_tokens + 1 + n, max_new_tokens=max_new_tokens
+        )
+        noise = _noise(model, seeds, noise, opened.noise_round) * temperature
+        writer = _Writer(model, max_new_tokens, Sampling(), None, on_token, return_logits)
+
+        single, before = _begin_picture(model, opened, start, writer)
+        pictures, rows, hidden = _draw_pictures(
+            model, opened, single, noise, guidance, solver, on_token, max_new_tokens
+        )
+        after = writer.write(rows, hidden, forbidden=model.chat.image_open_id, written=len(before.ids) - 1)
+
+        turns = []
+        for row, (picture, said) in enumerate(zip(pictures, after, strict=True)):
+            segments = [*_answer(model, before.ids), Picture(picture, drawn=True), *_answer(model, said.ids[:-1])]
+            grown = _close_round(model, opened, segments, rows, row)
+            ids = before.ids + said.ids
+            logits = torch.stack(before.logits + said.logits) if return_logits else None
+            turns.append(Turn(model.chat.decode(ids), ids, picture, grown, opened.prefilled, logits))
+        return turns
+
+
+@dataclass
+class _Written:
+    """Tokens that one row emitted, and their logits when they are kept."""
+
+    ids: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def stacked_logits(self) -> Tensor | None:
+        return torch.stack(self.logits) if self.logits else None
+
+
+@dataclass
+class _Round:
+    """A round whose prompt has been prefilled."""
+
+    conversation: Conversation  # with the prompt, without the answer
+    prefix: Prefix
+    hidden: Tensor  # [H], of the prompt's last token
+    prefilled: int
+    noise_round: int
+    depth: int  # of what is in view
+
+
+def _open_round(
+    model: UniVision,
+    conversation: Conversation,
+    prompt: str,
+    features: Features | None,
+    *,
+    room: int,
+    max_new_tokens: int,
+) -> _Round:
+    """Check everything, attach pictures, add the prompt, and prefill what the prefix cache does not know."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("the prompt is empty: write what the model is to do")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+    if conversation.model not in ("", model.fingerprint):
+        raise ValueError(
+            f"this conversation was held with another model ({conversation.model[:12]}) than this one "
+            f"({model.fingerprint[:12]}): go on with the model that began it"
+        )
+    attached = _attached(model, conversation, features)
+    part = model.chat.prompt([attached, prompt] if attached else [prompt])
+    grown = conversation.extended(part, model.fingerprint)
+    limit = model.config.llm_config.max_position_embeddings
+    if grown.length + room > limit:
+        raise ValueError(
+            f"too long: {conversation.length} tokens of conversation, {part.length} of prompt and up to {room} to come "
+            f"are {grown.length + room}, and this model has {limit} positions; shorten the prompt, lower "
+            "max_new_tokens, or begin a new conversation"
+        )
+    prefix, hidden, prefilled = _prefill(model, grown)
+    return _Round(grown, prefix, hidden, prefilled, conversation.rounds + grown.depth, grown.depth)
+
+
+def _attached(model: UniVision, conversation: Conversation, features: Features | None) -> list[Picture]:
+    """The pictures of `features` that are not in view yet."""
+    if features is None:
+        return []
+    model.mingtok.check(features)
+    if features.batch == 0:
+        raise ValueError("features hold no picture: encode one or more")
+    new = [picture for picture in features.pictures() if not conversation.shows(picture)]
+    if len(new) < features.batch:
+        log.info(
+            "%d of %d pictures are in view already and not attached again", features.batch - len(new), features.batch
+        )
+    return [Picture(picture, drawn=False) for picture in new]
+
+
+def _prefill(model: UniVision, conversation: Conversation) -> tuple[Prefix, Tensor, int]:
+    """Keys and values of a whole transcript, the last hidden state, and how many positions had to be forwarded.
+
+    The last segment is always forwarded, since its hidden state is needed.
+    """
+    segments = conversation.segments
+    keys = segment_keys(segments)
+    prefix = model.language_model.prefix(conversation.length)
+    known = model.prefix_cache.lookup(keys[:-1])
+    for entry in known:
+        prefix.extend(entry)
+    new, begin = segments[len(known) :], prefix.length
+    embeddings = torch.cat([_embed(model, segment) for segment in new])
+    gate = [isinstance(s, Picture) and not s.drawn for s in new for _ in range(s.length)]
+    image_gate = torch.tensor(gate, device=embeddings.device) if any(gate) else None
+    hidden = model.language_model.prefill(embeddings, prefix, image_gate)
+    _remember(model, keys, new, begin, prefix.slice)
+    return prefix, hidden, len(embeddings)
+
+
+def _embed(model: UniVision, segment: Text | Picture) -> Tensor:
+    """[length, H]."""
+    if isinstance(segment, Picture):
+        return model.project(segment.features.tokens[0])
+    return model.language_model.embed(torch.tensor(segment.ids, device=model.device))
+
+
+def _remember(
+    model: UniVision, keys: list[bytes], new: tuple | list, begin: int, read: Callable[[int, int], KeyValues]
+) -> None:
+    """Put the keys and values of the last segments into the prefix cache."""
+    if not model.prefix_cache.limit:
+        return
+    entries = []
+    for segment in new:
+        entries.append(read(begin, begin + segment.length))
+        begin += segment.length
+    model.prefix_cache.store(keys, entries)
+
+
+def _close_round(model: UniVision, opened: _Round, segments: list, rows: Rows, row: int) -> Conversation:
+    """The conversation with the generated part, whose keys and values one of the rows holds."""
+    grown = opened.conversation.extended(Part(True, tuple(segments)), model.fingerprint)
+    _remember(model, segment_keys(grown.segments), segments, 0, lambda a, b: rows.slice(row, a, b))
+    return grown
+
+
+def _answer(model: UniVision, ids: list[int]) -> list[Text]:
+    return [model.chat.answer(ids)] if ids else []
+
+
+class _Writer:
+    """The text loop: one token a step for every row, until its end token or the limit."""
+
+    def __init__(
+        self,
+        model: UniVision,
+        limit: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        on_token: OnToken,
+        keep_logits: bool,
+    ) -> None:
+        self.model, self.limit, self.sampling, self.generator = model, limit, sampling, generator
+        self.on_token, self.keep_logits = on_token, keep_logits
+
+    def write(
+        self, rows: Rows, hidden: Tensor, *, forbidden: int | None = None, stop: int | None = None, written: int = 0
+    ) -> list[_Written]:
+        """Emit tokens in every row, from the hidden states [rows, H] of the tokens before.
+
+        forbidden  a token that is never chosen
+        stop       a token that ends a row like the end token does (both are emitted, neither is forwarded)
+        written    tokens that count against the limit already
+        """
+        language_model, ends = self.model.language_model, {self.model.config.llm_config.eos_token_id, stop}
+        out = [_Written() for _ in range(rows.rows)]
+        open_rows = set(range(rows.rows))
+        stream = TextStream(self.model.chat) if self.on_token else None
+        for count in range(written + 1, max(self.limit, written + 1) + 1):
+            logits = language_model.logits(hidden)
+            chosen = self._choose(logits, forbidden)
+            for row in sorted(open_rows):
+                out[row].ids.append(chosen[row])
+                if self.keep_logits:
+                    out[row].logits.append(logits[row])
+                if chosen[row] in ends:
+                    open_rows.discard(row)
+            if stream:
+                text = stream.push(chosen[0]) if len(out[0].ids) == count - written else stream.text
+                self.on_token(Progress("text", count, self.limit, text))
+            if not open_rows or count >= self.limit:
+                return out
+            hidden = language_model.step(language_model.embed(torch.tensor(chosen, device=hidden.device)), rows)
+        return out
+
+    def _choose(self, logits: Tensor, forbidden: int | None) -> list[int]:
+        if forbidden is not None:
+            logits = logits.clone()
+            logits[:, forbidden] = float("-inf")
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1).tolist()
+        # drawn on the CPU, so that a seed means the same everywhere
+        odds, order = (logits.cpu() / self.sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
+        odds[odds.cumsum(-1) - odds >= self.sampling.top_p] = 0
+        return order.gather(1, torch.multinomial(odds, 1, generator=self.generator))[:, 0].tolist()
+
+
+def _begin_picture(model: UniVision, opened: _Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
+    """A single row that stands before its `<image>`, and what it emitted, `<image>` included."""
+    image = model.config.llm_config.image_start_token
+    single = Rows(opened.prefix, capacity=writer.limit)
+    if start == "draw now":
+        logits = [model.language_model.logits(opened.hidden)] if writer.keep_logits else []
+        return single, _Written([image], logits)
+    before = writer.write(single, opened.hidden[None], stop=image)[0]
+    if before.ids[-1] != image:
+        said = model.chat.decode(before.ids)
+        raise RuntimeError(
+            f'the model answered in words and drew no picture: "{said}". Set start to "draw now" to have it draw'
+        )
+    return single, before
+
+
+def _draw_pictures(
+    model: UniVision,
+    opened: _Round,
+    single: Rows,
+    noise: Tensor,
+    guidance: Guidance,
+    solver: Solver,
+    on_token: OnToken,
+    max_new_tokens: int,
+) -> tuple[list[Features], Rows, Tensor]:
+    """The image loop. noise [B, N, C].
+
+    Returns the pictures, the rows that saw everything (one a picture, ready to go on), and their hidden states [B, H]
+    after the last image token.
+    """
+    language_model, flow_head = model.language_model, model.flow_head
+    llm, batch, n = model.config.llm_config, len(noise), noise.shape[1]
+    views = guidance_views(opened.conversation.parts)
+    factors = guidance.factors(len(views))
+    used = [i for i, f in enumerate(factors) if i == 0 or f != 0]  # the conditional row always goes on to the text
+    asked = [i for i, j in enumerate(used) if factors[j] != 0]  # ... but its velocity may not be wanted
+    g, weights = len(used), tuple(f for f in factors if f != 0)
+    rows = single.fork(batch * g, single.length + 1 + n, views[used].repeat(batch, 1))
+    stream = model.mingtok.stream(batch, n)
+
+    noise = noise.to(model.device)
+    latents = torch.empty_like(noise)
+    tokens = noise.new_empty(batch, n, model.mingtok.config.semantic_decoder.embed_dim)
+    steps = solver.steps or model.config.vishead_diffloss_config.steps
+    x = language_model.embed(torch.full((batch * g,), llm.image_start_token, device=model.device))
+    for i in range(n):
+        hidden = language_model.step(x, rows)
+        z = flow_head.vis_head(hidden).unflatten(0, (batch, g))[:, asked]
+        latents[:, i] = flow_head.sample(z, noise[:, i], weights, steps=steps, solver=solver)
+        expanded = stream.append(latents[:, i : i + 1])
+        tokens[:, i] = expanded[:, 0]
+        x = model.project(expanded[:, 0]).repeat_interleave(g, dim=0)
+        if on_token:
+            on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
+    hidden = language_model.step(x, rows).unflatten(0, (batch, g))[:, 0]
+    rows = rows.select([b * g for b in range(batch)], rows.length + max_new_tokens)
+
+    grid = model.config.drawing_grid
+    everything = Features(
+        tokens.float().cpu(),
+        to_grid(latents.cpu(), grid).contiguous(),
+        grid,
+        model.mingtok.fingerprint,
+        opened.depth + 1,
+    )
+    return [_own(picture) for picture in everything.pictures()], rows, hidden
+
+
+def _own(features: Features) -> Features:
+    """With memory of its own: a picture must not keep its whole batch alive."""
+    return features._replace(tokens=features.tokens.clone(), latents=features.latents.clone())
+
+
+def _noise(model: UniVision, seeds: list[int], given: Tensor | None, noise_round: int) -> Tensor:
+    """float32 [B, N, C] on the CPU: the given noise, checked, or that of (seed, round)."""
+    n = model.config.llm_config.num_image_tokens_for_gen
+    channels = model.flow_head.net.channels
+    if given is None:
+        draws = [torch.randn(n, channels, generator=_generator(seed, "image", noise_round)) for seed in seeds]
+        return torch.stack(draws)
+    if given.shape[0] != len(seeds) or given.shape[1] not in (n, n + 1) or given.shape[2:] != (channels,):
+        raise ValueError(f"noise is {tuple(given.shape[1:])} a picture: give ({n}, {channels})")
+    return given[:, :n].float().cpu()
+
+
+def _generator(seed: int, purpose: str, noise_round: int) -> torch.Generator:
+    """A private generator: other seeds, purposes and rounds give unrelated streams."""
+    content = f"{seed % 2**64}/{purpose}/{noise_round}".encode()
+    number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+    return torch.Generator().manual_seed(number)

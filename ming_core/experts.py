@@ -1,0 +1,124 @@
+"""The mixture of experts: two routers, one set of experts, one always-on shared expert.
+
+Text and everything that is drawn is routed by `gate`; the patches of a picture that was looked at by `image_gate`.
+All experts of a layer are one module with stacked weights, so that they can be read, moved and multiplied as one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LanguageModelConfig
+
+GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU gathers the experts' weights rather than sorting tokens
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)): the shared expert, and the layers without experts."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        make = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = operations.Linear(dim, hidden, **make)
+        self.up_proj = operations.Linear(dim, hidden, **make)
+        self.down_proj = operations.Linear(hidden, dim, **make)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """E gated feed-forward layers in two stacked weights.
+
+    gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
+    down     [E, H, I]
+    """
+
+    def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.count, self.hidden = count, hidden
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * hidden, dim, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(count, dim, hidden, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Small random weights for training from nothing; a loaded model never calls this."""
+        for weight in (self.gate_up, self.down):
+            weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum over the chosen experts.
+
+        x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
+        """
+        if x.is_cuda and chosen.numel() <= GATHER_LIMIT:
+            out = self._gathered(x, chosen)
+        else:
+            out = self._sorted(x, chosen)
+        return (out.float() * weights[..., None]).sum(1).to(x.dtype)
+
+    def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""
+        gate_up, down = self.gate_up[chosen], self.down[chosen]  # (T, k, 2I, H), (T, k, H, I)
+        gate, up = torch.einsum("tkih,th->tki", gate_up, x).chunk(2, dim=-1)
+        return torch.einsum("tkhi,tki->tkh", down, F.silu(gate) * up)
+
+    def _sorted(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Tokens sorted by expert, one product an expert that has any. -> [T, k, H]."""
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
+        out = []
+        groups = x[order // chosen.shape[1]].split(counts)
+        for expert, group in enumerate(groups):
+            if len(group):
+                gate, up = F.linear(group, self.gate_up[expert]).chunk(2, dim=-1)
+                out.append(F.linear(F.silu(gate) * up, self.down[expert]))
+        restored = torch.empty_like(order)
+        restored[order] = torch.arange(len(order), device=order.device)
+        return torch.cat(out)[restored].unflatten(0, chosen.shape)
+
+
+class MixtureOfExperts(nn.Module):
+    """Experts with their two routers, plus the shared expert, which every token passes with weight 1."""
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dim, hidden = config.hidden_size, config.moe_intermediate_size
+        make = {"device": device, "dtype": dtype}
+        self.top_k = config.num_experts_per_tok
+        self.gate = operations.Linear(dim, config.num_experts, bias=False, **make)
+        self.image_gate = operations.Linear(dim, config.num_experts, bias=False, **make)
+        self.experts = Experts(config.num_experts, dim, hidden, **make)
+        self.shared_experts = GatedMlp(dim, config.num_shared_experts * hidden, operations=operations, **make)
+
+    def forward(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
+        """x [..., H]; image_gate bool [...]: tokens that the image router routes (None: no token)."""
+        flat = x.reshape(-1, x.shape[-1])
+        chosen, weights = self.route(flat, None if image_gate is None else image_gate.reshape(-1))
+        return self.experts(flat, chosen, weights).view_as(x) + self.shared_experts(x)
+
+    def route(self, x: Tensor, image_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> experts int64 [T, k], best first, and their weights float32 [T, k], summing to 1."""
+        scores = self.scores(x, image_gate)
+        weights, chosen = scores.topk(self.top_k, dim=-1)
+        return chosen, weights / weights.sum(-1, keepdim=True)
+
+    def scores(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
+        """Probability of every expert, float32 [T, E]."""
+        logits = self.gate(x)
+        if image_gate is not None:
+            logits = torch.where(image_gate[:, None], self.image_gate(x), logits)
+        return logits.float().softmax(-1)

@@ -1,0 +1,102 @@
+"""Features: pictures as Ming-UniVision sees, draws and hands them on.
+
+A picture has two equivalent forms: compact latents, and the semantic tokens they expand to. `Features` carries both,
+so that a round can follow a round without pixels and without expanding anything twice. What identifies a picture is
+its latents, not its tokens: equality, hash and files go by them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .files import FileError, read_tensors, write_tensors
+
+FILE_FORMAT = "ming features 1"
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h*w, C], row by row."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, h*w, C] -> [B, C, h, w]; the inverse of `to_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """32 bytes that identify shape and float32 values."""
+    values = tensor.detach().to("cpu", torch.float32).contiguous()
+    shape = ",".join(str(n) for n in values.shape)
+    return hashlib.blake2b(shape.encode() + b":" + values.numpy().tobytes(), digest_size=32).digest()
+
+
+class Features(NamedTuple):
+    """A batch of B pictures of one grid, in host memory.
+
+    tokens     float32 [B, h*w, D], semantic features, row by row
+    latents    float32 [B, C, h, w], the normalised latents that `tokens` were expanded from
+    grid       (h, w)
+    tokenizer  fingerprint of the MingTok that both belong to
+    depth      0 for a picture that was encoded, +1 for every drawing that lies behind it
+    """
+
+    tokens: Tensor
+    latents: Tensor
+    grid: tuple[int, int]
+    tokenizer: str
+    depth: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    def pictures(self) -> list[Features]:
+        """One Features of batch 1 for each picture."""
+        return [
+            self._replace(tokens=self.tokens[i : i + 1], latents=self.latents[i : i + 1]) for i in range(self.batch)
+        ]
+
+    def digest(self) -> bytes:
+        content = tensor_digest(self.latents) + f"{self.grid}|{self.tokenizer}|{self.depth}".encode()
+        return hashlib.blake2b(content, digest_size=32).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Features) and self.digest() == other.digest()
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return int.from_bytes(self.digest()[:8], "big", signed=True)
+
+    def __repr__(self) -> str:
+        h, w = self.grid
+        return f"Features({self.batch} x {h}x{w}, {self.tokens.shape[-1]} wide, depth {self.depth})"
+
+
+def save_features(features: Features, path: str | Path) -> None:
+    """Write one safetensors file, whole or not at all. Tokens are kept too, so that no model is needed to read it."""
+    write_tensors(
+        path,
+        {"tokens": features.tokens, "latents": features.latents},
+        {"format": FILE_FORMAT, "tokenizer": features.tokenizer, "depth": features.depth},
+    )
+
+
+def load_features(path: str | Path) -> Features:
+    """Read what `save_features` wrote. Raises FileError with the remedy for a file that is damaged or of another kind."""
+    tensors, about = read_tensors(path, FILE_FORMAT)
+    try:
+        tokens, latents = tensors["tokens"].float(), tensors["latents"].float()
+        (b, n, _), (b2, _, h, w) = tokens.shape, latents.shape
+        if (b, n) != (b2, h * w) or not (torch.isfinite(tokens).all() and torch.isfinite(latents).all()):
+            raise ValueError(f"tokens {tuple(tokens.shape)} do not belong to latents {tuple(latents.shape)}")
+        return Features(tokens, latents, (h, w), str(about["tokenizer"]), int(about["depth"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise FileError(f"{path}: not a whole features file ({error}); save the features again") from None

@@ -1,0 +1,75 @@
+"""Small safetensors files with a JSON header of our own: written whole or not at all, read with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+HEADER = "ming"  # the metadata entry that holds the JSON
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written: the message names it and says what to do."""
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write `tensors` and the JSON-able `about`; on any failure the folder is left as it was. Raises FileError."""
+    data = save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        {HEADER: json.dumps(dict(about), ensure_ascii=False)},
+    )
+    write_whole(path, data)
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path` in one step, making its folder. Raises FileError; nothing half-written is left."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, about) of a file that `write_tensors` made with about["format"] == file_format. Raises FileError."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            if about.get("format") != file_format:
+                kind = about.get("format") or "something else"
+                raise FileError(f'{path}: this is a file of "{kind}", not of "{file_format}"')
+            # cloned: a mapped tensor would keep the file open, and change with it
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: damaged or not a safetensors file ({error}); save it again") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

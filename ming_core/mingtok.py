@@ -1,0 +1,303 @@
+"""MingTok: pictures to compact continuous latents, latents to semantic features, features to pictures.
+
+Three transformers (arXiv:2510.06590). The low-level encoder sees all patches at once and gives each a latent of C
+numbers. The semantic decoder is causal and knows no positions but the order, so it can expand latents one by one as
+a language model draws them. The pixel decoder sees all features at once. Nothing here switches gradients off:
+everything is differentiable from pixels to pixels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
+from .features import Features, to_grid, to_tokens
+from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, SwiGLU, block_stack
+
+# ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
+MAX_GRID_FACTOR = 2
+
+
+class PatchEmbed(nn.Module):
+    """Cut a picture into patches and project each: [B, 3, H, W] -> [B, h*w, D], row by row."""
+
+    def __init__(self, patch_size: int, dim: int, *, operations: Any, device: Any, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.proj = operations.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return to_tokens(self.proj(pixels))
+
+
+class LowLevelEncoder(nn.Module):
+    """Pixels [B, 3, H, W] in [-1, 1] -> raw latents [B, h*w + 1, C]; the last one is the class latent."""
+
+    def __init__(
+        self,
+        config: LowLevelEncoderConfig,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        make = {"operations": operations, "device": device, "dtype": dtype}
+        dim, self.grid, self.out_dim = config.embed_dim, config.grid, config.out_dim
+        self.patch_embed = PatchEmbed(config.patch_size, dim, **make)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, dim, device=device, dtype=dtype))
+        self.blocks = block_stack(config.depth, dim, SwiGLU, **make)
+        self.out_norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+        self.out_proj = operations.Linear(dim, config.out_dim, device=device, dtype=dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.embed(pixels)  # (B, N+1, D)
+        for block in self.blocks[0]:
+            x = block(x)
+        return self.project(x)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Patch tokens, the class token behind them, positions added."""
+        patch = self.patch_embed.proj.kernel_size[0]
+        grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        patches = self.patch_embed(pixels)
+        cls = self.cls_token.to(patches).expand(patches.shape[0], -1, -1)
+        return torch.cat([patches, cls], dim=1) + self.positions(grid).to(patches)
+
+    def project(self, x: Tensor) -> Tensor:
+        """To C numbers a token: a projection, plus the mean over each of C groups of channels."""
+        shortcut = x.unflatten(-1, (self.out_dim, -1)).mean(-1)
+        return shortcut + self.out_proj(F.gelu(self.out_norm(x)))
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table [1, h*w + 1, D], stretched bicubically where the grid is not the native one."""
+        if grid == (self.grid, self.grid):
+            return self.pos_embed
+        table, cls = self.pos_embed.float().split([self.grid**2, 1], dim=1)
+        # As published: the sampling follows this scale (0.1 guards against rounding down), not the output's size.
+        scale = tuple((n + 0.1) / self.grid for n in grid)
+        table = F.interpolate(to_grid(table, (self.grid, self.grid)), scale_factor=scale, mode="bicubic")
+        return torch.cat([to_tokens(table), cls], dim=1).to(self.pos_embed.dtype)
+
+
+class SemanticDecoder(nn.Module):
+    """Raw latents [B, N, C] -> semantic features [B, N, D]; causal, without any position encoding."""
+
+    def __init__(
+        self,
+        config: SemanticDecoderConfig,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.repeat = dim // config.in_dim
+        self.in_proj = operations.Linear(config.in_dim, dim, device=device, dtype=dtype)
+        self.blocks = block_stack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+
+    def forward(self, raw: Tensor, buffers: list[KeyValueBuffer] | None = None) -> Tensor:
+        x = self.embed(raw)
+        for i, block in enumerate(self.blocks[0]):
+            x = block(x, causal=True, buffer=buffers[i] if buffers else None)
+        return self.norm(x)
+
+    def embed(self, raw: Tensor) -> Tensor:
+        """Each latent channel fills D / C neighbouring channels; a projection is added."""
+        return self.in_proj(raw) + raw.repeat_interleave(self.repeat, dim=-1)
+
+
+class PixelDecoder(nn.Module):
+    """Pixel tokens [B, n, Dp], in any order -> patches [B, n, p*p*3] in the same order; no positions."""
+
+    def __init__(
+        self,
+        config: PixelDecoderConfig,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.patch_size = config.patch_size
+        self.blocks = block_stack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+        self.head = operations.Linear(dim, 3 * config.patch_size**2, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks[0]:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class MingTok(nn.Module):
+    """The tokenizer: its three stages and the normalisation of the latents between the first two.
+
+    `calls` counts what was run: "encode", "semantic", "decode", "preview". `fingerprint` identifies the weights that
+    latents and features depend on; the loader sets it.
+    """
+
+    def __init__(
+        self,
+        config: MingTokConfig | None = None,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or MingTokConfig()
+        make = {"operations": operations, "device": device, "dtype": dtype}
+        self.cells = config.semantic_decoder.patch_size // config.pixel_decoder.patch_size  # pixel tokens a side
+        self.low_level_encoder = LowLevelEncoder(config.low_level_encoder, **make)
+        self.semantic_decoder = SemanticDecoder(config.semantic_decoder, **make)
+        self.sem_to_pix = operations.Linear(
+            config.semantic_decoder.embed_dim,
+            self.cells**2 * config.pixel_decoder.embed_dim,
+            device=device,
+            dtype=dtype,
+        )
+        self.pixel_decoder = PixelDecoder(config.pixel_decoder, **make)
+        self.calls: Counter[str] = Counter()
+        self.fingerprint = ""
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.low_level_encoder.patch_size
+
+    @property
+    def native_side(self) -> int:
+        """Side in pixels of the pictures that the model draws and edits."""
+        return self.config.low_level_encoder.img_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.low_level_encoder.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.low_level_encoder.cls_token.dtype
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> normalised latents, float32 [B, C, h, w].
+
+        H and W are multiples of `patch_size`, at most twice `native_side`. Raises ValueError.
+        """
+        self._check_pixels(pixels)
+        self.calls["encode"] += 1
+        raw = self.low_level_encoder(pixels.to(self.device, self.dtype))[:, :-1].float()  # without the class latent
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        return to_grid(self.normalise(raw), grid)
+
+    def semantic_features(self, latents: Tensor) -> Features:
+        """Normalised latents [B, C, h, w] -> Features, in host memory. Raises ValueError."""
+        self._check_latents(latents)
+        self.calls["semantic"] += 1
+        latents = latents.float()
+        raw = self.denormalise(to_tokens(latents).to(self.device))
+        tokens = self.semantic_decoder(raw.to(self.dtype))
+        return Features(tokens.float().cpu(), latents.cpu(), tuple(latents.shape[2:]), self.fingerprint)
+
+    def decode(self, features: Features) -> Tensor:
+        """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features."""
+        self.check(features)
+        self.calls["decode"] += 1
+        patches = self.patches(features.tokens.to(self.device, self.dtype))
+        return self.assemble(patches, features.grid).float().clamp(-1, 1)
+
+    def preview(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The picture so far: the first n semantic tokens [B, n, D] -> pixels [B, 3, H, W], mid grey where none is yet.
+
+        Cheap, since the pixel decoder knows no positions and takes just the tokens that are there.
+        """
+        self.calls["preview"] += 1
+        patches = self.patches(tokens.to(self.device, self.dtype))
+        missing = grid[0] * grid[1] - tokens.shape[1]
+        return self.assemble(F.pad(patches, (0, 0, 0, 0, 0, missing)), grid).float().clamp(-1, 1)
+
+    def stream(self, rows: int, capacity: int) -> SemanticStream:
+        """A semantic decoder that takes the latents of `rows` pictures a few at a time, `capacity` in all."""
+        return SemanticStream(self, rows, capacity)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        return (raw - self.config.mean) / self.config.scaling_factor
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self.config.scaling_factor + self.config.mean
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Semantic tokens [B, N, D] -> patches [B, N, cells*cells, p*p*3], not clamped."""
+        x = rearrange(self.sem_to_pix(tokens), "b n (cell d) -> b (n cell) d", cell=self.cells**2)
+        return self.pixel_decoder(x).unflatten(1, (-1, self.cells**2))
+
+    def assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches as `patches` gives them -> pixels [B, 3, H, W]; cells of a token row by row, colour fastest."""
+        return rearrange(
+            patches,
+            "b (h w) (x y) (p q c) -> b c (h x p) (w y q)",
+            h=grid[0],
+            x=self.cells,
+            p=self.pixel_decoder.patch_size,
+            c=3,
+        )
+
+    def check(self, features: Features) -> None:
+        """Raises ValueError unless `features` were made by this tokenizer."""
+        if features.tokenizer != self.fingerprint:
+            raise ValueError(
+                f"these features belong to another tokenizer ({features.tokenizer[:12]}) than this one "
+                f"({self.fingerprint[:12]}): make them with the MingTok of the model that is to use them"
+            )
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[0] == 0:
+            raise ValueError(f"pixels must be [B, 3, H, W] with B of 1 or more, not {tuple(pixels.shape)}")
+        for side in pixels.shape[2:]:
+            if side == 0 or side % self.patch_size or side > MAX_GRID_FACTOR * self.native_side:
+                raise ValueError(
+                    f"pixels of {pixels.shape[3]}x{pixels.shape[2]}: both sides must be multiples of {self.patch_size} "
+                    f"and at most {MAX_GRID_FACTOR * self.native_side}; ming_core.images resizes"
+                )
+        if not torch.isfinite(pixels).all():
+            raise ValueError("pixels hold NaN or infinite values: repair the picture before encoding it")
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels, most = self.config.low_level_encoder.out_dim, MAX_GRID_FACTOR * self.config.low_level_encoder.grid
+        shape = tuple(latents.shape)
+        if latents.ndim != 4 or latents.shape[0] == 0 or latents.shape[1] != channels:
+            raise ValueError(
+                f"latents must be [B, {channels}, h, w] with B of 1 or more, not {shape}: they come from another "
+                f"tokenizer (MingTok latents have {channels} channels here)"
+            )
+        if not all(1 <= n <= most for n in shape[2:]):
+            raise ValueError(f"latents of {shape[2]}x{shape[3]}: both sides must be from 1 to {most}")
+        if not torch.isfinite(latents).all():
+            raise ValueError("latents hold NaN or infinite values: repair them before expanding them")
+
+
+class SemanticStream:
+    """The semantic decoder, token by token: gives what it would give for all latents so far at once."""
+
+    def __init__(self, mingtok: MingTok, rows: int, capacity: int) -> None:
+        self.mingtok = mingtok
+        config = mingtok.config.semantic_decoder
+        self.buffers = [
+            KeyValueBuffer(
+                rows, config.embed_dim // HEAD_DIM, capacity, HEAD_DIM, device=mingtok.device, dtype=mingtok.dtype
+            )
+            for _ in range(config.decoder_depth)
+        ]
+
+    def append(self, latents: Tensor) -> Tensor:
+        """The next normalised latent of each picture [B, 1, C] -> its features [B, 1, D]."""
+        raw = self.mingtok.denormalise(latents.float())
+        return self.mingtok.semantic_decoder(raw.to(self.mingtok.dtype), self.buffers)

@@ -1,0 +1,122 @@
+"""The transformer block that the three stages of MingTok share.
+
+Plain pre-norm blocks: multi-head attention with one fused projection and no position encoding, then a feed-forward
+layer, SwiGLU in the encoder and the semantic decoder, GELU in the pixel decoder. Every layer comes from
+`operations` (torch.nn, or another namespace with the same classes), with `device` and `dtype` handed through.
+Module names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import HEAD_DIM, swiglu_width
+
+LAYER_NORM_EPS = 1e-6
+
+
+class KeyValueBuffer:
+    """Preallocated keys and values of one attention layer, for `rows` sequences that grow together.
+
+    keys, values: [rows, heads, capacity, head_dim]; the first `length` positions are filled.
+    """
+
+    def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
+        self.keys = torch.empty(rows, heads, capacity, head_dim, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [rows, heads, n, head_dim] of each; returns views of all that is filled now."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; rows of `qkv` are ordered [q of all heads | k of all heads | v of all heads]."""
+
+    def __init__(self, dim: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.heads = dim // HEAD_DIM
+        self.qkv = operations.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = operations.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, *, causal: bool = False, buffer: KeyValueBuffer | None = None) -> Tensor:
+        """x [B, N, D]. With a buffer, x holds the one next token, or the first N of an empty buffer."""
+        b, n, dim = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
+        if buffer is not None:
+            k, v = buffer.append(k, v)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal and n > 1)
+        return self.proj(x.transpose(1, 2).reshape(b, n, dim))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), where a and b are the two halves of w12(x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or swiglu_width(dim)
+        self.w12 = operations.Linear(dim, 2 * hidden, device=device, dtype=dtype)
+        self.w3 = operations.Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class GeluMlp(nn.Module):
+    """fc2(gelu(fc1(x))), four times as wide inside, exact (erf) GELU."""
+
+    def __init__(self, dim: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(dim, 4 * dim, device=device, dtype=dtype)
+        self.fc2 = operations.Linear(4 * dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then the feed-forward layer, each added to the stream."""
+
+    def __init__(
+        self,
+        dim: int,
+        feed_forward: Callable[..., nn.Module] = SwiGLU,
+        *,
+        operations: Any = nn,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        make = {"operations": operations, "device": device, "dtype": dtype}
+        self.norm1 = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+        self.attn = Attention(dim, **make)
+        self.norm2 = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+        self.mlp = feed_forward(dim, **make)
+
+    def forward(self, x: Tensor, *, causal: bool = False, buffer: KeyValueBuffer | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), causal=causal, buffer=buffer)
+        return x + self.mlp(self.norm2(x))
+
+
+def block_stack(depth: int, dim: int, feed_forward: Callable[..., nn.Module] = SwiGLU, **make: Any) -> nn.ModuleList:
+    """`depth` blocks, nested one level deeper as in the published key names: blocks.0.{i}."""
+    return nn.ModuleList([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])
