@@ -10,9 +10,11 @@ stacked here and published one by one (`published_slots`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -45,11 +47,11 @@ PUBLISHED_PREFIXES = {
     "flow_head.net.": "model.diffloss.net.",
 }
 # In published checkpoints without a use here: the router for audio, and a buffer that is computed from the config.
-IGNORED = re.compile(r"\.audio_gate\.weight$|\.rotary_emb\.inv_freq$")
+IGNORED = re.compile(r"(^|\.)(audio_gate\.weight|rotary_emb\.inv_freq)$")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be loaded: names the file, the tensor, what was expected and found, the remedy."""
+    """A checkpoint folder that cannot be loaded: names file, tensor, what was expected and found, and the remedy."""
 
 
 class Slot(NamedTuple):
@@ -64,6 +66,7 @@ class Stored(NamedTuple):
     """Where a published tensor comes from."""
 
     file: Path
+    key: str  # its name in the file
     dtype: str
     shape: tuple[int, ...]
     begin: int  # bytes in the file
@@ -73,10 +76,14 @@ class Stored(NamedTuple):
 def load_mingtok(
     folder: str | Path, *, device: Any = "cpu", dtype: torch.dtype = torch.float32, operations: Any = nn
 ) -> MingTok:
-    """Load a MingTok checkpoint folder. Raises CheckpointError."""
+    """Load a MingTok checkpoint folder, or the MingTok inside a Ming-UniVision one. Raises CheckpointError."""
     folder = Path(folder)
-    config = _config(MingTokConfig, folder)
     files = CheckpointFiles(folder)
+    if checkpoint_kind(folder) == "univision":
+        config = _univision_config(folder, files)[0].mingtok_config
+        files = files.only_vision()
+    else:
+        config = _config(MingTokConfig, folder)
     model = MingTok(config, operations=operations, device="meta", dtype=dtype)
     files.fill(model, device, dtype)
     model.fingerprint = files.mingtok_fingerprint(config)
@@ -134,6 +141,22 @@ def save_univision(
     _save(model, {"model_type": "mingunivision", **write_config(config)}, Path(folder), dtype)
 
 
+def checkpoint_kind(folder: str | Path) -> str | None:
+    """ "mingtok", "univision", or None for a folder that holds neither; reads config.json only."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    return "univision" if "llm_config" in config else "mingtok" if "low_level_encoder" in config else None
+
+
+def checkpoint_values(folder: str | Path) -> int:
+    """How many numbers a checkpoint holds; reads headers only. Raises CheckpointError."""
+    return sum(math.prod(stored.shape) for stored in CheckpointFiles(Path(folder)).tensors.values())
+
+
 def published_slots(model: nn.Module) -> dict[str, Slot]:
     """For every published key that this model needs, the place it goes to."""
     slots = {}
@@ -142,8 +165,8 @@ def published_slots(model: nn.Module) -> dict[str, Slot]:
         for ours, theirs in PUBLISHED_PREFIXES.items():
             if isinstance(model, UniVision) and name.startswith(ours):
                 published = theirs + name.removeprefix(ours)
-        stem, _, last = published.rpartition("experts.")
-        if stem and last in ("gate_up", "down"):
+        stem, experts, last = published.rpartition("experts.")
+        if experts and last in ("gate_up", "down"):
             for expert in range(parameter.shape[0]):
                 slots.update(_expert_slots(f"{stem}experts.{expert}.", name, last, expert, parameter))
         else:
@@ -172,6 +195,12 @@ class CheckpointFiles:
             self.tensors.update(_read_header(file))
         if (folder / INDEX).is_file():
             self._check_index()
+
+    def only_vision(self) -> CheckpointFiles:
+        """The MingTok inside a Ming-UniVision checkpoint, under its keys without `vision.`."""
+        other = copy.copy(self)
+        other.tensors = {k.removeprefix("vision."): s for k, s in self.tensors.items() if k.startswith("vision.")}
+        return other
 
     def _find(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -224,7 +253,7 @@ class CheckpointFiles:
                 module = model.get_submodule(owner)
                 value = torch.empty(getattr(module, attribute).shape, device=device, dtype=dtype)
                 for key, slot in pieces:
-                    value[slot.index] = readers.read(self.tensors[key], key)
+                    value[slot.index] = readers.read(self.tensors[key])
                 module.register_parameter(attribute, nn.Parameter(value))
 
     def _check(self, slots: Mapping[str, Slot]) -> None:
@@ -240,13 +269,15 @@ class CheckpointFiles:
         if unexpected:
             stored = self.tensors[unexpected[0]]
             raise CheckpointError(
-                f"{stored.file}: tensor {unexpected[0]} {list(stored.shape)} is not expected{_and_more(unexpected)}: {fits}"
+                f"{stored.file}: tensor {unexpected[0]} {list(stored.shape)} is not expected{_and_more(unexpected)}: "
+                f"{fits}"
             )
         for key, slot in slots.items():
             stored = self.tensors[key]
             if stored.shape != slot.shape:
                 raise CheckpointError(
-                    f"{stored.file}: tensor {key} is {list(stored.shape)}, expected {list(slot.shape)} by config.json: {fits}"
+                    f"{stored.file}: tensor {key} is {list(stored.shape)}, expected {list(slot.shape)} by config.json: "
+                    f"{fits}"
                 )
             if stored.dtype not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
@@ -290,13 +321,13 @@ class _Readers:
     def __exit__(self, *_: object) -> None:
         self._open.clear()
 
-    def read(self, stored: Stored, key: str) -> Tensor:
+    def read(self, stored: Stored) -> Tensor:
         try:
             if stored.file not in self._open:
                 self._open[stored.file] = safe_open(str(stored.file), framework="pt")
-            return self._open[stored.file].get_tensor(key)
+            return self._open[stored.file].get_tensor(stored.key)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{stored.file}: tensor {key} cannot be read ({error}): {AGAIN}") from error
+            raise CheckpointError(f"{stored.file}: tensor {stored.key} cannot be read ({error}): {AGAIN}") from error
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -312,7 +343,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         start = 8 + length
         found = {
             name: Stored(
-                file, h["dtype"], tuple(h["shape"]), start + h["data_offsets"][0], start + h["data_offsets"][1]
+                file, name, h["dtype"], tuple(h["shape"]), start + h["data_offsets"][0], start + h["data_offsets"][1]
             )
             for name, h in header.items()
         }

@@ -57,10 +57,8 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        if x.is_cuda and chosen.numel() <= GATHER_LIMIT:
-            out = self._gathered(x, chosen)
-        else:
-            out = self._sorted(x, chosen)
+        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT
+        out = self._gathered(x, chosen) if gather else self._sorted(x, chosen)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:

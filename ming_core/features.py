@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .files import FileError, read_tensors, write_tensors
@@ -80,6 +81,36 @@ class Features(NamedTuple):
         return f"Features({self.batch} x {h}x{w}, {self.tokens.shape[-1]} wide, depth {self.depth})"
 
 
+def change(a: Features, b: Features) -> Tensor:
+    """How much each token differs: 1 - cosine similarity of the semantic tokens, float32 [B, 1, h, w], 0 to 2.
+
+    Raises ValueError unless both have one tokenizer, one grid and equally many pictures.
+    """
+    for what, of_a, of_b in (
+        ("tokenizer", a.tokenizer[:12], b.tokenizer[:12]),
+        ("grid", a.grid, b.grid),
+        ("number of pictures", a.batch, b.batch),
+    ):
+        if of_a != of_b:
+            raise ValueError(f"these features cannot be compared: their {what} differs ({of_a} and {of_b})")
+    difference = 1 - F.cosine_similarity(a.tokens, b.tokens, dim=-1)
+    return to_grid(difference[..., None], a.grid).clamp(0, 2)
+
+
+def principal_colours(features: Features) -> Tensor:
+    """The three principal components of all tokens as red, green and blue: float32 [B, 3, h, w], 0..1."""
+    tokens = features.tokens.flatten(0, 1).double()
+    tokens = tokens - tokens.mean(0)
+    _, axes = torch.linalg.eigh(tokens.T @ tokens)  # in rising order
+    axes = axes[:, -3:].flip(1)
+    # an axis has no sign of its own: point it to where its largest entry is positive
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    values = (tokens @ axes).float()
+    low, high = values.amin(0), values.amax(0)
+    colours = (values - low) / (high - low).clamp_min(1e-12)
+    return to_grid(colours.unflatten(0, (features.batch, -1)), features.grid)
+
+
 def save_features(features: Features, path: str | Path) -> None:
     """Write one safetensors file, whole or not at all. Tokens are kept too, so that no model is needed to read it."""
     write_tensors(
@@ -90,7 +121,7 @@ def save_features(features: Features, path: str | Path) -> None:
 
 
 def load_features(path: str | Path) -> Features:
-    """Read what `save_features` wrote. Raises FileError with the remedy for a file that is damaged or of another kind."""
+    """Read what `save_features` wrote. Raises FileError for a file that is damaged or of another kind."""
     tensors, about = read_tensors(path, FILE_FORMAT)
     try:
         tokens, latents = tensors["tokens"].float(), tensors["latents"].float()

@@ -30,7 +30,9 @@ class ChatFormat:
     def __init__(self, tokenizer_json: str) -> None:
         content = json.loads(tokenizer_json)
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        content["added_tokens"] = [t for t in content.get("added_tokens", []) if not t["special"]]
+        added = content.get("added_tokens", [])
+        self._special_ids = {t["content"]: t["id"] for t in added if t["special"]}
+        content["added_tokens"] = [t for t in added if not t["special"]]
         self._plain = Tokenizer.from_str(json.dumps(content))
         self.end_id = self._special(END)
         self.role_open_id, self.role_close_id = self._special(ROLE_OPEN), self._special(ROLE_CLOSE)
@@ -94,10 +96,9 @@ class ChatFormat:
         return parts
 
     def _special(self, token: str) -> int:
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
+        if token not in self._special_ids:
             raise ValueError(f"the tokenizer has no special token {token}: it belongs to another model")
-        return token_id
+        return self._special_ids[token]
 
     def _tag(self, role: str) -> Text:
         return Text((self.role_open_id, *self.encode(role), self.role_close_id), ROLE, f"<role>{role}</role>")

@@ -1,0 +1,107 @@
+"""ComfyUI's IMAGE tensors to the model's pixels and back, with the published resize rules.
+
+IMAGE: float [B, H, W, C], 0..1. Model pixels: float32 [B, 3, S, S], -1..1, S the side the model wants. A picture is
+resized once, in 8 bit, by Pillow's antialiased bicubic filter, as published; one that has the right size already is
+not touched.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+FITS = ("center crop", "stretch", "pad")
+MAX_SIDE_RATIO = 16  # a centre crop of anything longer would show a sliver of the picture
+MID_GREY = (128, 128, 128)
+
+
+def to_pixels(images: Tensor, side: int, fit: str = "center crop") -> Tensor:
+    """IMAGE [B, H, W, C] -> model pixels [B, 3, side, side].
+
+    C is 3, 4 (alpha is dropped) or 1 (repeated); values outside 0..1 are clamped. fit: "center crop" keeps the middle
+    square, "stretch" ignores the aspect ratio, "pad" puts mid grey around. Raises ValueError.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}: give one of {FITS}")
+    images = _rgb(images)
+    height, width = images.shape[1:3]
+    if (height, width) == (side, side):
+        return images.permute(0, 3, 1, 2) * 2 - 1
+    if fit == "center crop" and max(height, width) > MAX_SIDE_RATIO * min(height, width):
+        raise ValueError(
+            f"a picture of {width}x{height} is too long for a centre crop (more than {MAX_SIDE_RATIO}:1): "
+            'set fit to "stretch" or "pad", or crop it first'
+        )
+    resized = [_resize(Image.fromarray(to_uint8(image)), side, fit) for image in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Model pixels [B, 3, H, W] in -1..1 -> IMAGE float32 [B, H, W, 3], 0..1, in host memory."""
+    return (pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """One picture, float [H, W, C] in 0..1 -> uint8, rounded to the nearest level."""
+    return (image.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise ratio in dB of two IMAGEs of one shape; infinite for equal ones."""
+    error = (a.double() - b.double()).square().mean()
+    return float("inf") if error == 0 else float(-10 * torch.log10(error))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Mean structural similarity of two IMAGEs of one shape (Wang et al. 2004: Gaussian window of 11, sigma 1.5)."""
+    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(x: Tensor) -> Tensor:  # [B, C, H, W], only where the window fits; smaller pictures use their middle row
+        for axis in (2, 3):
+            n = min(11, x.shape[axis])
+            w = window[(11 - n) // 2 : (11 - n) // 2 + n]
+            x = (x.unfold(axis, n, 1) * (w / w.sum())).sum(-1)
+        return x
+
+    a, b = (x.double().permute(0, 3, 1, 2) for x in (a, b))
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return float(score.mean())
+
+
+def _rgb(images: Tensor) -> Tensor:
+    """float32 [B, H, W, 3] in 0..1, checked."""
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+        raise ValueError(f"an IMAGE is [batch, height, width, 1, 3 or 4 channels], not {list(images.shape)}")
+    if 0 in images.shape:
+        raise ValueError(f"there is no picture in this batch ({list(images.shape)}): connect one or more")
+    images = images[..., :3].float()
+    if not torch.isfinite(images).all():
+        raise ValueError("the picture holds NaN or infinite values: repair it before it goes to the model")
+    return images.clamp(0, 1).expand(-1, -1, -1, 3)
+
+
+def _resize(image: Image.Image, side: int, fit: str) -> np.ndarray:
+    """To uint8 [side, side, 3]."""
+    width, height = image.size
+    short, long = sorted((width, height))
+    if fit == "stretch":
+        size = (side, side)
+    elif fit == "center crop":
+        other = int(side * long / short)
+        size = (side, other) if width <= height else (other, side)
+    else:
+        other = max(1, round(side * short / long))
+        size = (other, side) if width <= height else (side, other)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((n - side) / 2) for n in image.size)
+    if fit == "pad":
+        canvas = Image.new("RGB", (side, side), MID_GREY)
+        canvas.paste(image, (-left, -top))
+        return np.array(canvas)
+    return np.array(image.crop((left, top, left + side, top + side)))

@@ -1,0 +1,297 @@
+"""Look, draw, edit, round after round: the nodes that pass a conversation on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn
+from ..ming_core import load_conversation as read_conversation
+from ..ming_core import save_conversation as write_conversation
+from ..ming_core.decoding import STARTS
+from . import host
+from .features import SavedFile, saved_as
+from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
+
+ADVANCED = {"advanced": True}
+
+
+def _reporter(total: int) -> Any:
+    """on_token for a round whose bar is `total` tokens long; text before and after a picture does not move it."""
+    report = host.progress(total)
+    reached = 0
+
+    def on_token(progress: Progress) -> None:
+        nonlocal reached
+        if progress.kind == "image" or progress.total == total:
+            reached = progress.done
+        report(reached, progress.text or None)
+
+    return on_token
+
+
+class MingUnderstand:
+    DESCRIPTION = "Asks the model, about pictures or in plain text, and gives its answer."
+    CATEGORY = CATEGORY
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "MING_CONVERSATION"), ("text", "conversation")
+    OUTPUT_TOOLTIPS = ("The answer.", "The conversation with this round, for the next one.")
+    FUNCTION = "ask"
+    SEARCH_ALIASES = ("caption", "describe image", "vqa", "image to text", "chat")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": socket("MING_UNIVISION", "The model, from Load Ming-UniVision."),
+                "prompt": prompt("What to ask.", "Please describe the picture in detail."),
+                "max_new_tokens": integer(512, 1, 4096, "The answer ends after this many tokens at the latest."),
+                "temperature": number(0.0, 0.0, 2.0, 0.05, "0: always the most likely word. Above: freer words."),
+                "top_p": number(1.0, 0.01, 1.0, 0.01, "Above temperature 0: only the most likely words that together "
+                                "have this probability.", **ADVANCED),
+                "seed": seed("Above temperature 0: another seed, another answer.", changes=False, **ADVANCED),
+            },
+            "optional": {
+                "features": socket("MING_FEATURES", "Pictures to look at. One that the conversation shows already is "
+                                   "not attached again."),
+                "conversation": socket("MING_CONVERSATION", "What was said and drawn before."),
+            },
+        }
+
+    def ask(
+        self,
+        model: host.Loaded,
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        features: Features | None = None,
+        conversation: Conversation | None = None,
+    ) -> tuple[str, Conversation]:
+        turn = host.ready(model).understand(
+            conversation or Conversation(),
+            prompt,
+            features=features,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p),
+            seed=seed,
+            on_token=_reporter(max_new_tokens),
+        )
+        return turn.text, turn.conversation
+
+
+class _Drawing:
+    """What MingGenerate and MingEdit share."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("MING_FEATURES", "MING_CONVERSATION", "STRING")
+    RETURN_NAMES = ("features", "conversation", "text")
+    OUTPUT_IS_LIST = (True, True, True)
+    OUTPUT_TOOLTIPS = (
+        "The drawn picture as features, one item a picture: decode it, or hand it on.",
+        "The conversation with this round, one a picture, for the next round.",
+        "What the model said beside the picture, if anything.",
+    )
+    FUNCTION = "draw"
+
+    # Widgets of both nodes; each node has its own order.
+    MODEL = socket("MING_UNIVISION", "The model, from Load Ming-UniVision.")
+    SEED = seed("Another seed, another picture. No two rounds share their noise, even with one seed.", changes=True)
+    BATCH = integer(1, 1, 16, "Pictures at once, in one pass over the weights; picture k is that of seed + k.")
+    TEXT_GUIDANCE = number(3.0, 0.0, 20.0, 0.1, "How closely the words are followed; 1 switches it off.")
+    STEPS = integer(16, 1, 64, "Steps of the flow head for every token; fewer are faster.", **ADVANCED)
+    TEMPERATURE = number(1.0, 0.0, 2.0, 0.05, "Strength of the noise that each token begins as.", **ADVANCED)
+    SOLVER = combo(["euler"], "How the steps are made.", **ADVANCED)
+    START = combo(
+        list(STARTS),
+        "draw now: begin the picture at once. model decides: the model may write first, and must begin it itself.",
+        **ADVANCED,
+    )
+    MAX_NEW_TOKENS = integer(64, 1, 4096, "Most tokens of text before and after the picture.", **ADVANCED)
+    CONVERSATION = socket("MING_CONVERSATION", "What was said and drawn before.")
+
+    def draw(
+        self,
+        model: host.Loaded,
+        seed: int,
+        batch_size: int,
+        text_guidance: float,
+        image_guidance: float,
+        steps: int,
+        temperature: float,
+        solver: str,
+        start: str,
+        max_new_tokens: int,
+        prompt: str = "",
+        instruction: str = "",
+        features: Features | None = None,
+        conversation: Conversation | None = None,
+    ) -> tuple[list[Features], list[Conversation], list[str]]:
+        conversation = conversation or Conversation()
+        self.check(features, conversation)
+        loaded = host.ready(model)
+        turns: list[Turn] = loaded.generate_images(
+            conversation,
+            prompt or instruction,
+            seeds=[seed + k for k in range(batch_size)],
+            features=features,
+            guidance=Guidance(text_guidance, image_guidance),
+            solver=Solver(steps, solver),
+            temperature=temperature,
+            start=start,
+            max_new_tokens=max_new_tokens,
+            on_token=_reporter(loaded.config.llm_config.num_image_tokens_for_gen),
+        )
+        return [t.features for t in turns], [t.conversation for t in turns], [t.text for t in turns]
+
+    def check(self, features: Features | None, conversation: Conversation) -> None:
+        """Raises ValueError where this node is not the one to use."""
+
+
+class MingGenerate(_Drawing):
+    DESCRIPTION = "Draws a picture from a description. The result is features: decode them, or edit on."
+    SEARCH_ALIASES = ("text to image", "t2i", "draw")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        image_guidance = number(
+            1.1, 0.0, 10.0, 0.05, "How closely earlier pictures are followed; only with a conversation.", **ADVANCED
+        )
+        return {
+            "required": {
+                "model": cls.MODEL,
+                "prompt": prompt("What to draw."),
+                "seed": cls.SEED,
+                "batch_size": cls.BATCH,
+                "text_guidance": cls.TEXT_GUIDANCE,
+                "steps": cls.STEPS,
+                "temperature": cls.TEMPERATURE,
+                "solver": cls.SOLVER,
+                "start": cls.START,
+                "max_new_tokens": cls.MAX_NEW_TOKENS,
+                "image_guidance": image_guidance,
+            },
+            "optional": {"conversation": cls.CONVERSATION},
+        }
+
+
+class MingEdit(_Drawing):
+    DESCRIPTION = (
+        "Draws the picture in view anew, as the instruction says. Feature to feature: a chain of edits is decoded to "
+        "pixels once, at its end."
+    )
+    SEARCH_ALIASES = ("image edit", "instruct edit", "inpaint", "multi-round edit")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": cls.MODEL,
+                "instruction": prompt("What to change, in words. Ming Instruction has tried phrasings."),
+                "seed": cls.SEED,
+                "batch_size": cls.BATCH,
+                "text_guidance": cls.TEXT_GUIDANCE,
+                "image_guidance": number(1.1, 0.0, 10.0, 0.05, "How closely the picture is followed; 1: no more than "
+                                         "the model does by itself."),
+                "steps": cls.STEPS,
+                "temperature": cls.TEMPERATURE,
+                "solver": cls.SOLVER,
+                "start": cls.START,
+                "max_new_tokens": cls.MAX_NEW_TOKENS,
+            },
+            "optional": {
+                "features": socket("MING_FEATURES", "The picture to edit, or several for one message. One that the "
+                                   "conversation shows already is not attached again."),
+                "conversation": cls.CONVERSATION,
+            },
+        }
+
+    def check(self, features: Features | None, conversation: Conversation) -> None:
+        if features is None and not conversation.pictures:
+            raise ValueError(
+                "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a "
+                "conversation that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
+            )
+
+
+class MingSaveConversation:
+    DESCRIPTION = "Saves a conversation to output/ming, in kilobytes: token ids and latents."
+    CATEGORY = TOOLS
+    RETURN_TYPES: tuple = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+    SEARCH_ALIASES = ("store conversation",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "conversation": socket("MING_CONVERSATION", "The conversation to keep."),
+                "filename_prefix": file_name("conversation"),
+            }
+        }
+
+    def save(self, conversation: Conversation, filename_prefix: str) -> dict:
+        return saved_as(filename_prefix, lambda path: write_conversation(conversation, path))
+
+
+class MingLoadConversation(SavedFile):
+    DESCRIPTION = "Loads a saved conversation, to go on with it. It needs the model that it was held with."
+    CATEGORY = TOOLS
+    RETURN_TYPES, RETURN_NAMES = ("MING_CONVERSATION",), ("conversation",)
+    OUTPUT_TOOLTIPS = ("The conversation, as it was saved.",)
+    FUNCTION = "load"
+    SEARCH_ALIASES = ("continue conversation",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": socket("MING_UNIVISION", "The model that the conversation was held with."),
+                "file": cls.files("A file of Ming Save Conversation."),
+            }
+        }
+
+    def load(self, model: host.Loaded, file: str) -> tuple[Conversation]:
+        path = host.saved_path(file)
+        return (read_conversation(path, host.ready(model)),)
+
+
+class MingConversationPicture:
+    DESCRIPTION = "Takes one picture out of a conversation, as features."
+    CATEGORY = FEATURES
+    RETURN_TYPES, RETURN_NAMES = ("MING_FEATURES",), ("features",)
+    OUTPUT_TOOLTIPS = ("That picture.",)
+    FUNCTION = "pick"
+    SEARCH_ALIASES = ("picture from conversation", "last picture")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "conversation": socket("MING_CONVERSATION", "A conversation that shows pictures."),
+                "index": integer(-1, -1024, 1023, "0 is the first picture, seen or drawn; -1 the last one."),
+            }
+        }
+
+    def pick(self, conversation: Conversation, index: int) -> tuple[Features]:
+        pictures = conversation.pictures
+        if not -len(pictures) <= index < len(pictures):
+            has = f"{len(pictures)} pictures (0 to {len(pictures) - 1})" if pictures else "no picture"
+            raise ValueError(f"there is no picture {index}: this conversation has {has}")
+        return (pictures[index].features,)
+
+
+class MingConversationTranscript:
+    DESCRIPTION = "Writes a conversation out as text, for people to read."
+    CATEGORY = TOOLS
+    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("transcript",)
+    OUTPUT_TOOLTIPS = ("The rounds, one after the other.",)
+    FUNCTION = "write"
+    SEARCH_ALIASES = ("conversation to text", "chat log")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"conversation": socket("MING_CONVERSATION", "The conversation to read.")}}
+
+    def write(self, conversation: Conversation) -> tuple[str]:
+        return (conversation.transcript(),)

@@ -1,0 +1,234 @@
+"""The only file that knows ComfyUI: devices, memory, progress, interruption, folders.
+
+The same interface serves without it: then models stay where they were loaded, progress goes to whoever listens
+(`listen`), and files go to the folders of `folders`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ming_core.files import FileError
+
+try:
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.utils
+    import folder_paths
+except ImportError:
+    comfy = folder_paths = None
+
+log = logging.getLogger(__name__)
+
+PACK = Path(__file__).resolve().parent.parent
+MODEL_FOLDER = "ming"  # the category below ComfyUI's models/
+
+Listener = Callable[[int, int, "str | None"], None]
+_listener: ContextVar[Listener | None] = ContextVar("ming_listener", default=None)
+_folders: ContextVar[tuple[Path, Path]] = ContextVar("ming_folders", default=(PACK / "output", PACK / "input"))
+
+
+# --- Devices and memory -------------------------------------------------------------------------------------------
+
+
+class _Resident(nn.Module):
+    """What a patcher manages. ComfyUI writes attributes such as `device` on it, which a model of ours computes."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.device = device
+
+
+@dataclass(eq=False)  # compared by identity, and able to be referenced weakly
+class Loaded:
+    """A loaded model as it travels between nodes. `patcher` is None without ComfyUI."""
+
+    model: Any  # ming_core.MingTok or ming_core.UniVision
+    patcher: Any
+    name: str
+    owner: Loaded | None = None  # the Ming-UniVision that this MingTok is a part of
+
+    def __repr__(self) -> str:
+        return f"{type(self.model).__name__}({self.name})"
+
+
+def device() -> torch.device:
+    """Where models compute."""
+    if comfy:
+        return comfy.model_management.get_torch_device()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resting_device() -> torch.device:
+    """Where a freshly loaded model is put, before it computes."""
+    return comfy.model_management.unet_offload_device() if comfy else device()
+
+
+def bfloat16_works(on: torch.device) -> bool:
+    """Whether a GPU computes in bf16 rather than emulating it."""
+    if comfy:
+        return bool(comfy.model_management.should_use_bf16(on))
+    return on.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def total_memory(on: torch.device) -> int:
+    """Bytes of a GPU, or of the host, in all: what ComfyUI could free is counted in."""
+    if on.type == "cuda":
+        return torch.cuda.get_device_properties(on).total_memory
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of RAM in this machine."""
+    if comfy:
+        return int(comfy.model_management.total_ram) << 20  # ComfyUI counts in MiB
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import ctypes  # Windows has no sysconf
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "free", "_1", "_2", "_3", "_4", "_5")),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return status.total
+
+
+def managed(model: nn.Module, name: str) -> Loaded:
+    """Hand a loaded model to ComfyUI's memory management."""
+    if not comfy:
+        return Loaded(model, None, name)
+    offload = resting_device()
+    return Loaded(model, comfy.model_patcher.ModelPatcher(_Resident(model, offload), device(), offload), name)
+
+
+def ready(loaded: Loaded) -> Any:
+    """The model, on the device where it computes."""
+    if loaded.patcher is not None:
+        comfy.model_management.load_models_gpu([loaded.patcher], force_full_load=True)
+    return loaded.model
+
+
+# --- While a node runs --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Without ComfyUI: call listener(value, total, text) for every token of the node that runs."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def progress(total: int) -> Callable[..., None]:
+    """A function (value, text=None) to call after every token. It raises when the user has interrupted."""
+    if comfy:
+        bar = comfy.utils.ProgressBar(total)
+
+        def report(value: int, text: str | None = None) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(value, total)
+
+        return report
+    listener = _listener.get()
+
+    def tell(value: int, text: str | None = None) -> None:
+        if listener:
+            listener(value, total, text)
+
+    return tell
+
+
+# --- Folders ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def folders(*, output: str | Path, input: str | Path) -> Iterator[None]:
+    """Without ComfyUI: where files are written and looked up."""
+    token = _folders.set((Path(output), Path(input)))
+    try:
+        yield
+    finally:
+        _folders.reset(token)
+
+
+def output_directory() -> Path:
+    return Path(folder_paths.get_output_directory()) if folder_paths else _folders.get()[0]
+
+
+def input_directory() -> Path:
+    return Path(folder_paths.get_input_directory()) if folder_paths else _folders.get()[1]
+
+
+def register_model_folder() -> None:
+    """Add the category to ComfyUI's model folders, beside what extra_model_paths.yaml has put there."""
+    if folder_paths:
+        ours = os.path.join(folder_paths.models_dir, MODEL_FOLDER)
+        paths, extensions = folder_paths.folder_names_and_paths.get(MODEL_FOLDER, ([], set()))
+        if ours not in paths:
+            paths = [*paths, ours]
+        folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, set(extensions) | {".safetensors"})
+
+
+def model_folders() -> list[Path]:
+    """The folders that checkpoint folders lie in."""
+    if folder_paths:
+        return [Path(p) for p in folder_paths.get_folder_paths(MODEL_FOLDER)]
+    return [PACK / "models"]
+
+
+def save_path(prefix: str, suffix: str) -> Path:
+    """A new file below output/ming/ with ComfyUI's counter: prefix_00001_.safetensors. Raises FileError."""
+    root = (output_directory() / "ming").resolve()
+    relative = Path(prefix.replace("\\", "/"))
+    target = (root / relative).resolve()
+    if relative.is_absolute() or relative.drive or not relative.name or root not in target.parents:
+        raise FileError(f"the file name {prefix!r} leads out of {root}: give a name without .. and without a drive")
+    pattern = re.compile(re.escape(target.name) + r"_(\d+)_.*")
+    try:
+        taken = [int(m[1]) for m in map(pattern.fullmatch, os.listdir(target.parent)) if m]
+    except FileNotFoundError:
+        taken = []
+    except OSError as error:
+        raise FileError(f"cannot write to {target.parent}: {error.strerror}; choose another output folder") from error
+    return target.with_name(f"{target.name}_{max(taken, default=0) + 1:05}_{suffix}")
+
+
+def saved_files() -> list[str]:
+    """Names of the saved files that can be loaded: `ming/x_00001_.safetensors [output]`, `y.safetensors [input]`."""
+    names = []
+    for place, root, below in (("output", output_directory(), "ming"), ("input", input_directory(), "")):
+        found = (root / below).rglob("*.safetensors")
+        names += sorted(f"{path.relative_to(root).as_posix()} [{place}]" for path in found if path.is_file())
+    return names
+
+
+def saved_path(name: str) -> Path:
+    """The file that one of `saved_files` names. Raises FileError for a missing file or a name that climbs out."""
+    match = re.fullmatch(r"(.+?) ?\[(output|input)\]", name)
+    relative, place = match.groups() if match else (name, "input")
+    root = (output_directory() if place == "output" else input_directory()).resolve()
+    path = (root / relative).resolve()
+    if root not in path.parents:
+        raise FileError(f"the file name {name!r} leads out of {root}: choose a file from the list")
+    if not path.is_file():
+        raise FileError(f"there is no file {relative} in {root}: save one first, or put it there")
+    return path

@@ -1,0 +1,108 @@
+"""MingTok by itself: picture to latent, latent to features, features to picture."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ming_core import Features
+from ..ming_core.images import FITS, to_images, to_pixels
+from . import host
+from .widgets import CATEGORY, combo, socket
+
+LATENT_TYPE = "mingtok"
+DETAILS = {"standard": 1, "high": 2}  # times the native side
+
+
+def latent_dict(latents: torch.Tensor) -> dict:
+    """Core's LATENT, so that its own latent nodes work on it. The samples are the caller's to change."""
+    return {"samples": latents.detach().to("cpu", torch.float32, copy=True), "type": LATENT_TYPE}
+
+
+def samples_of(latent: dict) -> torch.Tensor:
+    """A float32 copy of a LATENT's samples. Raises ValueError for a LATENT of another model."""
+    kind = latent.get("type", LATENT_TYPE)
+    samples = latent.get("samples")
+    if kind != LATENT_TYPE or not isinstance(samples, torch.Tensor):
+        raise ValueError(f"this LATENT is of type {kind!r}: connect one from MingTok Encode")
+    return samples.detach().to("cpu", torch.float32, copy=True)
+
+
+class MingTokEncode:
+    DESCRIPTION = "Turns a picture into MingTok's compact continuous latents."
+    CATEGORY = CATEGORY
+    RETURN_TYPES, RETURN_NAMES = ("LATENT",), ("latent",)
+    OUTPUT_TOOLTIPS = ("Continuous latents; core's latent nodes (blend, batch, save) work on them.",)
+    FUNCTION = "encode"
+    SEARCH_ALIASES = ("ming encode", "image to latent", "tokenizer encode")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "mingtok": socket("MINGTOK", "The tokenizer, from a loader."),
+                "image": socket("IMAGE", "The picture, or a batch of them. Alpha is dropped."),
+                "fit": combo(
+                    list(FITS),
+                    "How a picture that is not square becomes square: keep its middle, ignore its aspect ratio, or put "
+                    "mid grey around it.",
+                ),
+                "detail": combo(
+                    list(DETAILS),
+                    "standard: the size the model draws and edits in. high: twice the side, for questions about "
+                    "photographs.",
+                ),
+            }
+        }
+
+    def encode(self, mingtok: host.Loaded, image: torch.Tensor, fit: str, detail: str) -> tuple:
+        pixels = to_pixels(image, DETAILS[detail] * mingtok.model.native_side, fit)
+        model = host.ready(mingtok)
+        with torch.no_grad():
+            return (latent_dict(model.encode(pixels)),)
+
+
+class MingTokSemanticFeatures:
+    DESCRIPTION = "Expands latents to the semantic features that Ming-UniVision sees, draws and edits in."
+    CATEGORY = CATEGORY
+    RETURN_TYPES, RETURN_NAMES = ("MING_FEATURES",), ("features",)
+    OUTPUT_TOOLTIPS = ("Features of the picture, or of each picture of the batch.",)
+    FUNCTION = "expand"
+    SEARCH_ALIASES = ("semantic decoder", "latent to features")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "mingtok": socket("MINGTOK", "The tokenizer that made the latents."),
+                "latent": socket("LATENT", "Latents from MingTok Encode, also after core's latent nodes."),
+            }
+        }
+
+    def expand(self, mingtok: host.Loaded, latent: dict) -> tuple[Features]:
+        samples = samples_of(latent)
+        model = host.ready(mingtok)
+        with torch.no_grad():
+            return (model.semantic_features(samples),)
+
+
+class MingTokDecode:
+    DESCRIPTION = "Makes the picture, once, where it is wanted: features to pixels."
+    CATEGORY = CATEGORY
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("image",)
+    OUTPUT_TOOLTIPS = ("The picture, or the batch of pictures.",)
+    FUNCTION = "decode"
+    SEARCH_ALIASES = ("pixel decoder", "features to image")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "mingtok": socket("MINGTOK", "The tokenizer of the model that made the features."),
+                "features": socket("MING_FEATURES", "Features of seen or drawn pictures."),
+            }
+        }
+
+    def decode(self, mingtok: host.Loaded, features: Features) -> tuple[torch.Tensor]:
+        model = host.ready(mingtok)
+        with torch.no_grad():
+            return (to_images(model.decode(features)),)

@@ -1,0 +1,68 @@
+"""Pictures to begin with, and pictures measured."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ming_core.images import psnr, ssim
+from ..ming_core.shapes import degrade as spoil
+from ..ming_core.shapes import describe, draw, parse_scene, scene_from_seed
+from .widgets import TOOLS, combo, integer, seed, socket
+
+DEGRADE = ["none", "pixelated", "grey", "noisy"]
+
+
+class MingExampleScene:
+    DESCRIPTION = "Draws a scene of the built-in model's world, so that every template runs without a picture of yours."
+    CATEGORY = TOOLS
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("image", "caption")
+    OUTPUT_TOOLTIPS = ("The scene.", "What it shows, in words.")
+    FUNCTION = "draw"
+    SEARCH_ALIASES = ("ming test image", "shapes")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        tooltip = (
+            'Empty: a scene from the seed. Else in words: "a large red circle at the top left and a small blue star at '
+            'the centre on a white background".'
+        )
+        return {
+            "required": {
+                "scene": ("STRING", {"default": "", "tooltip": tooltip}),
+                "seed": seed("Another seed, another scene (and other noise).", changes=True),
+                "degrade": combo(DEGRADE, "Spoil the picture, for the model to repair."),
+                "size": integer(512, 64, 1024, "Side of the picture in pixels."),
+            }
+        }
+
+    def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:
+        wanted = parse_scene(scene) if scene.strip() else scene_from_seed(seed)
+        pixels = spoil(draw(wanted, size), degrade, seed)
+        return torch.from_numpy(pixels).float().div(255)[None], describe(wanted)
+
+
+class MingImageMetrics:
+    DESCRIPTION = "Measures how alike two pictures are."
+    CATEGORY = TOOLS
+    RETURN_TYPES, RETURN_NAMES = ("FLOAT", "FLOAT", "STRING"), ("psnr", "ssim", "report")
+    OUTPUT_TOOLTIPS = ("Peak signal to noise ratio in dB.", "Structural similarity, 1 for equal pictures.", "Both.")
+    FUNCTION = "measure"
+    SEARCH_ALIASES = ("psnr", "ssim", "image quality", "compare images")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "image_a": socket("IMAGE", "One picture, or a batch."),
+                "image_b": socket("IMAGE", "The other, of the same size."),
+            }
+        }
+
+    def measure(self, image_a: torch.Tensor, image_b: torch.Tensor) -> tuple[float, float, str]:
+        if image_a.shape != image_b.shape:
+            raise ValueError(
+                f"the pictures differ in shape ({list(image_a.shape)} and {list(image_b.shape)}): bring them to one "
+                "size, for example with ImageScale"
+            )
+        noise, structure = psnr(image_a, image_b), ssim(image_a, image_b)
+        return noise, structure, f"PSNR {noise:.2f} dB, SSIM {structure:.4f}"

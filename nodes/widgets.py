@@ -1,0 +1,40 @@
+"""Declarations that several nodes share. Their names, order and strings are saved in users' workflows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_SEED = 2**64 - 1
+
+CATEGORY = "Ming-UniVision"
+FEATURES, TOOLS = f"{CATEGORY}/features", f"{CATEGORY}/tools"
+
+
+def integer(default: int, low: int, high: int, tooltip: str, **more: Any) -> tuple:
+    return "INT", {"default": default, "min": low, "max": high, "tooltip": tooltip, **more}
+
+
+def number(default: float, low: float, high: float, step: float, tooltip: str, **more: Any) -> tuple:
+    return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip, **more}
+
+
+def combo(options: list[str], tooltip: str, **more: Any) -> tuple:
+    return options, {"default": options[0], "tooltip": tooltip, **more} if options else {"tooltip": tooltip, **more}
+
+
+def prompt(tooltip: str, default: str = "") -> tuple:
+    """A text of several lines, taken literally: no {a|b} choices."""
+    return "STRING", {"default": default, "multiline": True, "dynamicPrompts": False, "tooltip": tooltip}
+
+
+def file_name(default: str) -> tuple:
+    return "STRING", {"default": default, "tooltip": "Name of the new file below output/ming; a counter is added."}
+
+
+def socket(kind: str, tooltip: str) -> tuple:
+    return kind, {"tooltip": tooltip}
+
+
+def seed(tooltip: str, *, changes: bool, **more: Any) -> tuple:
+    """changes: whether the page offers to change it after each run."""
+    return integer(0, 0, MAX_SEED, tooltip, control_after_generate=changes, **more)

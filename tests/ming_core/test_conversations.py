@@ -1,0 +1,416 @@
+"""Rounds on one another: what is the same, whatever the cache, the branch, the batch or the file in between."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from ming_univision.ming_core import (
+    Conversation,
+    FileError,
+    Guidance,
+    Sampling,
+    Solver,
+    load_conversation,
+    load_univision,
+    save_conversation,
+)
+from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Part, Picture, Text, guidance_views, prompt_views
+from ming_univision.ming_core.features import Features, load_features, save_features
+
+SAME = 3e-4  # latents, float32, on this small model
+SHORT = {"max_new_tokens": 6}
+
+
+def assert_same_turn(a, b) -> None:
+    assert a.token_ids == b.token_ids
+    assert (a.features is None) == (b.features is None)
+    if a.features is not None:
+        torch.testing.assert_close(a.features.latents, b.features.latents, rtol=0, atol=SAME)
+
+
+def three_rounds(model, picture, seed: int = 0):
+    """Ask about a picture, edit it, edit again; the turns."""
+    first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    second = model.generate_image(first.conversation, "Make it blue.", seed=seed, **SHORT)
+    third = model.generate_image(second.conversation, "Refine it.", seed=seed, **SHORT)
+    return first, second, third
+
+
+# --- the prefix cache ---------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_the_same_with_the_prefix_cache_off_and_emptied_in_the_middle(model, picture):
+    with_cache = three_rounds(model, picture)
+    model.prefix_cache.clear()
+    first, second, _ = three_rounds(model, picture)
+    model.prefix_cache.clear()
+    third = model.generate_image(second.conversation, "Refine it.", **SHORT)
+    model.prefix_cache.clear()
+    model.prefix_cache.limit = 0
+    without = three_rounds(model, picture)
+    assert len(model.prefix_cache) == 0
+    for a, b, c in zip(with_cache, (first, second, third), without, strict=True):
+        assert_same_turn(a, b)
+        assert_same_turn(a, c)
+
+
+def test_a_hit_prefills_only_what_is_new_and_a_miss_everything(model, picture):
+    first, second, third = three_rounds(model, picture)
+    prompts = [t.conversation.parts[-2].length for t in (first, second, third)]
+    assert [first.prefilled, second.prefilled, third.prefilled] == prompts
+    model.prefix_cache.clear()
+    again = model.generate_image(second.conversation, "Refine it.", **SHORT)
+    assert again.prefilled == second.conversation.length + prompts[2]
+
+
+def test_the_same_call_twice_in_the_same_cache_state_is_bit_equal(model, picture):
+    def run():
+        model.prefix_cache.clear()
+        return three_rounds(model, picture)
+
+    for a, b in zip(run(), run(), strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.features is None or torch.equal(a.features.latents, b.features.latents)
+
+
+def test_the_cache_stays_within_its_bytes_and_forgets_the_end_of_a_transcript_first(model, picture):
+    cache = model.prefix_cache
+    three_rounds(model, picture)
+    everything = cache.bytes
+    cache.clear()
+    cache.limit = everything // 2
+    _, second, third = three_rounds(model, picture)
+    assert 0 < cache.bytes <= cache.limit
+    again = model.generate_image(second.conversation, "Refine it.", **SHORT)
+    assert again.prefilled < second.conversation.length + third.conversation.parts[-2].length
+    assert_same_turn(third, again)
+
+
+def test_pictures_that_were_seen_and_drawn_do_not_share_keys_and_values(model, picture):
+    seen, drawn = (Conversation((Part(False, (Picture(picture, d),)),)) for d in (False, True))
+    assert seen.segments[0].content() != drawn.segments[0].content()
+
+
+# --- branches and immutability ------------------------------------------------------------------------------------
+
+
+def test_two_edits_of_one_conversation_are_the_same_as_each_alone(model, picture):
+    start = model.understand(Conversation(), "What is it?", features=picture, **SHORT).conversation
+    red = model.generate_image(start, "Make it red.", **SHORT)
+    blue = model.generate_image(start, "Make it blue.", **SHORT)
+    for turn, prompt in ((red, "Make it red."), (blue, "Make it blue.")):
+        model.prefix_cache.clear()
+        assert_same_turn(turn, model.generate_image(start, prompt, **SHORT))
+    assert red.features != blue.features
+
+
+def test_no_operation_changes_the_conversation_and_the_features_it_is_given(model, picture, tmp_path):
+    before = picture.digest()
+    for turn in three_rounds(model, picture):
+        digest = turn.conversation.digest()
+        model.understand(turn.conversation, "And now?", **SHORT)
+        model.generate_images(turn.conversation, "Make it red.", seeds=[1, 2], features=picture, **SHORT)
+        turn.conversation.transcript()
+        save_conversation(turn.conversation, tmp_path / "c.safetensors")
+        assert turn.conversation.digest() == digest
+    assert picture.digest() == before
+
+
+def test_conversations_and_features_are_equal_by_content(model, picture, checkpoint_folder):
+    a, b = (three_rounds(load_univision(checkpoint_folder), picture)[2] for _ in range(2))
+    assert a.conversation == b.conversation and hash(a.conversation) == hash(b.conversation)
+    assert a.features == b.features and len({a.features, b.features}) == 1
+    other = model.generate_image(a.conversation, "Another.", **SHORT)
+    assert other.conversation != a.conversation and other.features != a.features
+
+
+def test_what_travels_has_a_short_repr(model, picture):
+    turn = three_rounds(model, picture)[2]
+    for value in (turn.conversation, turn.features, *turn.conversation.parts, *turn.conversation.segments):
+        assert len(repr(value)) < 80 and "tensor" not in repr(value)
+
+
+# --- pictures in a round ------------------------------------------------------------------------------------------
+
+
+def test_a_picture_attached_in_a_later_round_is_used_and_routed_by_the_image_gate(model, picture):
+    start = model.understand(Conversation(), "Hello.", **SHORT).conversation
+    with_picture = model.understand(start, "What is it?", features=picture, return_logits=True, **SHORT)
+    without = model.understand(start, "What is it?", return_logits=True, **SHORT)
+    assert (with_picture.logits[0] - without.logits[0]).abs().max() > 0.05
+    assert with_picture.conversation.pictures[0].drawn is False
+
+    gates = [layer.mlp.image_gate for layer in model.language_model.model.layers]
+    for gate in gates:
+        gate.weight.data.mul_(-1)
+    model.prefix_cache.clear()
+    other_gate = model.understand(start, "What is it?", features=picture, return_logits=True, **SHORT)
+    assert (with_picture.logits[0] - other_gate.logits[0]).abs().max() > 0.01
+
+
+def test_a_picture_in_view_is_not_attached_again(model, picture):
+    first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    again = model.understand(first.conversation, "Sure?", features=picture, **SHORT)
+    assert len(again.conversation.pictures) == 1
+    drawn = model.generate_image(first.conversation, "Make it blue.", **SHORT)
+    on = model.generate_image(drawn.conversation, "Refine it.", features=drawn.features, **SHORT)
+    assert [p.drawn for p in on.conversation.pictures] == [False, True, True]
+
+
+def test_a_batch_of_pictures_goes_into_one_message_before_the_text(model):
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    with torch.no_grad():
+        batch = model.mingtok.semantic_features(model.mingtok.encode(pixels))
+    prompt = model.understand(Conversation(), "Compare.", features=batch, **SHORT).conversation.parts[0]
+    kinds = [s.kind if isinstance(s, Text) else "picture" for s in prompt.segments]
+    one = [MARK, "picture", MARK]
+    assert kinds == [ROLE, *one, PROMPT, *one, PROMPT, *one, PROMPT, ROLE]
+    for given, attached in zip(batch.pictures(), prompt.pictures, strict=True):
+        assert torch.equal(given.latents, attached.features.latents)
+
+
+def test_a_picture_is_masked_as_in_a_first_round_and_visible_to_all_from_the_next_round_on(model, picture):
+    talk = model.understand(Conversation(), "Hello.", **SHORT).conversation
+    shown = model.understand(talk, "What is it?", features=picture, **SHORT).conversation
+    attached = shown.parts[2]
+    _, unconditional, text_unconditional = guidance_views(shown.parts[:3])
+    n, past = picture.tokens.shape[1], talk.length
+    role = attached.segments[0].length
+    picture_columns = slice(past + role, past + role + n + 2)  # with its two marks
+    assert not unconditional[picture_columns].any() and text_unconditional[picture_columns].all()
+    assert not unconditional[talk.parts[0].length : past].any()  # the newest answer
+    assert prompt_views(attached)[0] == unconditional[past:].tolist()
+
+    later = model.understand(shown, "Sure?", **SHORT).conversation
+    _, unconditional, text_unconditional = guidance_views(later.parts[:5])
+    assert unconditional[: shown.length - shown.parts[3].length].all() and text_unconditional[: shown.length].all()
+
+
+# --- drawing ------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_a_batch_are_the_same_as_each_seed_alone(model, picture):
+    start = model.understand(Conversation(), "What is it?", features=picture, **SHORT).conversation
+    together = model.generate_images(start, "Make it blue.", seeds=[7, 8, 2**64], **SHORT)
+    for seed, turn in zip([7, 8, 0], together, strict=True):
+        assert_same_turn(turn, model.generate_image(start, "Make it blue.", seed=seed, **SHORT))
+        assert turn.features.batch == 1
+    assert together[0].features != together[1].features
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (3.0, 1.0), (2.0, 2.0), (0.0, 1.1), (1.0, 0.0)])
+def test_a_guidance_row_whose_factor_is_zero_is_not_needed(model, picture, guidance, monkeypatch):
+    options = {"features": picture, "guidance": Guidance(*guidance), **SHORT}
+    lean = model.generate_image(Conversation(), "Make it blue.", **options)
+
+    exact = Guidance.factors
+    # the same velocity with every row run: a factor too small to be felt is not zero
+    monkeypatch.setattr(Guidance, "factors", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
+    full = model.generate_image(Conversation(), "Make it blue.", **options)
+    assert_same_turn(lean, full)
+
+
+def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, picture):
+    calls = model.mingtok.calls.copy()
+    three_rounds(model, picture)
+    assert model.mingtok.calls == calls
+
+
+def test_no_two_rounds_share_noise_and_the_depth_counts_when_features_travel_alone(model, picture, monkeypatch):
+    from ming_univision.ming_core import decoding
+
+    rounds, exact = [], decoding._noise
+    monkeypatch.setattr(decoding, "_noise", lambda m, s, g, r: rounds.append(r) or exact(m, s, g, r))
+    _, second, third = three_rounds(model, picture)
+    alone = picture
+    for _ in range(3):  # features handed on without a conversation
+        alone = model.generate_image(Conversation(), "Refine it.", features=alone, **SHORT).features
+    assert rounds[:2] == [1, 3] and rounds[2:] == [0, 1, 2] and alone.depth == 3
+    assert second.features.depth == 1 and third.features.depth == 2
+    a, b = (exact(model, [0], None, r) for r in (0, 1))
+    assert not torch.equal(a, b) and torch.equal(a, exact(model, [2**64], None, 0))
+
+
+def test_the_global_random_state_is_untouched(model, picture):
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    three_rounds(model, picture)
+    model.understand(Conversation(), "Hello.", sampling=Sampling(1.0, 0.9), seed=3, **SHORT)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate() and (states[2] == np.random.get_state()[1]).all()
+
+
+def test_noise_may_be_given_with_or_without_the_row_that_is_ignored(model):
+    n, c = model.config.llm_config.num_image_tokens_for_gen, model.flow_head.net.channels
+    noise = torch.randn(n + 1, c, generator=torch.Generator().manual_seed(1))
+    a = model.generate_image(Conversation(), "A cat.", noise=noise, **SHORT)
+    model.prefix_cache.clear()
+    b = model.generate_image(Conversation(), "A cat.", noise=noise[:n], **SHORT)
+    assert torch.equal(a.features.latents, b.features.latents)
+    with pytest.raises(ValueError, match=rf"give \({n}, {c}\)"):
+        model.generate_image(Conversation(), "A cat.", noise=noise[:3])
+
+
+def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monkeypatch):
+    exact = model.language_model.logits
+    never = torch.zeros(model.config.llm_config.vocab_size)
+    never[model.config.llm_config.image_start_token] = float("-inf")
+    monkeypatch.setattr(model.language_model, "logits", lambda hidden: exact(hidden) + never)
+    said = model.understand(Conversation(), "A cat.", max_new_tokens=4).text
+    with pytest.raises(RuntimeError, match="draw now") as error:
+        model.generate_image(Conversation(), "A cat.", start="model decides", max_new_tokens=4)
+    assert f'"{said}"' in str(error.value)
+
+
+def test_progress_counts_every_token_and_raising_from_it_stops_without_harm(model, picture):
+    seen = []
+    turn = model.generate_image(Conversation(), "A cat.", on_token=seen.append, **SHORT)
+    images = [p for p in seen if p.kind == "image"]
+    assert [p.done for p in images] == list(range(1, 17)) and {p.total for p in images} == {16}
+    assert torch.equal(images[-1].latents[0].T.unflatten(1, (4, 4)), turn.features.latents[0])
+    assert [p.done for p in seen if p.kind == "text"] == list(range(1, len(turn.token_ids)))
+
+    class Stop(BaseException):
+        pass
+
+    def stop(progress):
+        if progress.done == 5:
+            raise Stop
+
+    model.prefix_cache.clear()
+    with pytest.raises(Stop):
+        model.generate_image(Conversation(), "A cat.", on_token=stop, **SHORT)
+    assert_same_turn(turn, model.generate_image(Conversation(), "A cat.", **SHORT))
+
+
+def test_steps_temperature_and_guidance_change_the_picture_and_none_of_them_means_the_checkpoints_steps(model):
+    def latents(**options):
+        return model.generate_image(Conversation(), "A cat.", **options, **SHORT).features.latents
+
+    usual = latents()
+    torch.testing.assert_close(latents(solver=Solver(steps=4)), usual, rtol=0, atol=SAME)
+    for options in ({"solver": Solver(steps=2)}, {"temperature": 0.5}, {"guidance": Guidance(1.0)}):
+        assert (latents(**options) - usual).abs().max() > 0.05
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_greedy_at_temperature_zero_and_follows_the_seed_above(model):
+    def ask(**options):
+        return model.understand(Conversation(), "What is it?", max_new_tokens=12, **options).token_ids
+
+    assert ask() == ask(seed=5)
+    warm = {"sampling": Sampling(1.5)}
+    assert ask(seed=1, **warm) == ask(seed=1, **warm)
+    assert len({tuple(ask(seed=s, **warm)) for s in range(4)}) > 1
+    assert ask(sampling=Sampling(1.5, top_p=0.01)) == ask()  # only the most likely token is left
+
+
+def test_an_answer_ends_at_the_end_token_or_at_the_limit_and_its_last_token_is_not_in_the_conversation(model):
+    turn = model.understand(Conversation(), "What is it?", max_new_tokens=3)
+    assert len(turn.token_ids) == 3
+    assert turn.conversation.parts[-1].length == 2
+    end = model.config.llm_config.eos_token_id
+    model.language_model.lm_head.weight.data[end] = model.language_model.lm_head.weight.data[turn.token_ids[1]] * 2
+    turn = model.understand(Conversation(), "What is it?", max_new_tokens=12)
+    assert end not in turn.token_ids[:-1] and len(turn.token_ids) <= 12
+
+
+def test_an_answer_never_begins_a_picture(model):
+    head, image = model.language_model.lm_head.weight.data, model.config.llm_config.image_start_token
+    favourite = model.understand(Conversation(), "What is it?", max_new_tokens=1).token_ids[0]
+    head[image] = head[favourite] * 3
+    turn = model.understand(Conversation(), "What is it?", max_new_tokens=8, return_logits=True)
+    assert turn.logits[0].argmax() == image and image not in turn.token_ids
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_conversation_goes_on_the_same(model, picture, tmp_path, checkpoint_folder):
+    _, second, third = three_rounds(model, picture)
+    path = tmp_path / "sub" / "talk.safetensors"
+    save_conversation(second.conversation, path)
+    fresh = load_univision(checkpoint_folder)
+    loaded = load_conversation(path, fresh)
+    assert loaded == second.conversation and loaded.transcript() == second.conversation.transcript()
+    assert loaded.depth == second.conversation.depth
+    assert_same_turn(third, fresh.generate_image(loaded, "Refine it.", **SHORT))
+
+
+def test_loading_runs_the_semantic_decoder_once_a_picture_and_never_the_encoder(
+    model, picture, tmp_path, checkpoint_folder
+):
+    third = three_rounds(model, picture)[2]
+    save_conversation(third.conversation, tmp_path / "talk.safetensors")
+    fresh = load_univision(checkpoint_folder)
+    load_conversation(tmp_path / "talk.safetensors", fresh)
+    assert fresh.mingtok.calls == {"semantic": 3}
+
+
+def test_a_three_round_conversation_at_full_size_is_under_200_kb(model, tmp_path):
+    def full_size(seed: int) -> Features:
+        latents = torch.randn(1, 32, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return Features(torch.zeros(1, 256, 1024), latents, (16, 16), "t")
+
+    parts = [model.chat.prompt([[Picture(full_size(0), False)], "What is it?"])]
+    for k in range(3):
+        drawn = (model.chat.answer([5]), Picture(full_size(k + 1), True), model.chat.answer(range(64)))
+        parts += [Part(True, drawn), model.chat.prompt(["Make it blue, and a little larger, please. " * 5])]
+    path = tmp_path / "talk.safetensors"
+    save_conversation(Conversation(tuple(parts), "m"), path)
+    assert path.stat().st_size < 200_000
+
+
+def test_the_file_of_another_model_is_refused(model, tmp_path):
+    talk = model.understand(Conversation(), "Hello.", **SHORT).conversation
+    save_conversation(talk._replace(model="f" * 64), tmp_path / "talk.safetensors")
+    with pytest.raises(ValueError, match="another model"):
+        load_conversation(tmp_path / "talk.safetensors", model)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other kind", "no file", "missing latents"])
+def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tmp_path, damage):
+    path = tmp_path / "talk.safetensors"
+    talk = model.understand(Conversation(), "What is it?", features=picture, **SHORT).conversation
+    save_conversation(talk, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "other kind":
+        save_features(picture, path)
+    elif damage == "no file":
+        path.unlink()
+    else:
+        from ming_univision.ming_core.files import read_tensors, write_tensors
+
+        tensors, about = read_tensors(path, "ming conversation 1")
+        write_tensors(path, {"ids": tensors["ids"]}, about)
+    with pytest.raises(FileError, match=r"talk\.safetensors"):
+        load_conversation(path, model)
+    if damage != "other kind":
+        with pytest.raises(FileError, match=r"talk\.safetensors"):
+            load_features(path)
+
+
+def test_saved_features_come_back_without_a_loss_and_without_a_model(model, picture, tmp_path):
+    drawn = model.generate_image(Conversation(), "Make it blue.", features=picture, **SHORT).features
+    save_features(drawn, tmp_path / "f.safetensors")
+    loaded = load_features(tmp_path / "f.safetensors")
+    assert loaded == drawn and torch.equal(loaded.tokens, drawn.tokens) and loaded.depth == 1
+
+
+def test_a_failed_save_leaves_the_folder_as_it_was(model, picture, tmp_path, monkeypatch):
+    save_features(picture, tmp_path / "f.safetensors")
+    before = (tmp_path / "f.safetensors").read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ming_univision.ming_core.files.os.replace", full_disk)
+    with pytest.raises(FileError, match="No space left"):
+        save_features(picture._replace(depth=4), tmp_path / "f.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+    assert (tmp_path / "f.safetensors").read_bytes() == before
