@@ -1,0 +1,44 @@
+"""Pictures made worse, for the tasks that make them better: pixelated, grey, noisy, blurred.
+
+Every defect is measured against the side of the picture, so that a large example and the model's own 128 look alike
+after resizing: 32 blocks across, 128 grains of noise across.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+DEGRADATIONS = ("none", "pixelated", "grey", "noisy", "blurred")
+
+BLOCKS = 32  # blocks along a side of a pixelated picture: 4 pixels each at 128
+_GRAINS = 128  # grains of noise along a side
+_NOISE = (24.0, 44.0)  # standard deviation of the noise, of 255: the seed chooses
+_BLUR = (1.2, 2.0)  # standard deviation of the blur, in pixels at 128: the seed chooses
+
+
+def degrade(pixels: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
+    """A worse copy of a picture, uint8 [H, W, 3] in and out; the same seed gives the same pixels.
+
+    `kind`: "none" (a plain copy), "pixelated", "grey" (luminance in all three channels), "noisy", "blurred".
+    Raises ValueError for another kind or another type of picture.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"degrade takes uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+    height, width, _ = pixels.shape
+    picture, rng = Image.fromarray(pixels), np.random.default_rng(seed)
+    if kind == "none":
+        return pixels.copy()
+    if kind == "pixelated":
+        blocks = picture.resize((BLOCKS, BLOCKS), Image.Resampling.BOX)
+        return np.array(blocks.resize((width, height), Image.Resampling.NEAREST))
+    if kind == "grey":
+        return np.array(picture.convert("L").convert("RGB"))
+    if kind == "blurred":
+        radius = rng.uniform(*_BLUR) * min(height, width) / _GRAINS
+        return np.array(picture.filter(ImageFilter.GaussianBlur(radius)))
+    if kind == "noisy":
+        grains = rng.normal(0.0, rng.uniform(*_NOISE), (_GRAINS, _GRAINS, 3))
+        rows, columns = (np.arange(side) * _GRAINS // side for side in (height, width))
+        return np.clip(np.rint(pixels + grains[rows][:, columns]), 0, 255).astype(np.uint8)
+    raise ValueError(f"{kind!r} is not a way to degrade a picture; choose one of: {', '.join(DEGRADATIONS)}")

@@ -1,0 +1,162 @@
+"""A scene in words and back: the canonical caption, and a reader of what people type.
+
+`describe` and `parse_scene` are inverse up to jitter. `parse_scene` reads freely (order, commas, synonyms, "the
+background is white"), fills in what is missing, and says precisely which word it does not know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
+
+# What a description that leaves something out means; a lone thing without a place stands at the centre.
+DEFAULT_SIZE = "large"
+DEFAULT_BACKGROUND = "white"
+_FREE_CELLS = ("centre", "left", "right", "top", "bottom", *(cell for cell in POSITIONS if " " in cell))
+
+_SYNONYMS = {
+    **{"grey": "gray", "cream": "beige", "violet": "purple", "magenta": "pink", "turquoise": "cyan", "aqua": "cyan"},
+    **{"center": "centre", "middle": "centre", "upper": "top", "lower": "bottom"},
+    **{"big": "large", "huge": "large", "little": "small", "tiny": "small"},
+    **{"disc": "circle", "disk": "circle", "dot": "circle", "ball": "circle", "box": "square", "rhombus": "diamond"},
+    **{"plus": "cross"},
+}
+_PLACES = ("top", "bottom", "left", "right", "centre")
+_FILLER_WORDS = (
+    "a an the one at in on of to with against over is are there s be picture image scene drawing showing shows show "
+    "draw please background plain solid empty nothing corner side edge colored coloured color colour shape object "
+    "thing it"
+)
+_FILLERS = frozenset(_FILLER_WORDS.split())
+_SEPARATORS = frozenset({"and", ",", ";", ".", ":"})
+_IGNORED_MARKS = frozenset("!\"'-()")
+
+
+def with_article(words: str) -> str:
+    """ "a red circle", "an orange star"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def join_words(parts: Sequence[str], last: str = " and ") -> str:
+    """["x", "y", "z"] as "x, y and z"."""
+    return last.join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def name_of(thing: Thing) -> str:
+    """ "large red circle"."""
+    return f"{thing.size} {thing.color} {thing.shape}"
+
+
+def describe(scene: Scene) -> str:
+    """The canonical caption, such as "a large red circle at the top left and a small blue star at the centre on a white
+    background": things in reading order, jitter not told. Without things: "an empty white background".
+    """
+    if not scene.things:
+        return f"an empty {scene.background} background"
+    things = [f"{with_article(name_of(thing))} at the {thing.position}" for thing in scene.things]
+    return f"{join_words(things)} on {with_article(scene.background)} background"
+
+
+@dataclass
+class _Draft:
+    """A thing while its words come in."""
+
+    shape: str = ""
+    color: str = ""
+    size: str = ""
+    place: list[str] = field(default_factory=list)
+
+    @property
+    def begun(self) -> bool:
+        """A size alone is not a thing: "a large white background"."""
+        return bool(self.shape or self.color or self.place)
+
+
+def parse_scene(text: str) -> Scene:
+    """The scene that a description means, without jitter: the inverse of `describe`, and forgiving.
+
+    What is left out is filled in: size "large", background "white", the next colour not yet used, the next free cell
+    beginning at the centre.
+
+    Raises ValueError, quoting the word that was not understood and listing the words of this world, or saying what
+    contradicts itself.
+    """
+    words = [_SYNONYMS.get(word, word) for word in re.findall(r"[a-z]+|\S", text.lower())]
+    words = [word for word in words if word not in _IGNORED_MARKS]
+    drafts, background = [_Draft()], ""
+    for index, word in enumerate(words):
+        before, after = words[max(index - 2, 0) : index], words[index + 1 : index + 2]
+        if word in BACKGROUNDS:
+            if after and after[0] in (*SHAPES, *COLORS, *SIZES):
+                raise ValueError(f"{word} is a background; a {after[0]} cannot be {word}. {_vocabulary()}")
+            if background not in ("", word):
+                raise ValueError(f"two backgrounds in {text!r}: {background} and {word}; name one")
+            background = word
+        elif word in COLORS and (after == ["background"] or before == ["background", "is"]):
+            raise ValueError(f"no background is {word}. {_vocabulary()}")
+        elif not _take(drafts, word):
+            raise ValueError(f"{word!r} was not understood in {text!r}. {_vocabulary()}")
+    drafts = [draft for draft in drafts if draft.begun]
+    if not drafts and not background:
+        raise ValueError(f"no thing and no background in {text!r}. {_vocabulary()}")
+    return Scene(_finish(drafts, text), background or DEFAULT_BACKGROUND)
+
+
+def _take(drafts: list[_Draft], word: str) -> bool:
+    """Adds a word to the newest draft, or to a fresh one where a new thing begins; False if the word is unknown."""
+    draft = drafts[-1]
+    if word in _SEPARATORS:
+        # "a red circle, top left": a comma may stand before the place, so it only ends a thing that has one.
+        if draft.shape and (draft.place or word != ","):
+            drafts.append(_Draft())
+    elif word in _PLACES:
+        draft.place.append(word)
+    elif word in SHAPES or word in COLORS or word in SIZES:
+        if draft.shape:
+            draft = _Draft()
+            drafts.append(draft)
+        kind = "shape" if word in SHAPES else "color" if word in COLORS else "size"
+        known = getattr(draft, kind)
+        if known:
+            raise ValueError(f"{known!r} and {word!r} for one thing: name one {kind} for each thing")
+        setattr(draft, kind, word)
+    else:
+        return word in _FILLERS
+    return True
+
+
+def _finish(drafts: list[_Draft], text: str) -> tuple[Thing, ...]:
+    """Things from drafts: what is missing gets its default."""
+    shapeless = [draft for draft in drafts if not draft.shape]
+    if shapeless:
+        said = " ".join(filter(None, (shapeless[0].size, shapeless[0].color, *shapeless[0].place)))
+        raise ValueError(f"which shape is {said!r} in {text!r}? {_vocabulary()}")
+    places = [_position(draft.place) for draft in drafts]
+    free_cells = (cell for cell in _FREE_CELLS if cell not in places)
+    colors = [draft.color for draft in drafts]
+    free_colors = [color for color in COLORS if color not in colors]
+    things = []
+    for draft, place in zip(drafts, places, strict=True):
+        position = place or next(free_cells, "")
+        if not position:
+            raise ValueError(f"{len(drafts)} things in {text!r}, but there are only {len(POSITIONS)} cells")
+        color = draft.color or (free_colors.pop(0) if free_colors else next(iter(COLORS)))
+        things.append(Thing(draft.shape, color, draft.size or DEFAULT_SIZE, position))
+    return tuple(things)
+
+
+def _position(place: list[str]) -> str:
+    """ "top left" from the words of a place in any order; "" from none."""
+    rows, columns = ([word for word in pair if word in place] for pair in (("top", "bottom"), ("left", "right")))
+    if len(rows) > 1 or len(columns) > 1:
+        raise ValueError(f"a thing cannot be at the {' and the '.join(place)} at once; name one place for each thing")
+    return " ".join(rows + columns) or ("centre" if place else "")
+
+
+def _vocabulary() -> str:
+    lists = {"shapes": SHAPES, "colours": COLORS, "sizes": SIZES, "positions": POSITIONS, "backgrounds": BACKGROUNDS}
+    known = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in lists.items())
+    return f"Known {known}. Example: a large red circle at the top left and a small blue star on a white background."

@@ -1,0 +1,161 @@
+"""What people ask of the model, in many wordings: instructions of every task, captions, and edits put in words.
+
+Notable:
+- `TASK_INSTRUCTIONS` has the phrasings that the published model was taught, word for word, and ours for what it has no
+  words for; every task uses them beside free variants (order, spelling, politeness, how a thing is referred to).
+- `caption` only leaves out what `descriptions.parse_scene` fills in, so every caption means exactly one scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from .descriptions import DEFAULT_BACKGROUND, DEFAULT_SIZE, describe, join_words, with_article
+from .edits import Edit
+from .scenes import Scene, Thing
+from .wording import pick, refer, spelled, typed
+
+TASK_INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        # Published phrasings, word for word.
+        "generate": "Please generate the corresponding image based on the description. {text}",
+        "describe": "Please describe the picture in detail.",
+        "identify region": "Given the edit instruction: {text}, please identify the editing region",
+        "refine": "Refine the image for better clarity.",
+        "edit": "{text}",
+        # Ours: no wording is published for these.
+        "super-resolution": "Please increase the resolution of the picture. {text}",
+        "denoise": "Please remove the noise from the picture. {text}",
+        "colorize": "Please colorize the picture based on the description. {text}",
+    }
+)
+
+_MIDDLE_OF_SENTENCE = "{text},"  # where a full stop of the user's text would read badly
+
+
+def instruction(task: str, text: str = "") -> str:
+    """The instruction of a task with the user's text in it, as `TASK_INSTRUCTIONS` words it.
+
+    Raises ValueError for an unknown task.
+    """
+    if task not in TASK_INSTRUCTIONS:
+        raise ValueError(f"{task!r} is not a task; choose one of: {', '.join(TASK_INSTRUCTIONS)}")
+    template, text = TASK_INSTRUCTIONS[task], text.strip()
+    if _MIDDLE_OF_SENTENCE in template:
+        text = text.rstrip(" .")
+    return template.replace("{text}", text).strip()
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> str:
+    """A description of the scene in varied words; `parse_scene` gives the scene back, jitter aside."""
+    if not scene.things or rng.random() < 0.4:
+        return spelled(rng, describe(scene))
+    things = [_mention(rng, scene, scene.things[index]) for index in rng.permutation(len(scene.things))]
+    listed = join_words(things, pick(rng, (" and ", " and ", ", ", ", and ") if len(things) > 1 else (" and ",)))
+    ground = f"{with_article(scene.background)} background"
+    forms = [
+        f"{listed} on {ground}",
+        f"{listed} against {ground}",
+        f"{listed}, {scene.background} background",
+        f"{ground} with {listed}",
+        f"On {ground}: {listed}",
+        f"There is {listed}. The background is {scene.background}.",
+        f"{listed}, on plain {scene.background}",
+    ]
+    if scene.background == DEFAULT_BACKGROUND:
+        forms += [listed, listed]
+    return spelled(rng, pick(rng, forms))
+
+
+def _mention(rng: np.random.Generator, scene: Scene, thing: Thing) -> str:
+    """ "a large red circle at the top left", in variants; a size or place that goes without saying may be left out."""
+    size = "" if thing.size == DEFAULT_SIZE and rng.random() < 0.4 else thing.size
+    name = with_article(" ".join(filter(None, (size, thing.color, thing.shape))))
+    if len(scene.things) == 1 and thing.position == "centre" and rng.random() < 0.4:
+        return name
+    if rng.random() < 0.2:
+        return f"at the {thing.position} {name}"
+    return f"{name} {_place(rng, thing.position)}"
+
+
+def _place(rng: np.random.Generator, position: str) -> str:
+    forms = [f"at the {position}", f"at the {position}"]
+    if " " in position:
+        forms += [f"in the {position}", f"in the {position} corner", f"at the {position.replace(' ', '-')}"]
+    elif position in ("left", "right"):
+        forms += [f"on the {position}", f"on the {position} side"]
+    elif position == "centre":
+        forms += ["in the centre"]
+    return pick(rng, forms)
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+_GENERATE = ("Draw {text}", "Please draw {text}", "Generate an image of {text}", "Create a picture: {text}", "{text}")
+_DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?", "Describe this image in detail.")
+_REGION = ("Show the region to edit: {text}", "Mark the area that would change: {text}")
+_REFINE = ("Refine the picture.", "Make the picture clearer.", "Please sharpen and clean up the image.")
+_SUPER_RESOLUTION = ("Increase the resolution. {text}", "Make the picture sharp. {text}", "Upscale this image. {text}")
+_DENOISE = ("Remove the noise. {text}", "Denoise the picture. {text}", "Clean the noisy image. {text}")
+_COLORIZE = ("Colorize the picture: {text}", "Add the colors: {text}", "Give the gray picture its colors. {text}")
+
+_VARIANTS: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        "generate": _GENERATE,
+        "describe": _DESCRIBE,
+        "identify region": _REGION,
+        "refine": _REFINE,
+        "super-resolution": _SUPER_RESOLUTION,
+        "denoise": _DENOISE,
+        "colorize": _COLORIZE,
+    }
+)
+
+
+def prompt(rng: np.random.Generator, task: str, text: str = "") -> str:
+    """An instruction for one of `TASK_INSTRUCTIONS`: its own wording about half the time, else a variant."""
+    if task == "edit":
+        return typed(rng, f"please {text[0].lower()}{text[1:]}" if rng.random() < 0.15 else text)
+    if rng.random() < 0.5:
+        return instruction(task, typed(rng, text))
+    return typed(rng, pick(rng, _VARIANTS[task]).replace("{text}", text).strip())
+
+
+def edit_words(rng: np.random.Generator, scene: Scene, edit: Edit) -> str:
+    """What to ask for, in a sentence with a full stop: "Make the red circle blue."."""
+    if edit.kind == "background":
+        forms = (
+            "Change the background to {value}.",
+            "Make the background {value}.",
+            "Use {article} background instead.",
+            "Turn the background {value}.",
+        )
+        text = pick(rng, forms).format(value=edit.value, article=with_article(edit.value))
+    elif edit.kind == "add":
+        text = f"{pick(rng, ('Add', 'Add', 'Place', 'Put'))} {_added(rng, edit.thing)}."
+    else:
+        forms = {
+            "recolor": (
+                "Make {it} {value}.",
+                "Paint {it} {value}.",
+                "Change the color of {it} to {value}.",
+                "Turn {it} {value}.",
+                "Recolor {it} to {value}.",
+            ),
+            "remove": ("Remove {it}.", "Delete {it}.", "Erase {it}.", "Take {it} away."),
+            "move": ("Move {it} to the {value}.", "Put {it} at the {value}.", "Shift {it} to the {value}."),
+        }
+        it = refer(rng, scene, edit.thing)
+        text = pick(rng, forms[edit.kind]).format(it=it, value=edit.value)
+    return spelled(rng, text)
+
+
+def _added(rng: np.random.Generator, thing: Thing) -> str:
+    size = "" if thing.size == DEFAULT_SIZE and rng.random() < 0.3 else thing.size
+    return f"{with_article(' '.join(filter(None, (size, thing.color, thing.shape))))} {_place(rng, thing.position)}"

@@ -1,0 +1,156 @@
+"""Questions about a scene, and talk about the world that needs no picture, each with its answer.
+
+Questions vary in kind and wording; answers are a word or two and always worded alike, so that they can be compared
+exactly: "red", "star", "large", "at the top left", "two", "yes", "white", and "nothing" for an empty place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from .descriptions import join_words, with_article
+from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene
+from .wording import pick, refer, spelled, typed
+
+QUESTION_KINDS = ("color", "shape", "size", "where", "count", "exists", "background")
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def question(rng: np.random.Generator, scene: Scene, kind: str) -> tuple[str, str] | None:
+    """A question of one of `QUESTION_KINDS` about the scene, and its answer; None when the scene does not allow it."""
+    if kind not in QUESTION_KINDS:
+        raise ValueError(f"{kind!r} is no kind of question; choose one of: {', '.join(QUESTION_KINDS)}")
+    asked = _ASKERS[kind](rng, scene)
+    return asked and (typed(rng, spelled(rng, asked[0])), asked[1])
+
+
+def _ask_background(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    forms = ("What color is the background?", "What is the background color?", "Which color does the background have?")
+    return pick(rng, forms), scene.background
+
+
+def _ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """How many things, or things of one colour or shape: as often one that is there as any."""
+    what, number = pick(rng, ("objects", "things")), len(scene.things)
+    attribute = pick(rng, ("", "color", "shape"))
+    if attribute:
+        words = SHAPES if attribute == "shape" else tuple(COLORS)
+        there = [getattr(thing, attribute) for thing in scene.things]
+        word = pick(rng, there) if there and rng.random() < 0.6 else pick(rng, words)
+        number = there.count(word)
+        what = f"{word} {what}" if attribute == "color" else f"{word}es" if word == "cross" else f"{word}s"
+    forms = ("How many {what} are there?", "How many {what} do you see?", "Count the {what}.")
+    return pick(rng, forms).format(what=what), _NUMBERS[number]
+
+
+def _ask_exists(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """Yes and no about equally often; a no mostly misses by one attribute only."""
+    names = pick(rng, (("color", "shape"), ("color", "shape"), ("shape",), ("color",), ("color", "shape", "position")))
+    asked = {"shape": pick(rng, SHAPES), "color": pick(rng, tuple(COLORS)), "position": pick(rng, tuple(POSITIONS))}
+    if scene.things and rng.random() < 0.85:
+        near = pick(rng, scene.things)
+        wrong = pick(rng, names) if rng.random() < 0.55 else None
+        asked = {name: asked[name] if name == wrong else getattr(near, name) for name in asked}
+    there = any(all(getattr(thing, name) == asked[name] for name in names) for thing in scene.things)
+    noun = " ".join([asked["color"]] * ("color" in names) + [asked["shape"] if "shape" in names else "object"])
+    place = f" at the {asked['position']}" if "position" in names else ""
+    form = pick(rng, ("Is there {it}?", "Do you see {it}?", "Is {it} in the picture?"))
+    return form.format(it=with_article(noun) + place), "yes" if there else "no"
+
+
+def _ask_thing(rng: np.random.Generator, scene: Scene, hide: str, forms: Sequence[str]) -> tuple[str, str] | None:
+    """A question after the attribute `hide` of one thing that can be singled out without it."""
+    for index in rng.permutation(len(scene.things)):
+        thing = scene.things[index]
+        it = refer(rng, scene, thing, hide=(hide,))
+        if it:
+            return pick(rng, forms).format(it=it), getattr(thing, hide)
+    return None
+
+
+def _ask_color(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    return _ask_thing(rng, scene, "color", ("What color is {it}?", "Which color does {it} have?"))
+
+
+def _ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    return _ask_thing(rng, scene, "size", ("Is {it} small or large?", "What size is {it}?", "How big is {it}?"))
+
+
+def _ask_where(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    asked = _ask_thing(rng, scene, "position", ("Where is {it}?", "Where do you see {it}?", "At which place is {it}?"))
+    return asked and (asked[0], f"at the {asked[1]}")
+
+
+def _ask_shape(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    """After the shape of a thing, or after what stands in a cell, which may be empty."""
+    if rng.random() < 0.4:
+        there = {thing.position: thing.shape for thing in scene.things}
+        cell = pick(rng, tuple(there)) if there and rng.random() < 0.8 else pick(rng, tuple(POSITIONS))
+        form = pick(rng, ("What shape is at the {cell}?", "What is at the {cell}?", "Which shape is at the {cell}?"))
+        return form.format(cell=cell), there.get(cell, "nothing")
+    return _ask_thing(rng, scene, "shape", ("What shape is {it}?", "Which shape is {it}?", "What is {it}?"))
+
+
+_ASKERS = MappingProxyType(
+    {
+        "color": _ask_color,
+        "shape": _ask_shape,
+        "size": _ask_size,
+        "where": _ask_where,
+        "count": _ask_count,
+        "exists": _ask_exists,
+        "background": _ask_background,
+    }
+)
+
+
+_KNOWN = {"shapes": SHAPES, "colors": tuple(COLORS), "backgrounds": tuple(BACKGROUNDS)} | {
+    "sizes": tuple(SIZES),
+    "positions": tuple(POSITIONS),
+}
+_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("Hello!", "Hi!", "Good morning!", "Hello there."), "Hello! I see, draw and edit colored shapes."),
+    (("Who are you?", "What are you?", "What is your name?"), "I am a tiny model of a world of shapes."),
+    (
+        ("What can you do?", "How can you help me?", "What are you good at?"),
+        "I can describe pictures, answer questions, draw, and edit, round after round.",
+    ),
+    (("Thank you!", "Thanks!", "Thanks a lot."), "You are welcome!"),
+    (("How many things fit in a cell?", "How many objects can be in one cell?"), "one"),
+    (("How many objects does a picture have?", "How many things are in your pictures?"), "one to three"),
+    (("Which shape is round?", "What shape has no corners?"), "circle"),
+    (("Which shape has three corners?", "What shape has three sides?"), "triangle"),
+    (("Which shape has five points?", "What shape has five tips?"), "star"),
+    (("Which shape has four equal arms?", "What shape looks like a plus sign?"), "cross"),
+)
+
+
+def talk(rng: np.random.Generator) -> tuple[str, str]:
+    """A question that needs no picture, and its answer: "Which shapes do you know?"."""
+    choice = rng.random()
+    if choice < 0.35:
+        kind = pick(rng, tuple(_KNOWN))
+        forms = ("Which {kind} do you know?", "What {kind} are there?", "List the {kind} that you know.")
+        asked, answer = pick(rng, forms).format(kind=kind), join_words(_KNOWN[kind])
+    elif choice < 0.45:
+        kind = pick(rng, tuple(_KNOWN))
+        asked, answer = f"How many {kind} do you know?", _NUMBERS[len(_KNOWN[kind])]
+    elif choice < 0.6:
+        word, kind = pick(rng, [*_PAIRS, *_STRANGERS])
+        form = pick(rng, ("Do you know the {kind} {word}?", "Is {word} a {kind} you know?"))
+        asked = form.format(kind=kind, word=word)
+        answer = "yes" if (word, kind) in _PAIRS else "no"
+    else:
+        forms, answer = pick(rng, _TALK)
+        asked = pick(rng, forms)
+    return typed(rng, spelled(rng, asked)), answer
+
+
+_PAIRS = tuple((shape, "shape") for shape in SHAPES) + tuple((color, "color") for color in COLORS)
+_STRANGERS = tuple((word, "shape") for word in ("hexagon", "heart", "moon", "oval", "arrow", "ring", "cube")) + tuple(
+    (word, "color") for word in ("brown", "silver", "gold", "olive", "maroon")
+)
