@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn
 from ..ming_core import load_conversation as read_conversation
@@ -15,14 +15,14 @@ from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, numbe
 ADVANCED = {"advanced": True}
 
 
-def _reporter(total: int) -> Any:
-    """on_token for a round whose bar is `total` tokens long; text before and after a picture does not move it."""
+def _reporter(kind: str, total: int) -> Callable[[Progress], None]:
+    """on_token for a round whose bar counts `total` tokens of one kind; those of the other kind do not move it."""
     report = host.progress(total)
     reached = 0
 
     def on_token(progress: Progress) -> None:
         nonlocal reached
-        if progress.kind == "image" or progress.total == total:
+        if progress.kind == kind:
             reached = progress.done
         report(reached, progress.text or None)
 
@@ -45,13 +45,21 @@ class MingUnderstand:
                 "prompt": prompt("What to ask.", "Please describe the picture in detail."),
                 "max_new_tokens": integer(512, 1, 4096, "The answer ends after this many tokens at the latest."),
                 "temperature": number(0.0, 0.0, 2.0, 0.05, "0: always the most likely word. Above: freer words."),
-                "top_p": number(1.0, 0.01, 1.0, 0.01, "Above temperature 0: only the most likely words that together "
-                                "have this probability.", **ADVANCED),
+                "top_p": number(
+                    1.0,
+                    0.01,
+                    1.0,
+                    0.01,
+                    "Above temperature 0: only the most likely words that together have this probability.",
+                    **ADVANCED,
+                ),
                 "seed": seed("Above temperature 0: another seed, another answer.", changes=False, **ADVANCED),
             },
             "optional": {
-                "features": socket("MING_FEATURES", "Pictures to look at. One that the conversation shows already is "
-                                   "not attached again."),
+                "features": socket(
+                    "MING_FEATURES",
+                    "Pictures to look at. One that the conversation shows already is not attached again.",
+                ),
                 "conversation": socket("MING_CONVERSATION", "What was said and drawn before."),
             },
         }
@@ -74,7 +82,7 @@ class MingUnderstand:
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p),
             seed=seed,
-            on_token=_reporter(max_new_tokens),
+            on_token=_reporter("text", max_new_tokens),
         )
         return turn.text, turn.conversation
 
@@ -139,7 +147,7 @@ class _Drawing:
             temperature=temperature,
             start=start,
             max_new_tokens=max_new_tokens,
-            on_token=_reporter(loaded.config.llm_config.num_image_tokens_for_gen),
+            on_token=_reporter("image", loaded.config.llm_config.num_image_tokens_for_gen),
         )
         return [t.features for t in turns], [t.conversation for t in turns], [t.text for t in turns]
 
@@ -190,8 +198,13 @@ class MingEdit(_Drawing):
                 "seed": cls.SEED,
                 "batch_size": cls.BATCH,
                 "text_guidance": cls.TEXT_GUIDANCE,
-                "image_guidance": number(1.1, 0.0, 10.0, 0.05, "How closely the picture is followed; 1: no more than "
-                                         "the model does by itself."),
+                "image_guidance": number(
+                    1.1,
+                    0.0,
+                    10.0,
+                    0.05,
+                    "How closely the picture is followed; 1: no more than the model does by itself.",
+                ),
                 "steps": cls.STEPS,
                 "temperature": cls.TEMPERATURE,
                 "solver": cls.SOLVER,
@@ -199,8 +212,11 @@ class MingEdit(_Drawing):
                 "max_new_tokens": cls.MAX_NEW_TOKENS,
             },
             "optional": {
-                "features": socket("MING_FEATURES", "The picture to edit, or several for one message. One that the "
-                                   "conversation shows already is not attached again."),
+                "features": socket(
+                    "MING_FEATURES",
+                    "The picture to edit, or several for one message. One that the "
+                    "conversation shows already is not attached again.",
+                ),
                 "conversation": cls.CONVERSATION,
             },
         }

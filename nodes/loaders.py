@@ -79,8 +79,8 @@ def choose_precision(precision: str, values: int) -> tuple[torch.dtype, str | No
     if needed > memory:
         where = "this machine" if on.type == "cpu" else f"the GPU ({on})"
         raise ValueError(
-            f"this model takes {needed / GB:.1f} GB at {quantization or str(dtype).removeprefix('torch.')}, and {where} "
-            f"has {memory / GB:.1f} GB: choose a smaller precision"
+            f"this model takes {needed / GB:.1f} GB at {quantization or str(dtype).removeprefix('torch.')}, "
+            f"and {where} has {memory / GB:.1f} GB: choose a smaller precision"
         )
     return dtype, quantization
 

@@ -56,7 +56,7 @@ def test_guidance_rows_see_and_count_what_was_recorded(golden, name):
     case = golden(name)
     model = load_univision(case.folder)
     for _, turn, io in play(model, case):
-        *parts, generated = turn.conversation.parts
+        *parts, _ = turn.conversation.parts
         ids = [i for s in parts[-1].segments for i in getattr(s, "ids", [model.chat.patch_id] * s.length)]
         assert ids == io["input_ids"][0].tolist()
         if "img_in_uncond_attention_mask" not in io:

@@ -1,5 +1,6 @@
 """The chat template, special tokens, and text as it streams."""
 
+import itertools
 import json
 
 import pytest
@@ -84,5 +85,5 @@ def test_chinese_and_emoji_stream_without_broken_characters(chat):
     stream = TextStream(chat)
     seen = [stream.push(i) for i in chat.encode(text)]
     assert all("\N{REPLACEMENT CHARACTER}" not in s for s in seen)
-    assert all(b.startswith(a) for a, b in zip(seen, seen[1:], strict=False))
+    assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
     assert seen[-1] == text

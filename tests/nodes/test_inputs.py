@@ -1,0 +1,502 @@
+"""What the nodes take without complaint, and what gives one clear error and leaves everything usable."""
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+from ming_univision.ming_core import Conversation, load_univision
+from ming_univision.ming_core.images import to_images, to_pixels
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, headless_core, host, loaders
+from ming_univision.nodes.headless import NodeError, known_node_classes, run_workflow
+from ming_univision.nodes.headless_workflow import WorkflowError, plan, read_workflow
+
+SHORT = {"max_new_tokens": 4}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, golden_folder, monkeypatch):
+    """Saves go to a temporary folder; the small recorded checkpoints are in the list of models."""
+    (tmp_path / "input").mkdir()
+    monkeypatch.setattr(host, "model_folders", lambda: [host.PACK / "tests" / "golden"])
+    with host.folders(output=tmp_path / "output", input=tmp_path / "input"), torch.inference_mode():
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(model, mingtok) handles of a small checkpoint with random weights."""
+    folder = host.PACK / "tests" / "golden" / "edit_round"
+    loaded = host.managed(load_univision(folder), "edit_round")
+    return loaded, host.Loaded(loaded.model.mingtok, None, "edit_round: MingTok", owner=loaded)
+
+
+def node(name: str, **inputs):
+    """Call a node with its widgets' defaults, as a graph would."""
+    node_class = NODE_CLASS_MAPPINGS[name]
+    required = node_class.INPUT_TYPES()["required"]
+    defaults = {k: o["default"] for k, (_, o) in required.items() if "default" in o}
+    defaults |= {k: "" for k, (kind, o) in required.items() if kind == "STRING" and "default" not in o}
+    if "max_new_tokens" in defaults:
+        defaults["max_new_tokens"] = 4
+    return getattr(node_class(), node_class.FUNCTION)(**defaults | inputs)
+
+
+def image(height=40, width=40, channels=3, batch=1, seed=0):
+    return torch.rand(batch, height, width, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def features_of(small, picture):
+    (latent,) = node("MingTokEncode", mingtok=small[1], image=picture)
+    return node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)[0]
+
+
+# --- works --------------------------------------------------------------------------------------------------------
+
+
+def test_rgba_loses_its_alpha_and_one_channel_is_repeated():
+    rgba = image(channels=4)
+    assert torch.equal(to_pixels(rgba, 32), to_pixels(rgba[..., :3], 32))
+    grey = image(channels=1)
+    assert torch.equal(to_pixels(grey, 32), to_pixels(grey.expand(-1, -1, -1, 3), 32))
+
+
+def test_values_outside_the_range_are_clamped_and_half_precision_is_taken():
+    wild = image() * 4 - 1
+    assert torch.equal(to_pixels(wild, 32), to_pixels(wild.clamp(0, 1), 32))
+    half = to_pixels(image(32, 32).half(), 32)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, to_pixels(image(32, 32), 32), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("fit", ["center crop", "stretch", "pad"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7), (32, 32), (500, 33)])
+def test_pictures_of_any_size_encode_and_decode(small, fit, size):
+    (latent,) = node("MingTokEncode", mingtok=small[1], image=image(*size), fit=fit, detail="standard")
+    assert latent["samples"].shape == (1, 8, 4, 4) and latent["samples"].dtype == torch.float32
+    (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
+    (picture,) = node("MingTokDecode", mingtok=small[1], features=features)
+    assert picture.shape == (1, 32, 32, 3) and picture.min() >= 0 and picture.max() <= 1
+
+
+def test_high_detail_is_twice_the_side_and_decodes_to_twice_the_side(small):
+    (latent,) = node("MingTokEncode", mingtok=small[1], image=image(), detail="high")
+    assert latent["samples"].shape == (1, 8, 8, 8)
+    (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
+    assert node("MingTokDecode", mingtok=small[1], features=features)[0].shape == (1, 64, 64, 3)
+
+
+def test_pad_puts_mid_grey_around_and_crop_keeps_the_middle():
+    wide = torch.ones(1, 20, 60, 3)
+    padded = to_images(to_pixels(wide, 60, "pad"))
+    assert (padded[0, :19] - 0.5).abs().max() < 0.01 and padded[0, 25:35].min() > 0.99
+    stripes = torch.zeros(1, 20, 60, 3)
+    stripes[:, :, 25:35] = 1
+    assert to_images(to_pixels(stripes, 20))[0, :, 8:12].min() > 0.99
+
+
+def test_a_picture_of_the_right_size_is_not_touched():
+    exact = image(32, 32)
+    assert torch.equal(to_pixels(exact, 32), exact.permute(0, 3, 1, 2) * 2 - 1)
+
+
+@pytest.mark.parametrize("name", ["und_nosmart_stride16", "edit_nosmart_stride8"])
+def test_resizing_is_the_published_one(golden, name):
+    io = golden("preprocess").io
+    picture = io["image_uint8"].float().div(255)[None]
+    side, fit = (1024, "stretch") if name.startswith("und") else (512, "center crop")
+    stride = int(name.rpartition("stride")[2])
+    found = to_pixels(picture, side, fit)[0, :, ::stride, ::stride]
+    torch.testing.assert_close(found, io[name], rtol=0, atol=1e-5)
+
+
+def test_a_batch_of_pictures_goes_into_one_message(small):
+    batch = features_of(small, image(batch=3))
+    _, talk = node("MingUnderstand", model=small[0], prompt="Compare.", features=batch)
+    assert len(talk.pictures) == 3 and talk.rounds == 1
+
+
+def test_latents_come_back_through_cores_blend_and_through_a_file(small, tmp_path):
+    a, b = (node("MingTokEncode", mingtok=small[1], image=image(seed=s))[0] for s in (1, 2))
+    blend = headless_core.NODE_CLASS_MAPPINGS["LatentBlend"]
+    (mixed,) = getattr(blend(), blend.FUNCTION)(samples1=a, samples2=b, blend_factor=0.5)
+    (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=mixed)
+    torch.testing.assert_close(features.latents, (a["samples"] + b["samples"]) / 2)
+    # core's SaveLatent and LoadLatent keep only the samples
+    (plain,) = node("MingTokSemanticFeatures", mingtok=small[1], latent={"samples": a["samples"].clone()})
+    (same,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=a)
+    assert plain == same
+
+
+def test_latents_are_given_and_taken_as_copies(small):
+    (latent,) = node("MingTokEncode", mingtok=small[1], image=image())
+    (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
+    before = features.digest()
+    latent["samples"].zero_()
+    (again,) = node("MingFeaturesToLatent", features=features)
+    again["samples"].zero_()
+    assert features.digest() == before
+
+
+def test_a_prompt_of_20000_characters_works_on_the_built_in_model():
+    model, _ = node("MingUniVisionLoader")
+    prompt = ("a large red circle at the top left and a small blue star. " * 400)[:20_000]
+    text, talk = node("MingUnderstand", model=model, prompt=prompt)
+    assert isinstance(text, str) and talk.parts[0].segments[1].text == prompt
+
+
+def test_a_prompt_full_of_special_tokens_is_plain_text(small):
+    prompt = "<image></image><role>HUMAN</role><|endoftext|><imagePatch>" * 3
+    _, talk = node("MingUnderstand", model=small[0], prompt=prompt)
+    ids = talk.parts[0].segments[1].ids
+    assert len(ids) == len(prompt) and not talk.pictures  # this tokenizer takes a character a token
+
+
+def test_a_scene_is_drawn_as_its_words_say_and_says_it():
+    words = "a large red circle at the top left and a small blue star at the centre on a white background"
+    picture, caption = node("MingExampleScene", scene=words, size=128)
+    assert caption == words and picture.shape == (1, 128, 128, 3)
+    assert picture[0, 22, 22, 0] > 0.7 and picture[0, 22, 22, 2] < 0.3
+    again, _ = node("MingExampleScene", seed=5)
+    assert torch.equal(again, node("MingExampleScene", seed=5)[0])
+    assert not torch.equal(again, node("MingExampleScene", seed=6)[0])
+
+
+def test_metrics_know_equal_pictures_and_measure_noise():
+    a = image(64, 64)
+    same, structure, _ = node("MingImageMetrics", image_a=a, image_b=a)
+    assert same == float("inf") and structure == pytest.approx(1)
+    noisy = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))).double()
+    noise, structure, report = node("MingImageMetrics", image_a=a, image_b=noisy)
+    assert noise == pytest.approx(20, abs=0.3) and structure < 0.99 and "dB" in report
+    assert node("MingImageMetrics", image_a=image(3, 3), image_b=image(3, 3))[1] == pytest.approx(1)
+
+
+def test_a_comparison_shows_where_two_pictures_differ(small):
+    a = image(32, 32)
+    b = a.clone()
+    b[:, :8, :8] = 1 - b[:, :8, :8].round()  # one patch of the sixteen
+    fa, fb = (features_of(small, x) for x in (a, b))
+    heatmap, mask, similarity = node("MingFeaturesCompare", features_a=fa, features_b=fb, threshold=0.0)
+    assert heatmap.shape == (1, 512, 512, 3) and mask.shape == (1, 512, 512)
+    assert 0 < similarity < 1 and set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert node("MingFeaturesCompare", features_a=fa, features_b=fa)[2] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_preview_has_a_colour_for_every_token(small):
+    (colours,) = node("MingFeaturesPreview", features=features_of(small, image(batch=2)))
+    assert colours.shape == (2, 512, 512, 3) and colours.min() == 0 and colours.max() == 1
+    cell = colours[0, :128, :128]
+    assert (cell == cell[0, 0]).all()
+
+
+def test_a_picture_of_a_conversation_can_be_taken_out(small):
+    features = features_of(small, image())
+    (drawn,), (talk,), _ = node("MingEdit", model=small[0], instruction="Make it blue.", features=features)
+    assert node("MingConversationPicture", conversation=talk, index=0)[0] == features
+    assert node("MingConversationPicture", conversation=talk)[0] == drawn
+    assert "Make it blue." in node("MingConversationTranscript", conversation=talk)[0]
+
+
+def test_files_are_saved_with_a_counter_listed_and_loaded(small, tmp_path):
+    features = features_of(small, image())
+    _, talk = node("MingUnderstand", model=small[0], prompt="What is it?", features=features)
+    for _ in range(2):
+        node("MingSaveFeatures", features=features, filename_prefix="a/mine")
+        node("MingSaveConversation", conversation=talk, filename_prefix="talk")
+    names = host.saved_files()
+    assert names == [
+        "ming/a/mine_00001_.safetensors [output]",
+        "ming/a/mine_00002_.safetensors [output]",
+        "ming/talk_00001_.safetensors [output]",
+        "ming/talk_00002_.safetensors [output]",
+    ]
+    assert node("MingLoadFeatures", file=names[1])[0] == features
+    assert node("MingLoadConversation", model=small[0], file=names[2])[0] == talk
+    assert NODE_CLASS_MAPPINGS["MingLoadFeatures"].VALIDATE_INPUTS(names[0]) is True
+
+
+def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, monkeypatch, checkpoint_folder):
+    import shutil
+
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "models" / "sub" / "mine")
+    monkeypatch.setattr(host, "model_folders", lambda: [tmp_path / "models"])
+    options = {"model_name": "sub/mine", "precision": "fp32"}
+    first, tok = node("MingUniVisionLoader", **options)
+    assert node("MingUniVisionLoader", **options)[0] is first and tok.owner is first
+    state = NODE_CLASS_MAPPINGS["MingUniVisionLoader"].IS_CHANGED(**options)
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert NODE_CLASS_MAPPINGS["MingUniVisionLoader"].IS_CHANGED(**options) != state
+    assert node("MingUniVisionLoader", **options)[0] is not first
+    assert list(loaders.found("univision")) == [loaders.BUILT_IN, "sub/mine"]
+
+
+# --- gives a clear error, and everything stays usable -------------------------------------------------------------
+
+
+@pytest.fixture
+def unharmed(small, tmp_path):
+    """After the error in the test the model draws what it drew before, and no file was written."""
+
+    def drawn():
+        small[0].model.prefix_cache.clear()
+        return node("MingGenerate", model=small[0], prompt="A cat.")[0][0].latents
+
+    before = drawn()
+    yield
+    assert torch.equal(before, drawn())
+    assert not [p for p in (tmp_path / "output").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t"])
+@pytest.mark.parametrize("name", ["MingUnderstand", "MingGenerate", "MingEdit"])
+def test_an_empty_or_blank_prompt(small, unharmed, name, prompt):
+    inputs = (
+        {"instruction": prompt, "features": features_of(small, image())} if name == "MingEdit" else {"prompt": prompt}
+    )
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        node(name, model=small[0], **inputs)
+
+
+@pytest.mark.parametrize("name", ["MingUnderstand", "MingGenerate"])
+def test_a_transcript_that_outgrows_the_positions_is_refused_with_the_figures(small, unharmed, name):
+    with pytest.raises(ValueError, match=r"this model has 512 positions"):
+        node(name, model=small[0], prompt="x" * 400, max_new_tokens=200)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_infinite_pixels(small, unharmed, value):
+    bad = image()
+    bad[0, 3, 4, 1] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        node("MingTokEncode", mingtok=small[1], image=bad)
+
+
+def test_an_empty_batch_and_a_tensor_that_is_no_picture(small, unharmed):
+    with pytest.raises(ValueError, match="no picture in this batch"):
+        node("MingTokEncode", mingtok=small[1], image=image(batch=0))
+    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
+        node("MingTokEncode", mingtok=small[1], image=image(channels=2))
+
+
+def test_a_picture_too_long_for_a_crop_names_stretch_and_pad(small, unharmed):
+    with pytest.raises(ValueError, match=r'"stretch" or "pad"'):
+        node("MingTokEncode", mingtok=small[1], image=image(10, 171), fit="center crop")
+    node("MingTokEncode", mingtok=small[1], image=image(10, 160), fit="center crop")
+
+
+def test_features_of_another_tokenizer(small, unharmed):
+    alien = features_of(small, image())._replace(tokenizer="f" * 64)
+    for name, inputs in (
+        ("MingTokDecode", {"mingtok": small[1]}),
+        ("MingUnderstand", {"model": small[0], "prompt": "What is it?"}),
+        ("MingEdit", {"model": small[0], "instruction": "Make it blue."}),
+    ):
+        with pytest.raises(ValueError, match="another tokenizer"):
+            node(name, features=alien, **inputs)
+
+
+def test_features_of_another_tokenizer_or_grid_or_number_are_not_compared(small, unharmed):
+    a = features_of(small, image())
+    high = node("MingTokEncode", mingtok=small[1], image=image(), detail="high")[0]
+    for b, word in (
+        (a._replace(tokenizer="f" * 64), "tokenizer"),
+        (node("MingTokSemanticFeatures", mingtok=small[1], latent=high)[0], "grid"),
+        (features_of(small, image(batch=2)), "number of pictures"),
+    ):
+        with pytest.raises(ValueError, match=f"their {word} differs"):
+            node("MingFeaturesCompare", features_a=a, features_b=b)
+
+
+@pytest.mark.parametrize(
+    ("latent", "words"),
+    [
+        ({"samples": torch.zeros(1, 4, 4, 4)}, "8 channels"),
+        ({"samples": torch.zeros(1, 8, 4, 4), "type": "audio"}, "of type 'audio'"),
+        ({"samples": torch.zeros(1, 8, 9, 4)}, "from 1 to 8"),
+        ({"samples": torch.full((1, 8, 4, 4), float("nan"))}, "NaN"),
+        ({"samples": torch.zeros(0, 8, 4, 4)}, "B of 1 or more"),
+    ],
+)
+def test_latents_of_another_tokenizer(small, unharmed, latent, words):
+    with pytest.raises(ValueError, match=words):
+        node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
+
+
+def test_a_conversation_of_another_model(small, unharmed):
+    _, talk = node("MingUnderstand", model=small[0], prompt="Hello.")
+    for name, inputs in (("MingUnderstand", {"prompt": "On."}), ("MingGenerate", {"prompt": "On."})):
+        with pytest.raises(ValueError, match="held with another model"):
+            node(name, model=small[0], conversation=talk._replace(model="f" * 64), **inputs)
+
+
+def test_an_edit_with_no_picture_anywhere_names_the_node_that_draws(small, unharmed):
+    _, talk = node("MingUnderstand", model=small[0], prompt="Hello.")
+    for conversation in (None, Conversation(), talk):
+        with pytest.raises(ValueError, match="MingGenerate"):
+            node("MingEdit", model=small[0], instruction="Make it blue.", conversation=conversation)
+
+
+def test_a_picture_that_the_conversation_does_not_have(small, unharmed):
+    _, talk = node("MingUnderstand", model=small[0], prompt="What is it?", features=features_of(small, image()))
+    for index in (1, -2):
+        with pytest.raises(ValueError, match=r"1 pictures \(0 to 0\)"):
+            node("MingConversationPicture", conversation=talk, index=index)
+    with pytest.raises(ValueError, match="no picture"):
+        node("MingConversationPicture", conversation=Conversation(), index=-1)
+
+
+def test_words_that_are_no_scene_and_pictures_of_two_sizes(unharmed):
+    with pytest.raises(ValueError, match="elephant"):
+        node("MingExampleScene", scene="a large red elephant at the top left")
+    with pytest.raises(ValueError, match="bring them to one size"):
+        node("MingImageMetrics", image_a=image(), image_b=image(20, 20))
+
+
+def test_an_absent_model_is_named_with_where_to_get_it_and_where_to_put_it():
+    for name, repository in (("MingTokLoader", "MingTok-Vision"), ("MingUniVisionLoader", "Ming-UniVision-16B-A3B")):
+        message = NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS("not/there")
+        for word in (
+            "not/there",
+            f"huggingface.co/inclusionAI/{repository}",
+            "modelscope.cn",
+            str(host.model_folders()[0]),
+        ):
+            assert word in message
+        assert NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(loaders.BUILT_IN) is True
+
+
+@pytest.mark.parametrize("prefix", ["../out", "a/../../../b", "/etc/x", "", "..", "C:\\x", "\\\\server\\x"])
+def test_a_file_name_that_climbs_out_of_its_folder(small, tmp_path, unharmed, prefix):
+    features = features_of(small, image())
+    if prefix == "C:\\x" and os.name != "nt":
+        pytest.skip("a drive is a plain name here")
+    with pytest.raises(ValueError, match="leads out of"):
+        node("MingSaveFeatures", features=features, filename_prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors [output]", "/etc/passwd [input]", "a/../../x [input]", "gone [output]"]
+)
+def test_a_file_to_load_that_is_absent_or_outside_is_refused_before_the_run(name):
+    for node_id in ("MingLoadFeatures", "MingLoadConversation"):
+        message = NODE_CLASS_MAPPINGS[node_id].VALIDATE_INPUTS(name)
+        assert "leads out of" in message or "there is no file" in message
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whom a folder's rights bind")
+def test_an_unwritable_output_folder(small, tmp_path, unharmed):
+    (tmp_path / "output").mkdir(exist_ok=True)
+    os.chmod(tmp_path / "output", stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with pytest.raises(ValueError, match="cannot write"):
+            node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="x")
+    finally:
+        os.chmod(tmp_path / "output", stat.S_IRWXU)
+
+
+def test_an_output_folder_that_is_a_file(small, tmp_path):
+    (tmp_path / "output").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot write"):
+        node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="x")
+    workflow = read_workflow(host.PACK / "workflows" / "api" / "text_chat.json")
+    with pytest.raises(WorkflowError, match="is a file"):
+        run_workflow(workflow, output_dir=tmp_path / "output")
+
+
+def test_a_damaged_file_names_itself(small, tmp_path):
+    node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="x")
+    (name,) = host.saved_files()
+    path = host.saved_path(name)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"x_00001_\.safetensors.*save it again"):
+        node("MingLoadFeatures", file=name)
+
+
+# --- widgets and workflows, refused before anything runs ----------------------------------------------------------
+
+
+def widgets():
+    for node_id, node_class in NODE_CLASS_MAPPINGS.items():
+        for name, (kind, options) in node_class.INPUT_TYPES()["required"].items():
+            if kind in ("INT", "FLOAT"):
+                step = 1 if kind == "INT" else 0.01
+                yield node_id, name, options["min"] - step
+                yield node_id, name, options["max"] + step
+                yield node_id, name, "many"
+            elif isinstance(kind, list) and name != "file":  # files have a test of their own
+                yield node_id, name, "no such choice"
+
+
+@pytest.mark.parametrize(("node_id", "name", "value"), list(widgets()))
+def test_every_widget_out_of_range_is_refused_by_name(node_id, name, value):
+    required = NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()["required"]
+    inputs = {k: o["default"] for k, (kind, o) in required.items() if "default" in o}
+    workflow = {
+        "1": {"class_type": node_id, "inputs": inputs | {name: value}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    if not NODE_CLASS_MAPPINGS[node_id].RETURN_TYPES:
+        del workflow["2"]
+    with pytest.raises(WorkflowError) as error:
+        plan(workflow, known_node_classes())
+    about = [p for p in error.value.problems if f"{name}" in p and str(value) in p]
+    assert about and all("node 1" in p for p in about), error.value.problems
+
+
+def good() -> dict:
+    return read_workflow(host.PACK / "workflows" / "api" / "multi_round_edit.json")
+
+
+def refused(workflow: dict, *words: str) -> None:
+    with pytest.raises(WorkflowError) as error:
+        run_workflow(workflow)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_workflow_with_an_unknown_node_a_missing_link_or_a_cycle(tmp_path):
+    unknown = good()
+    unknown["3"]["class_type"] = "MingTokEncod"
+    refused(unknown, "MingTokEncod", "MingTokEncode")
+    missing = good()
+    missing["4"]["inputs"]["latent"] = ["99", 0]
+    refused(missing, "99")
+    unlinked = good()
+    del unlinked["4"]["inputs"]["latent"]
+    refused(unlinked, "latent")
+    wrong = good()
+    wrong["4"]["inputs"]["latent"] = ["2", 0]
+    refused(wrong, "IMAGE", "LATENT")
+    circle = good()
+    first_edit = next(i for i, n in circle.items() if n["class_type"] == "MingEdit")
+    circle[first_edit]["inputs"]["conversation"] = [first_edit, 1]
+    refused(circle, "cycle")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_workflow_file_that_is_no_json_or_of_the_other_format(tmp_path):
+    path = tmp_path / "w.json"
+    for content, word in (("{", "JSON"), (json.dumps({"nodes": [], "links": []}), "API"), ("[]", "object")):
+        path.write_text(content)
+        with pytest.raises(WorkflowError, match=word):
+            read_workflow(path)
+
+
+def test_a_node_that_fails_is_named_and_what_was_saved_before_stays(small, tmp_path):
+    workflow = read_workflow(host.PACK / "workflows" / "api" / "branch_edits.json")
+    for n in workflow.values():
+        if n["class_type"] == "MingUniVisionLoader":
+            n["inputs"]["model_name"] = "edit_round"
+        n["inputs"] |= {k: 4 for k in ("max_new_tokens",) if k in n["inputs"]}
+        if n["_meta"]["title"] == "Branch B":
+            n["inputs"]["instruction"] = " "
+    with pytest.raises(NodeError, match=r"Branch B.*the prompt is empty"):
+        run_workflow(workflow, output_dir=tmp_path / "output")
+
+
+def test_a_warning_free_numpy_picture_is_what_saving_gets(small):
+    picture = node("MingTokDecode", mingtok=small[1], features=features_of(small, image()))[0]
+    assert picture.device.type == "cpu" and picture.is_contiguous() and np.asarray(picture).dtype == np.float32

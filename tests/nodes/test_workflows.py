@@ -1,0 +1,89 @@
+"""Every shipped workflow runs on the built-in model, and makes no detour through pixels."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from ming_univision.ming_core import MingTok
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
+from ming_univision.nodes.headless import run_workflow
+from ming_univision.nodes.headless_workflow import read_workflow
+
+FOLDER = host.PACK / "workflows" / "api"
+CORE_NODES = {"LoadImage", "SaveImage", "PreviewImage", "PreviewAny", "LatentBlend", "ImageScale"}
+
+# name: encodes, decodes, semantic decoder runs (those of drawn tokens not counted)
+CALLS = {
+    "reconstruct": (1, 1, 1),
+    "describe": (1, 0, 1),
+    "text_to_image": (0, 1, 0),
+    "multi_round_edit": (1, 1, 1),
+    "segment_then_edit": (1, 2, 1),
+    "super_resolution_then_colorize": (1, 1, 1),
+    "enhance_chain": (1, 1, 1),
+    "branch_edits": (1, 2, 1),
+    "draw_then_ask": (0, 1, 0),
+    "text_chat": (0, 0, 0),
+    "save_and_continue": (1, 1, 1),
+}
+
+
+def shortened(workflow: dict) -> dict:
+    """Untrained or not, a model answers in a few tokens here, and draws in few steps."""
+    for node in workflow.values():
+        limits = {"max_new_tokens": 8, "steps": 2}
+        node["inputs"] |= {k: v for k, v in limits.items() if k in node["inputs"]}
+    return workflow
+
+
+def test_all_workflows_are_here():
+    assert {p.stem for p in FOLDER.glob("*.json")} == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_workflow_runs_and_encodes_and_decodes_exactly_as_often_as_it_must(name, tmp_path, monkeypatch):
+    at_first_use = {}
+    ready = host.ready
+
+    def watched(handle):
+        assert torch.is_inference_mode_enabled()
+        model = ready(handle)
+        tok = model if isinstance(model, MingTok) else model.mingtok
+        at_first_use.setdefault(tok, tok.calls.copy())
+        return model
+
+    monkeypatch.setattr(host, "ready", watched)
+    results = run_workflow(shortened(read_workflow(FOLDER / f"{name}.json")), output_dir=tmp_path)
+    ((tok, before),) = at_first_use.items()
+    encodes, decodes, semantic = CALLS[name]
+    assert tok.calls - before == +Counter(encode=encodes, decode=decodes, semantic=semantic)
+    saved = list(tmp_path.rglob("*.png"))
+    assert len(saved) == decodes
+    assert results
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_workflow_uses_our_nodes_and_few_of_cores_and_its_own_example(name):
+    nodes = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")).values()
+    types = [node["class_type"] for node in nodes]
+    assert set(types) <= set(NODE_CLASS_MAPPINGS) | CORE_NODES and "LoadImage" not in types
+    if CALLS[name][0]:
+        assert types.count("MingExampleScene") == 1
+    for node in nodes:
+        declared = NODE_CLASS_MAPPINGS.get(node["class_type"])
+        if declared:
+            inputs = declared.INPUT_TYPES()
+            assert set(inputs["required"]) <= set(node["inputs"])
+            assert set(node["inputs"]) <= set(inputs["required"]) | set(inputs.get("optional", {}))
+        assert node["_meta"]["title"]
+
+
+def test_reconstruct_reports_a_good_likeness(tmp_path):
+    workflow = read_workflow(FOLDER / "reconstruct.json")
+    results = run_workflow(workflow, output_dir=tmp_path)
+    metrics = next(i for i, n in workflow.items() if n["class_type"] == "MingImageMetrics")
+    (noise,), (structure,), (report,) = results[metrics].outputs
+    assert math.isfinite(noise) and noise > 22 and structure > 0.8  # against the scene at 512, not at 128
+    assert f"{noise:.2f} dB" in report
