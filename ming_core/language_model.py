@@ -57,7 +57,7 @@ class Causal:
         self.mask = None if mask is None else mask[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (_for_all_heads(x, q.shape[1]) for x in (k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
 
 
@@ -86,14 +86,16 @@ class Prefix:
         n, end = q.shape[2], self.length + q.shape[2]
         self.keys[layer, :, self.length : end] = k[0]
         self.values[layer, :, self.length : end] = v[0]
-        k, v = (_for_all_heads(x[layer, None, :, :end], q.shape[1]) for x in (self.keys, self.values))
+        # each key/value head serves a group of query heads: (kv, group, ., d), without a copy
+        q = q.reshape(k.shape[1], -1, n, q.shape[3])
+        k, v = (x[layer, :, None, :end].expand(-1, q.shape[1], -1, -1) for x in (self.keys, self.values))
         mask = None
         if self.length and n > 1:
             mask = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(self.length)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not self.length)
         if layer == len(self.keys) - 1:
             self.length = end
-        return out
+        return out.flatten(0, 1)[None]
 
 
 class Rows:
@@ -345,8 +347,3 @@ class LanguageModel(nn.Module):
     def step(self, x: Tensor, rows: Rows) -> Tensor:
         """Forward one embedding a row, [rows, H], routed by the text gate; returns hidden states [rows, H]."""
         return self.model(x[:, None], rows.positions, rows)[:, 0]
-
-
-def _for_all_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, kv_heads, n, d] -> [B, heads, n, d], each repeated for its group of query heads."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -42,7 +42,7 @@ _folders: ContextVar[tuple[Path, Path]] = ContextVar("ming_folders", default=(PA
 # --- Devices and memory -------------------------------------------------------------------------------------------
 
 
-class _Resident(nn.Module):
+class ManagedModel(nn.Module):
     """What a patcher manages. ComfyUI writes attributes such as `device` on it, which a model of ours computes."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -115,7 +115,7 @@ def managed(model: nn.Module, name: str) -> Loaded:
     if not comfy:
         return Loaded(model, None, name)
     offload = resting_device()
-    return Loaded(model, comfy.model_patcher.ModelPatcher(_Resident(model, offload), device(), offload), name)
+    return Loaded(model, comfy.model_patcher.ModelPatcher(ManagedModel(model, offload), device(), offload), name)
 
 
 def ready(loaded: Loaded) -> Any:
