@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .features import Features, tensor_digest
 from .files import FileError, read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from .univision import UniVision
+from .mingtok import MingTok
 
 FILE_FORMAT = "ming conversation 1"
 
@@ -235,7 +233,14 @@ def save_conversation(conversation: Conversation, path: str | Path) -> None:
     write_tensors(path, tensors, about)
 
 
-def load_conversation(path: str | Path, model: UniVision) -> Conversation:
+class Reader(Protocol):
+    """What is needed of a UniVision to read a conversation."""
+
+    fingerprint: str
+    mingtok: MingTok
+
+
+def load_conversation(path: str | Path, model: Reader) -> Conversation:
     """Read what `save_conversation` wrote; the pictures' features are made anew, once a picture.
 
     Raises FileError for a damaged file, and ValueError for the file of another model.
@@ -269,7 +274,7 @@ def load_conversation(path: str | Path, model: UniVision) -> Conversation:
     return Conversation(tuple(parts), fingerprint)
 
 
-def _restore(model: UniVision, latents: Tensor, entry: dict) -> Picture:
+def _restore(model: Reader, latents: Tensor, entry: dict) -> Picture:
     with torch.no_grad():
         features = model.mingtok.semantic_features(latents[None])
     return Picture(features._replace(depth=int(entry["depth"])), bool(entry["drawn"]))

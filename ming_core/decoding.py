@@ -15,23 +15,40 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .config import UniVisionConfig
 from .conversation import Conversation, Part, Picture, Text, guidance_views, segment_keys
 from .features import Features, to_grid
-from .flow_head import Guidance, Solver
-from .language_model import KeyValues, Prefix, Rows
-from .prompts import TextStream
-
-if TYPE_CHECKING:
-    from .univision import UniVision
+from .flow_head import FlowHead, Guidance, Solver
+from .language_model import KeyValues, LanguageModel, Prefix, Rows
+from .mingtok import MingTok
+from .prefix_cache import PrefixCache
+from .prompts import ChatFormat, TextStream
 
 log = logging.getLogger(__name__)
 
 STARTS = ("draw now", "model decides")
+
+
+class Model(Protocol):
+    """What the loops need of a UniVision."""
+
+    config: UniVisionConfig
+    chat: ChatFormat
+    mingtok: MingTok
+    language_model: LanguageModel
+    flow_head: FlowHead
+    prefix_cache: PrefixCache
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def project(self, tokens: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,7 @@ OnToken = Callable[[Progress], None] | None
 
 
 def understand(
-    model: UniVision,
+    model: Model,
     conversation: Conversation,
     prompt: str,
     features: Features | None,
@@ -115,7 +132,7 @@ def understand(
 
 
 def draw(
-    model: UniVision,
+    model: Model,
     conversation: Conversation,
     prompt: str,
     features: Features | None,
@@ -184,7 +201,7 @@ class _Round:
 
 
 def _open_round(
-    model: UniVision,
+    model: Model,
     conversation: Conversation,
     prompt: str,
     features: Features | None,
@@ -216,7 +233,7 @@ def _open_round(
     return _Round(grown, prefix, hidden, prefilled, conversation.rounds + grown.depth, grown.depth)
 
 
-def _attached(model: UniVision, conversation: Conversation, features: Features | None) -> list[Picture]:
+def _attached(model: Model, conversation: Conversation, features: Features | None) -> list[Picture]:
     """The pictures of `features` that are not in view yet."""
     if features is None:
         return []
@@ -231,7 +248,7 @@ def _attached(model: UniVision, conversation: Conversation, features: Features |
     return [Picture(picture, drawn=False) for picture in new]
 
 
-def _prefill(model: UniVision, conversation: Conversation) -> tuple[Prefix, Tensor, int]:
+def _prefill(model: Model, conversation: Conversation) -> tuple[Prefix, Tensor, int]:
     """Keys and values of a whole transcript, the last hidden state, and how many positions had to be forwarded.
 
     The last segment is always forwarded, since its hidden state is needed.
@@ -251,7 +268,7 @@ def _prefill(model: UniVision, conversation: Conversation) -> tuple[Prefix, Tens
     return prefix, hidden, len(embeddings)
 
 
-def _embed(model: UniVision, segment: Text | Picture) -> Tensor:
+def _embed(model: Model, segment: Text | Picture) -> Tensor:
     """[length, H]."""
     if isinstance(segment, Picture):
         return model.project(segment.features.tokens[0])
@@ -259,7 +276,7 @@ def _embed(model: UniVision, segment: Text | Picture) -> Tensor:
 
 
 def _remember(
-    model: UniVision, keys: list[bytes], new: tuple | list, begin: int, read: Callable[[int, int], KeyValues]
+    model: Model, keys: list[bytes], new: tuple | list, begin: int, read: Callable[[int, int], KeyValues]
 ) -> None:
     """Put the keys and values of the last segments into the prefix cache."""
     if not model.prefix_cache.limit:
@@ -271,14 +288,14 @@ def _remember(
     model.prefix_cache.store(keys, entries)
 
 
-def _close_round(model: UniVision, opened: _Round, segments: list, rows: Rows, row: int) -> Conversation:
+def _close_round(model: Model, opened: _Round, segments: list, rows: Rows, row: int) -> Conversation:
     """The conversation with the generated part, whose keys and values one of the rows holds."""
     grown = opened.conversation.extended(Part(True, tuple(segments)), model.fingerprint)
     _remember(model, segment_keys(grown.segments), segments, 0, lambda a, b: rows.slice(row, a, b))
     return grown
 
 
-def _answer(model: UniVision, ids: list[int]) -> list[Text]:
+def _answer(model: Model, ids: list[int]) -> list[Text]:
     return [model.chat.answer(ids)] if ids else []
 
 
@@ -287,7 +304,7 @@ class _Writer:
 
     def __init__(
         self,
-        model: UniVision,
+        model: Model,
         limit: int,
         sampling: Sampling,
         generator: torch.Generator | None,
@@ -339,7 +356,7 @@ class _Writer:
         return order.gather(1, torch.multinomial(odds, 1, generator=self.generator))[:, 0].tolist()
 
 
-def _begin_picture(model: UniVision, opened: _Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
+def _begin_picture(model: Model, opened: _Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
     """A single row that stands before its `<image>`, and what it emitted, `<image>` included."""
     image = model.config.llm_config.image_start_token
     single = Rows(opened.prefix, capacity=writer.limit)
@@ -356,7 +373,7 @@ def _begin_picture(model: UniVision, opened: _Round, start: str, writer: _Writer
 
 
 def _draw_pictures(
-    model: UniVision,
+    model: Model,
     opened: _Round,
     single: Rows,
     noise: Tensor,
@@ -413,7 +430,7 @@ def _own(features: Features) -> Features:
     return features._replace(tokens=features.tokens.clone(), latents=features.latents.clone())
 
 
-def _noise(model: UniVision, seeds: list[int], given: Tensor | None, noise_round: int) -> Tensor:
+def _noise(model: Model, seeds: list[int], given: Tensor | None, noise_round: int) -> Tensor:
     """float32 [B, N, C] on the CPU: the given noise, checked, or that of (seed, round)."""
     n = model.config.llm_config.num_image_tokens_for_gen
     channels = model.flow_head.net.channels
