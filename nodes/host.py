@@ -50,6 +50,12 @@ class ManagedModel(nn.Module):
         self.model = model
         self.device = device
 
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """ComfyUI moves a model when it loads or unloads it: then what the model remembers of past rounds is freed."""
+        if hasattr(self.model, "prefix_cache"):
+            self.model.prefix_cache.clear()
+        return super()._apply(*args, **kwargs)
+
 
 @dataclass(eq=False)  # compared by identity, and able to be referenced weakly
 class Loaded:

@@ -233,6 +233,14 @@ def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, m
     assert list(loaders.found("univision")) == [loaders.BUILT_IN, "sub/mine"]
 
 
+def test_unloading_a_model_frees_what_it_remembers_of_past_rounds(small):
+    model = small[0].model
+    node("MingUnderstand", model=small[0], prompt="Hello.")
+    assert model.prefix_cache.bytes > 0
+    host.ManagedModel(model, torch.device("cpu")).to("cpu")  # as a patcher does it
+    assert model.prefix_cache.bytes == 0 and len(model.prefix_cache) == 0
+
+
 # --- gives a clear error, and everything stays usable -------------------------------------------------------------
 
 
