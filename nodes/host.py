@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..ming_core.files import FileError
+from .filenames import numbered_path
 
 try:
     import comfy.model_management
@@ -203,19 +204,14 @@ def model_folders() -> list[Path]:
 
 def save_path(prefix: str, suffix: str) -> Path:
     """A new file below output/ming/ with ComfyUI's counter: prefix_00001_.safetensors. Raises FileError."""
-    root = (output_directory() / "ming").resolve()
-    relative = Path(prefix.replace("\\", "/"))
-    target = (root / relative).resolve()
-    if relative.is_absolute() or relative.drive or not relative.name or root not in target.parents:
-        raise FileError(f"the file name {prefix!r} leads out of {root}: give a name without .. and without a drive")
-    pattern = re.compile(re.escape(target.name) + r"_(\d+)_.*")
+    root = output_directory() / "ming"
     try:
-        taken = [int(m[1]) for m in map(pattern.fullmatch, os.listdir(target.parent)) if m]
-    except FileNotFoundError:
-        taken = []
+        folder, name, number = numbered_path(prefix, root)
+    except ValueError as error:
+        raise FileError(str(error)) from None
     except OSError as error:
-        raise FileError(f"cannot write to {target.parent}: {error.strerror}; choose another output folder") from error
-    return target.with_name(f"{target.name}_{max(taken, default=0) + 1:05}_{suffix}")
+        raise FileError(f"cannot write below {root}: {error.strerror}; choose another output folder") from error
+    return folder / f"{name}_{number:05}_{suffix}"
 
 
 def saved_files() -> list[str]:

@@ -1,0 +1,39 @@
+"""Names of new files, as ComfyUI's save nodes give them: prefix_00001_.png, the number one above the largest there."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+
+def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int]:
+    """Where files of a `filename_prefix` go: (folder, base name, first free number), as core counts.
+
+    The prefix may name subfolders and use %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second%.
+    The folder is not made. Raises ValueError for a prefix that climbs out of `folder`, OSError for an unreadable one.
+    """
+    now = time.localtime()
+    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
+    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
+    fields |= {name: f"{number:02}" for name, number in pairs.items()}
+    for name, text in fields.items():
+        prefix = prefix.replace(f"%{name}%", text)
+    full = Path(os.path.normpath(check_prefix(prefix, folder)))
+    counted = re.compile(re.escape(os.path.normcase(full.name)) + r"_(\d+)")
+    names = os.listdir(full.parent) if full.parent.is_dir() else []
+    numbers = [int(match[1]) for name in names if (match := counted.match(os.path.normcase(name)))]
+    return full.parent, full.name, max(numbers, default=0) + 1
+
+
+def check_prefix(prefix: str, folder: Path) -> Path:
+    """`folder` / `prefix`, or a ValueError when that is not inside `folder` or names no file."""
+    path = Path(folder, prefix.replace("\\", "/"))
+    inside = "\0" not in prefix and path.resolve().is_relative_to(Path(folder).resolve())
+    if not inside or path.resolve() == Path(folder).resolve():
+        raise ValueError(
+            f"filename_prefix {prefix!r} leads out of {folder}, or names no file: give a name, with folders below that "
+            "one if you like"
+        )
+    return path

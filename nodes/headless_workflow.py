@@ -1,0 +1,492 @@
+"""Workflow files in ComfyUI's API format: read, changed and checked, before any node runs.
+
+The API format is what ComfyUI's "Export (API)" writes and what its queue takes: a JSON object that maps a node id to
+``{"class_type": ..., "inputs": {...}, "_meta": {"title": ...}}``, where an input is either a widget value or a link
+``[node id, output index]``.
+
+- `read_workflow` reads such a file, `with_settings` and `with_image` give a changed copy of it.
+- `plan` checks a workflow against node classes and gives the nodes to run, in order. It applies the rules of ComfyUI
+  0.33, but where that queue drops an output whose branch is broken and runs the others, everything that is wrong is
+  collected here into one `WorkflowError` and nothing runs. Widget values are converted as ComfyUI does, save where that
+  loses something: 2.5 for an INT, "no" for a BOOLEAN or NaN for a FLOAT is refused.
+
+Nothing here runs a node's work or needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import graphlib
+import inspect
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXAMPLE_SCENE = "MingExampleScene"
+LOAD_IMAGE = "LoadImage"
+
+_ANY = "*"
+_COMBO = "COMBO"
+_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", _COMBO}
+_MOST_NAMED = 20  # a message quotes at most so many choices
+
+NodeClasses = Mapping[str, type]
+Workflow = dict[str, dict[str, Any]]
+
+
+class WorkflowError(ValueError):
+    """A workflow that was refused before any of it ran; `problems` has one sentence for each thing that is wrong."""
+
+    def __init__(self, problems: Iterable[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in this workflow:\n  - "
+        super().__init__(head + "\n  - ".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Socket:
+    """One declared input of a node class: a widget, or a socket that only takes a link."""
+
+    name: str
+    kind: str  # "INT", "IMAGE", "COMBO", "*", or a union such as "INT,FLOAT"
+    choices: tuple[Any, ...]  # of a COMBO
+    options: Mapping[str, Any]
+    required: bool
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a workflow together with its class. `inputs` has widget values and links [node id, output index]."""
+
+    id: str
+    class_type: str
+    title: str
+    node_class: type
+    inputs: dict[str, Any]
+    sockets: Mapping[str, Socket]
+    hidden: Mapping[str, str]  # name -> "UNIQUE_ID", "PROMPT", ...
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.id})"
+
+    @property
+    def described(self) -> str:
+        """Id, title and class, as error messages name a node."""
+        return f'node {self.id} "{self.title}" ({self.class_type})'
+
+    @property
+    def is_output(self) -> bool:
+        return getattr(self.node_class, "OUTPUT_NODE", False) is True
+
+    def links(self) -> Iterator[tuple[str, str, int]]:
+        """(input name, node id, output index) of every linked input."""
+        for name, value in self.inputs.items():
+            if is_link(value):
+                yield name, value[0], value[1]
+
+    def hidden_values(self, workflow: Workflow | None, extra_pnginfo: Any = None) -> dict[str, Any]:
+        """Values of the hidden inputs; those that only a ComfyUI server knows are None."""
+        values = {"UNIQUE_ID": self.id, "PROMPT": workflow, "EXTRA_PNGINFO": extra_pnginfo}
+        return {name: values.get(kind) for name, kind in self.hidden.items()}
+
+
+def is_link(value: Any) -> bool:
+    """Whether an input's value is a link [node id, output index]."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], (str, int))
+        and isinstance(value[1], (int, float))
+        and not isinstance(value[1], bool)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and changing
+
+
+def read_workflow(path: str | Path) -> Workflow:
+    """Reads an API-format workflow file, or the body of a queue request, ``{"prompt": workflow}``.
+
+    Raises WorkflowError when the file is absent, is no JSON, or is in the format that ComfyUI's "Save" writes.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise WorkflowError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise WorkflowError(f"{path}: is not a workflow: not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise WorkflowError(f"{path}: is not valid JSON: {error.msg} at {where}") from error
+    if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
+        data = data["prompt"]
+    if isinstance(data, dict) and isinstance(data.get("nodes"), list):
+        twin = path.parent / "api" / path.name
+        remedy = f"its API-format twin is {twin}" if twin.is_file() else 'export it with Workflow > "Export (API)"'
+        raise WorkflowError(
+            f"{path}: was saved in the format of ComfyUI's editor, which does not run by itself; {remedy}"
+        )
+    if not isinstance(data, dict) or not data:
+        raise WorkflowError(f"{path}: is not a workflow: expected a JSON object that maps node ids to nodes")
+    return data
+
+
+def with_settings(workflow: Workflow, settings: Iterable[str], node_classes: NodeClasses) -> Workflow:
+    """A copy of `workflow` with inputs replaced; each setting reads NODE.INPUT=VALUE, with NODE a node id.
+
+    VALUE is JSON where it parses (so ["5", 0] is a link to output 0 of node 5), else a string; for a text widget
+    whatever is not a JSON string or a link is taken as it was typed. Raises WorkflowError for an unknown node or input.
+    """
+    _check_shape(workflow)
+    workflow = copy.deepcopy(workflow)
+    problems = []
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        node_id, dot, name = target.rpartition(".")
+        if not (equals and dot and node_id and name):
+            problems.append(f'setting "{setting}": expected NODE.INPUT=VALUE, for example 5.seed=7')
+        elif node_id not in workflow:
+            known = ", ".join(f"{known_id} ({_title(node)})" for known_id, node in workflow.items())
+            problems.append(f'setting "{setting}": there is no node {node_id}; the workflow has {known}')
+        else:
+            problems += _set_input(node_id, workflow[node_id], name, text, node_classes)
+    if problems:
+        raise WorkflowError(problems)
+    return workflow
+
+
+def with_image(workflow: Workflow, file: str | Path) -> Workflow:
+    """A copy of `workflow` that starts from the picture in `file`, which may lie anywhere.
+
+    Every MingExampleScene that feeds another node becomes a LoadImage of that file (inputs that took the scene's
+    caption get an empty text); where there is none, the file of every LoadImage is replaced.
+    """
+    file = Path(file).expanduser().resolve()
+    if not file.is_file():
+        raise WorkflowError(f"{file}: there is no such picture file")
+    _check_shape(workflow)
+    workflow = copy.deepcopy(workflow)
+    links = [
+        (node["inputs"], name, str(value[0]), value[1])
+        for node in workflow.values()
+        for name, value in node.get("inputs", {}).items()
+        if is_link(value)
+    ]
+    scenes = {source for *_, source, _ in links if workflow.get(source, {}).get("class_type") == EXAMPLE_SCENE}
+    loaders = {node_id for node_id, node in workflow.items() if node["class_type"] == LOAD_IMAGE}
+    if not (scenes or loaders):
+        raise WorkflowError(
+            f"this workflow has no place for a picture: neither {EXAMPLE_SCENE} nor {LOAD_IMAGE} is in it"
+        )
+    for node_id in scenes or loaders:
+        workflow[node_id].update(class_type=LOAD_IMAGE, inputs={"image": str(file)}, _meta={"title": "Load Image"})
+    for inputs, name, source, index in links:
+        if source in scenes and index != 0:
+            inputs[name] = ""
+    return workflow
+
+
+def _set_input(node_id: str, node: dict[str, Any], name: str, text: str, node_classes: NodeClasses) -> list[str]:
+    node_class = node_classes.get(node["class_type"])
+    sockets = _sockets(node_class.INPUT_TYPES()) if node_class else {}
+    inputs = node.setdefault("inputs", {})
+    if name not in sockets and name not in inputs:
+        known = ", ".join(dict.fromkeys([*sockets, *inputs])) or "no inputs"
+        return [f'node {node_id} "{_title(node)}" has no input "{name}"; it has {known}']
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    is_text = name in sockets and sockets[name].kind == "STRING"
+    inputs[name] = text if is_text and not (isinstance(value, str) or is_link(value)) else value
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def plan(workflow: Workflow, node_classes: NodeClasses) -> list[Node]:
+    """The nodes that the output nodes need, checked, in an order in which they can run; results come early.
+
+    The nodes' inputs are copies with values in their widgets' types. Raises WorkflowError with all that is wrong:
+    unknown node types, missing inputs, links that lead nowhere or do not fit, cycles, values that a widget does not
+    take, and what a node's own VALIDATE_INPUTS refuses.
+    """
+    _check_shape(workflow)
+    nodes, problems = _known_nodes(workflow, node_classes)
+    if not problems and not any(node.is_output for node in nodes.values()):
+        problems.append("nothing to run: no node saves or shows a result; add SaveImage, PreviewImage or PreviewAny")
+    needed = _needed(nodes)
+    for node in needed.values():
+        problems += _checked(node, nodes, known=workflow)
+    order, cycle = _running_order(needed)
+    problems += cycle
+    if problems:
+        raise WorkflowError(problems)
+    return order
+
+
+def _check_shape(workflow: Workflow) -> None:
+    if not isinstance(workflow, dict) or not workflow:
+        raise WorkflowError("the workflow is empty: expected an object that maps node ids to nodes")
+    problems = []
+    for node_id, entry in workflow.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
+            problems.append(f'node {node_id}: has no "class_type"; is this workflow in the API format?')
+        elif not isinstance(entry.get("inputs", {}), dict):
+            problems.append(f'node {node_id} ({entry["class_type"]}): "inputs" is not an object of names and values')
+    if problems:
+        raise WorkflowError(problems)
+
+
+def _known_nodes(workflow: Workflow, node_classes: NodeClasses) -> tuple[dict[str, Node], list[str]]:
+    nodes, problems = {}, []
+    for node_id, entry in workflow.items():
+        class_type = entry["class_type"]
+        if class_type not in node_classes:
+            problems.append(_unknown_type(node_id, entry, node_classes))
+            continue
+        declared = node_classes[class_type].INPUT_TYPES()
+        nodes[node_id] = Node(
+            id=node_id,
+            class_type=class_type,
+            title=_title(entry),
+            node_class=node_classes[class_type],
+            inputs={name: _normal(value) for name, value in entry.get("inputs", {}).items()},
+            sockets=_sockets(declared),
+            hidden={name: _kind(spec) for name, spec in declared.get("hidden", {}).items()},
+        )
+    return nodes, problems
+
+
+def _unknown_type(node_id: str, entry: Mapping[str, Any], node_classes: NodeClasses) -> str:
+    class_type = entry["class_type"]
+    near = difflib.get_close_matches(class_type, node_classes, n=1, cutoff=0.75)
+    if near:
+        hint = f"did you mean {near[0]}?"
+    elif class_type.startswith("Ming"):
+        hint = "this version of the Ming-UniVision pack does not have it; the workflow may be from a newer one"
+    else:
+        others = ", ".join(sorted(name for name in node_classes if not name.startswith("Ming")))
+        hint = (
+            "it belongs to ComfyUI or to another node pack, so run this workflow in ComfyUI; "
+            f"without ComfyUI there are this pack's nodes and {others}"
+        )
+    return f'node {node_id} "{_title(entry)}": unknown node type {class_type}; {hint}'
+
+
+def _normal(value: Any) -> Any:
+    """A link with its id as text and its index as an integer; a value without the wrapping that keeps lists apart."""
+    if is_link(value):
+        return [str(value[0]), int(value[1])]
+    if isinstance(value, dict) and "__value__" in value:
+        return value["__value__"]
+    return copy.deepcopy(value)
+
+
+def _title(entry: Mapping[str, Any]) -> str:
+    meta = entry.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return str(title or entry["class_type"])
+
+
+def _kind(spec: Any) -> Any:
+    """The type of a declared input, which stands alone or before its options."""
+    return spec[0] if isinstance(spec, (tuple, list)) else spec
+
+
+def _sockets(declared: Mapping[str, Any]) -> dict[str, Socket]:
+    sockets = {}
+    for category in ("required", "optional"):
+        for name, spec in declared.get(category, {}).items():
+            kind, options = _kind(spec), (spec[1] if len(spec) > 1 else {})
+            choices: Sequence[Any] = ()
+            if isinstance(kind, (list, tuple)):
+                kind, choices = _COMBO, kind
+            elif kind == _COMBO:
+                choices = options.get("options", ())
+            sockets[name] = Socket(name, kind, tuple(choices), options, category == "required")
+    return sockets
+
+
+def _needed(nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """The output nodes and all that they are made from, in the order of the file."""
+    found: set[str] = set()
+    waiting = [node.id for node in nodes.values() if node.is_output]
+    while waiting:
+        node_id = waiting.pop()
+        if node_id in nodes and node_id not in found:
+            found.add(node_id)
+            waiting += [source for _, source, _ in nodes[node_id].links()]
+    return {node_id: node for node_id, node in nodes.items() if node_id in found}
+
+
+def _running_order(nodes: Mapping[str, Node]) -> tuple[list[Node], list[str]]:
+    graph = {node.id: {source for _, source, _ in node.links() if source in nodes} for node in nodes.values()}
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        path = " -> ".join(str(nodes[node_id]) for node_id in error.args[1])
+        return [], [f"nodes that wait for each other in a cycle: {path}"]
+    place = {node_id: number for number, node_id in enumerate(nodes)}
+    order, ready = [], []
+    while sorter.is_active():
+        ready += sorter.get_ready()
+        # What shows a result goes first, so that an answer is read while the next round is still being drawn.
+        ready.sort(key=lambda node_id: (not nodes[node_id].is_output, place[node_id]))
+        order.append(nodes[ready.pop(0)])
+        sorter.done(order[-1].id)
+    return order, []
+
+
+def _checked(node: Node, nodes: Mapping[str, Node], known: Mapping[str, Any]) -> list[str]:
+    """Problems of one node's inputs; values in `node.inputs` are replaced by what their widgets make of them."""
+    validate = getattr(node.node_class, "VALIDATE_INPUTS", None)
+    asked = inspect.getfullargspec(validate) if validate else None
+    own_types = asked is not None and "input_types" in asked.args
+    problems, received = [], {}
+    for socket in node.sockets.values():
+        if socket.name not in node.inputs and socket.required:
+            problems.append(f'{node.described}: the required input "{socket.name}" is missing')
+    for name, value in node.inputs.items():
+        where = f'{node.described}, input "{name}"'
+        socket = node.sockets.get(name)
+        try:
+            if is_link(value):
+                received[name] = _linked_type(value, nodes, known)
+                _check_link(socket, None if own_types else received[name], value, nodes)
+            elif socket is not None:
+                # As in ComfyUI, a node that validates an input itself sets its own bounds for it.
+                by_node = asked is not None and (asked.varkw is not None or name in asked.args)
+                node.inputs[name] = _widget_value(socket, value, check_bounds=not by_node)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if validate and not problems:
+        problems += _refused_by_node(node, validate, asked, received)
+    return problems
+
+
+def _linked_type(link: list[Any], nodes: Mapping[str, Node], known: Mapping[str, Any]) -> str | None:
+    """The type that a link brings; None when the node it comes from is of a type that is not known."""
+    source, index = link
+    if source not in nodes:
+        if source in known:
+            return None
+        raise ValueError(f"is linked to node {source}, which is not in the workflow")
+    types = nodes[source].node_class.RETURN_TYPES
+    if not 0 <= index < len(types):
+        has = f"only outputs 0 to {len(types) - 1}" if types else "no outputs"
+        raise ValueError(f"is linked to output {index} of {nodes[source].described}, which has {has}")
+    return types[index]
+
+
+def _check_link(socket: Socket | None, received: Any, link: list[Any], nodes: Mapping[str, Node]) -> None:
+    if socket is None:
+        raise ValueError(f"is linked to node {link[0]}, but the node has no such input")
+    if received is not None and not _fits(received, socket.kind):
+        raise ValueError(f"takes {socket.kind}, but output {link[1]} of {nodes[link[0]].described} is {received}")
+
+
+def _fits(received: Any, expected: str) -> bool:
+    """ComfyUI's rule: types are equal, either is "*", or two comma-separated unions have a type in common."""
+    received = _COMBO if isinstance(received, (list, tuple)) else received
+    have, want = ({part.strip() for part in kind.split(",")} for kind in (received, expected))
+    return _ANY in have | want or bool(have & want)
+
+
+def _widget_value(socket: Socket, value: Any, check_bounds: bool) -> Any:
+    """`value` in the type of its widget; ValueError says what the widget takes."""
+    if isinstance(value, list):
+        raise ValueError(f"{value!r} is no value; a link is [node id, output index]")
+    kinds = {part.strip() for part in socket.kind.split(",")}
+    if _ANY in kinds:
+        return value
+    if not kinds & _WIDGETS:
+        raise ValueError(f"takes a link to an output of type {socket.kind}, not the value {value!r}")
+    if len(kinds) > 1:
+        return value
+    convert = {"INT": _as_int, "FLOAT": _as_float, "STRING": _as_text, "BOOLEAN": _as_bool}.get(socket.kind)
+    if convert is not None:
+        value = convert(value)
+    if check_bounds:
+        _check_bounds(socket, value)
+    return value
+
+
+def _check_bounds(socket: Socket, value: Any) -> None:
+    if socket.kind == _COMBO and value not in socket.choices:
+        near = difflib.get_close_matches(str(value), map(str, socket.choices), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        named = ", ".join(repr(choice) for choice in socket.choices[:_MOST_NAMED]) or "there are none"
+        more = len(socket.choices) - _MOST_NAMED
+        raise ValueError(f"{value!r} is not one of: {named}{f' and {more} more' if more > 0 else ''}{hint}")
+    if socket.kind not in ("INT", "FLOAT"):
+        return
+    low, high = socket.options.get("min"), socket.options.get("max")
+    below, above = low is not None and value < low, high is not None and value > high
+    if below or above:
+        allowed = f"{low} to {high}" if None not in (low, high) else f"{low} or more" if below else f"{high} or less"
+        raise ValueError(
+            f"{value} is {'below the smallest' if below else 'above the largest'} value; allowed: {allowed}"
+        )
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        number = float(value) if isinstance(value, float) else int(value) if isinstance(value, str) else None
+    except ValueError:
+        number = None
+    if number is None or number != number or math.isinf(number) or number != int(number):
+        raise ValueError(f"{value!r} is not a whole number (INT)")
+    return int(number)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number (FLOAT)")
+    return number
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise ValueError(f"{value!r} is not text (STRING)")
+
+
+def _as_bool(value: Any) -> bool:
+    if value in (True, False):  # 0 and 1 as well
+        return bool(value)
+    raise ValueError(f"{value!r} is neither true nor false (BOOLEAN)")
+
+
+def _refused_by_node(node: Node, validate: Any, asked: inspect.FullArgSpec, received: dict[str, Any]) -> list[str]:
+    """Calls VALIDATE_INPUTS as ComfyUI does: by name, with only the arguments it asks for, None for what is linked."""
+    values = {name: None if is_link(value) else value for name, value in node.inputs.items() if name in node.sockets}
+    values.update(node.hidden_values(None))
+    if asked.varkw is None:
+        values = {name: value for name, value in values.items() if name in (*asked.args, *asked.kwonlyargs)}
+    if "input_types" in asked.args:
+        values["input_types"] = received
+    try:
+        verdict = validate(**values)
+    except Exception as error:
+        verdict = f"{type(error).__name__}: {error}"
+    if verdict is True:
+        return []
+    names = ", ".join(f'"{name}"' for name in values if name in node.inputs)
+    where = f"{node.described}, input {names}" if names else node.described
+    return [f"{where}: {verdict if verdict else 'refused by the node'}"]
