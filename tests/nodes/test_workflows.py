@@ -80,6 +80,24 @@ def test_the_workflow_uses_our_nodes_and_few_of_cores_and_its_own_example(name):
         assert node["_meta"]["title"]
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_the_workflow_for_the_page_has_the_same_nodes_and_every_seed_stays_fixed(name):
+    api = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    page = json.loads((FOLDER.parent / f"{name}.json").read_text(encoding="utf-8"))
+    nodes = {str(n["id"]): n for n in page["nodes"] if n["type"] != "MarkdownNote"}
+    assert {i: n["type"] for i, n in nodes.items()} == {i: n["class_type"] for i, n in api.items()}
+    assert any(n["type"] == "MarkdownNote" and n["widgets_values"][0] for n in page["nodes"])
+    sources = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
+    for i, n in nodes.items():
+        links = {s["name"]: sources[s["link"]] for s in n["inputs"] if s.get("link") is not None}
+        assert links == {k: v for k, v in api[i]["inputs"].items() if isinstance(v, list)}
+        widgets = n.get("widgets_values_named", {})
+        for k, v in api[i]["inputs"].items():
+            assert isinstance(v, list) or widgets[k] == v
+        if "seed" in api[i]["inputs"] and n["type"] != "MingUnderstand":
+            assert "fixed" in n["widgets_values"]
+
+
 def test_reconstruct_reports_a_good_likeness(tmp_path):
     workflow = read_workflow(FOLDER / "reconstruct.json")
     results = run_workflow(workflow, output_dir=tmp_path)
