@@ -1,0 +1,361 @@
+"""How well a model of the shapes world sees, draws and edits, on scenes it was never shown.
+
+    python -m ming_core.training.evaluation [--model FOLDER] [--scenes 300] [--only NAME ...] [--out docs/evaluation]
+
+Every question, description and picture is judged by the scorer, which reads pixels alone; settings are the nodes'
+defaults, seeds are the scenes' numbers. Writes a table (evaluation.md, with 95 % confidence intervals), the raw figures
+(evaluation.json), and a plot of the five-round chains where matplotlib is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import Conversation, Features, Turn, UniVision, load_univision
+from ..features import change
+from ..images import psnr, to_images, to_pixels
+from ..shapes import (
+    Dialogue,
+    Round,
+    compare,
+    draw,
+    parse_scene,
+    random_dialogue,
+    read_region,
+    read_scene,
+)
+
+log = logging.getLogger(__name__)
+
+CHAIN_ROUNDS = 5
+CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
+PIXEL_CHANGED = 24  # levels of 255
+COMPARE_THRESHOLD = 0.3  # the default of MingFeaturesCompare
+
+
+@dataclass
+class Score:
+    """One row of the table: a share (0..1) or a mean, with its 95 % confidence interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+    aim: str
+    unit: str = "%"
+
+    def row(self) -> str:
+        scale, form = (100, ".1f") if self.unit == "%" else (1, ".2f")
+        value, low, high = (format(scale * x, form) for x in (self.value, self.low, self.high))
+        return f"| {self.name} | {self.aim} | {value} {self.unit} | {low} to {high} | {self.count} |"
+
+
+def share(name: str, hits: list[bool], aim: str) -> Score:
+    """Wilson's interval, which is right near 0 and 1 as well."""
+    n, z = len(hits), 1.96
+    p = sum(hits) / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Score(name, p, max(0.0, middle - half), min(1.0, middle + half), n, aim)
+
+
+def mean(name: str, values: list[float], aim: str, unit: str) -> Score:
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    middle = statistics.fmean(values)
+    return Score(name, middle, middle - half, middle + half, len(values), aim, unit)
+
+
+@dataclass
+class Examiner:
+    """A model, and the steps that every examination is made of."""
+
+    model: UniVision
+    scenes: int
+    things: tuple[int, int] = (1, 3)
+    seed: int = 20_260_101
+
+    def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> Iterator[Dialogue]:
+        """Unseen ones, the same at every call."""
+        rng = np.random.default_rng([self.seed, *map(ord, "/".join(tasks))])
+        for i in range(self.scenes):
+            if i and i % 50 == 0:
+                log.info("  %d of %d", i, self.scenes)
+            yield random_dialogue(rng, tasks, things or self.things, "eval", rounds)
+
+    @torch.no_grad()
+    def features(self, pixels: np.ndarray) -> Features:
+        """Of a picture uint8 [H, W, 3], as MingTokEncode and MingTokSemanticFeatures make them."""
+        tok = self.model.mingtok
+        images = torch.from_numpy(pixels).float().div(255)[None]
+        return tok.semantic_features(tok.encode(to_pixels(images, tok.native_side)))
+
+    @torch.no_grad()
+    def pixels(self, features: Features) -> np.ndarray:
+        """float32 [H, W, 3], 0..1, as MingTokDecode makes them."""
+        return to_images(self.model.mingtok.decode(features))[0].numpy()
+
+    def answer(self, turn: Round) -> str:
+        attached = None if turn.attached is None else self.features(turn.attached)
+        said = self.model.understand(Conversation(), turn.prompt, features=attached, max_new_tokens=128)
+        return said.text.strip()
+
+    def drawn(self, turn: Round, seed: int, conversation: Conversation | None = None, **options: object) -> Turn:
+        attached = None if turn.attached is None else self.features(turn.attached)
+        return self.model.generate_image(
+            conversation or Conversation(), turn.prompt, features=attached, seed=seed, max_new_tokens=16, **options
+        )
+
+
+def reconstruction(examiner: Examiner) -> Iterator[Score]:
+    values = []
+    for dialogue in examiner.dialogues(["describe"]):
+        picture = dialogue.rounds[0].attached
+        found = examiner.pixels(examiner.features(picture))
+        values.append(psnr(torch.from_numpy(found), torch.from_numpy(picture / 255.0)))
+    yield mean("reconstruction, PSNR", values, "32 dB", "dB")
+
+
+def questions(examiner: Examiner) -> Iterator[Score]:
+    asked = (dialogue.rounds[0] for dialogue in examiner.dialogues(["question"]))
+    yield share("questions answered exactly", [examiner.answer(turn) == turn.answer for turn in asked], "95 %")
+
+
+def descriptions(examiner: Examiner) -> Iterator[Score]:
+    asked = (dialogue.rounds[0] for dialogue in examiner.dialogues(["describe"]))
+    hits = [_things(examiner.answer(turn)) == _things(turn.answer) for turn in asked]
+    yield share("descriptions with every object right", hits, "85 %")
+
+
+def drawings(examiner: Examiner) -> Iterator[Score]:
+    """Pictures from words; then the model's own description of each, asked in the same conversation."""
+    for name, things, aim in (("drawings", examiner.things, "90 %"), ("drawings of one object", (1, 1), "95 %")):
+        right, agrees = [], []
+        for seed, dialogue in enumerate(examiner.dialogues(["generate"], things=things)):
+            turn = examiner.drawn(dialogue.rounds[0], seed)
+            reading = read_scene(examiner.pixels(turn.features))
+            right.append(compare(reading, dialogue.rounds[0].target_scene).things_right)
+            if things == examiner.things:
+                said = examiner.model.understand(
+                    turn.conversation, "Please describe the picture in detail.", max_new_tokens=128
+                )
+                agrees.append(_things(said.text) == {(t.shape, t.color, t.position) for t in reading.things})
+        yield share(f"{name} with every asked object right", right, aim)
+        if agrees:
+            yield share("own description of what was drawn agrees with the scorer", agrees, "85 %")
+
+
+def edits(examiner: Examiner) -> Iterator[Score]:
+    """Edits of an attached picture, and what MingFeaturesCompare reads off them."""
+    done, kept, masks = [], [], []
+    for seed, dialogue in enumerate(examiner.dialogues(["edit"])):
+        turn = dialogue.rounds[0]
+        result = examiner.drawn(turn, seed)
+        seen = compare(read_scene(examiner.pixels(result.features)), turn.target_scene)
+        untouched = [thing in turn.source_scene.things for thing in turn.target_scene.things]
+        changed = [ok for ok, same in zip(seen.right, untouched, strict=True) if not same]
+        done.append(all(changed) and seen.extra == 0 and seen.background)
+        if any(untouched):
+            kept.append(all(ok for ok, same in zip(seen.right, untouched, strict=True) if same))
+        source = examiner.features(turn.attached)
+        found = change(source, result.features)[0, 0].numpy() > COMPARE_THRESHOLD
+        masks.append(_overlap(found, _changed_cells(turn, source.grid)))
+    yield share("edits done as asked", done, "88 %")
+    yield share("objects not mentioned unchanged", kept, "95 %")
+    yield mean("MingFeaturesCompare mask, intersection over union", masks, "0.7", "")
+
+
+def regions(examiner: Examiner) -> Iterator[Score]:
+    values = []
+    for seed, dialogue in enumerate(examiner.dialogues(["identify region"])):
+        turn = dialogue.rounds[0]
+        found = read_region(examiner.pixels(examiner.drawn(turn, seed).features))
+        values.append(_overlap(found, read_region(turn.target)))
+    yield mean("drawn region, intersection over union", values, "0.7", "")
+
+
+def enhancements(examiner: Examiner) -> Iterator[Score]:
+    for task in ("super-resolution", "denoise", "colorize"):
+        gains = []
+        for seed, dialogue in enumerate(examiner.dialogues([task])):
+            turn = dialogue.rounds[0]
+            target = torch.from_numpy(turn.target / 255.0)
+            before = psnr(torch.from_numpy(turn.attached / 255.0), target)
+            after = psnr(torch.from_numpy(examiner.pixels(examiner.drawn(turn, seed).features)), target)
+            gains.append(after - before)
+        yield mean(f"{task}, PSNR gained over the input", gains, "3 dB", "dB")
+
+
+@dataclass
+class Chain:
+    """Five-round chains of edits, one way: by round the share done right, the PSNR where nothing changed, seconds."""
+
+    name: str
+    right: list[list[bool]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
+    untouched: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
+    seconds: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
+
+    def table(self) -> dict[str, list[float]]:
+        return {
+            "right": [statistics.fmean(r) for r in self.right],
+            "untouched": [statistics.fmean(r) if r else math.nan for r in self.untouched],
+            "seconds": [statistics.median(r) for r in self.seconds],
+        }
+
+
+def chains(examiner: Examiner) -> list[Chain]:
+    """The same chains feature to feature, through pixels between the rounds, and with one noise in every round."""
+    ways: dict[str, Callable[[Examiner, Round, Turn | None, int], Turn]] = {
+        "feature to feature": _next_by_features,
+        "through pixels": _next_through_pixels,
+        "one noise in every round": _next_with_one_noise,
+    }
+    results = []
+    for name, step in ways.items():
+        log.info("chains: %s", name)
+        chain = Chain(name)
+        for seed, dialogue in enumerate(examiner.dialogues(["edit"], rounds=CHAIN_ROUNDS)):
+            first, turn = dialogue.rounds[0].attached, None
+            for k, asked in enumerate(dialogue.rounds):
+                started = time.perf_counter()
+                turn = step(examiner, asked, turn, seed)
+                chain.seconds[k].append(time.perf_counter() - started)
+                picture = examiner.pixels(turn.features)
+                chain.right[k].append(compare(read_scene(picture), asked.target_scene).all_right)
+                same = (first == asked.target).all(-1)
+                if same.any():  # a new background leaves nothing untouched
+                    error = np.square(picture - asked.target / 255.0)[same].mean()
+                    chain.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
+        results.append(chain)
+    return results
+
+
+def _next_by_features(examiner: Examiner, asked: Round, before: Turn | None, seed: int) -> Turn:
+    return examiner.drawn(asked, seed, before and before.conversation)
+
+
+def _next_through_pixels(examiner: Examiner, asked: Round, before: Turn | None, seed: int) -> Turn:
+    if before is None:
+        return examiner.drawn(asked, seed)
+    picture = np.rint(examiner.pixels(before.features) * 255).astype(np.uint8)
+    features = examiner.features(picture)._replace(depth=before.features.depth)
+    return examiner.model.generate_image(Conversation(), asked.prompt, features=features, seed=seed, max_new_tokens=16)
+
+
+def _next_with_one_noise(examiner: Examiner, asked: Round, before: Turn | None, seed: int) -> Turn:
+    model = examiner.model
+    shape = (model.config.llm_config.num_image_tokens_for_gen, model.flow_head.net.channels)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return examiner.drawn(asked, seed, before and before.conversation, noise=noise)
+
+
+def _things(description: str) -> set[tuple[str, str, str]] | None:
+    """(shape, colour, position) of each thing described; None for words that describe no scene."""
+    try:
+        return {(t.shape, t.color, t.position) for t in parse_scene(description).things}
+    except ValueError:
+        return None
+
+
+def _overlap(found: np.ndarray, true: np.ndarray) -> float:
+    """Intersection over union; 1 for two empty regions."""
+    union = (found | true).sum()
+    return float((found & true).sum() / union) if union else 1.0
+
+
+def _changed_cells(turn: Round, grid: tuple[int, int]) -> np.ndarray:
+    """bool [h, w]: tokens of whose pixels the edit changes at least CELL_CHANGED."""
+    before, after = (draw(scene).astype(int) for scene in (turn.source_scene, turn.target_scene))
+    changed = np.abs(before - after).max(-1) > PIXEL_CHANGED
+    cells = changed.reshape(grid[0], changed.shape[0] // grid[0], grid[1], changed.shape[1] // grid[1])
+    return cells.mean((1, 3)) >= CELL_CHANGED
+
+
+EXAMINATIONS: dict[str, Callable[[Examiner], Iterator[Score]]] = {
+    "reconstruction": reconstruction,
+    "questions": questions,
+    "descriptions": descriptions,
+    "drawings": drawings,
+    "edits": edits,
+    "regions": regions,
+    "enhancements": enhancements,
+}
+
+
+def report(scores: list[Score], results: list[Chain]) -> str:
+    lines = ["| what | aim | found | 95 % interval | scenes |", "|---|---|---|---|---|", *(s.row() for s in scores)]
+    for title, key, form in (
+        ("Rounds done right", "right", "{:.0%}"),
+        ("PSNR of the untouched area, dB", "untouched", "{:.1f}"),
+        ("Seconds", "seconds", "{:.2f}"),
+    ):
+        if results:
+            lines += ["", f"| {title}, by round | " + " | ".join(str(k + 1) for k in range(CHAIN_ROUNDS)) + " |"]
+            lines += ["|---" * (CHAIN_ROUNDS + 1) + "|"]
+        for chain in results:
+            lines.append(f"| {chain.name} | " + " | ".join(form.format(x) for x in chain.table()[key]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[Chain], path: Path) -> None:
+    """Quality and time by round, all ways; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("matplotlib is not installed: no plot")
+        return
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    titles = {"right": "rounds done right", "untouched": "PSNR where nothing changed, dB", "seconds": "seconds a round"}
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for chain in results:
+            axes.plot(range(1, CHAIN_ROUNDS + 1), chain.table()[key], marker="o", label=chain.name)
+        axes.set(title=title, xlabel="round", xticks=range(1, CHAIN_ROUNDS + 1), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m ming_core.training.evaluation", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("models/tiny-shapes"))
+    parser.add_argument("--scenes", type=int, default=300, help="of each examination (%(default)s)")
+    parser.add_argument("--chains", type=int, default=60, help="five-round chains each way; 0: none (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=list(EXAMINATIONS), help="some examinations; default: all")
+    parser.add_argument("--things", type=int, nargs=2, default=(1, 3), metavar=("FEWEST", "MOST"))
+    parser.add_argument("--out", type=Path, help="folder to write evaluation.md, .json and chains.png to")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    model = load_univision(options.model)
+    examiner = Examiner(model, options.scenes, tuple(options.things))
+    scores: list[Score] = []
+    for name in options.only or EXAMINATIONS:
+        log.info("%s", name)
+        for score in EXAMINATIONS[name](examiner):
+            log.info("%s", score.row())
+            scores.append(score)
+            model.prefix_cache.clear()
+    results = chains(Examiner(model, options.chains, examiner.things)) if options.chains else []
+    log.info("\n%s", report(scores, results))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "evaluation.md").write_text(report(scores, results), encoding="utf-8")
+        figures = {"scores": [asdict(s) for s in scores], "chains": {c.name: c.table() for c in results}}
+        (options.out / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if results:
+            plot(results, options.out / "chains.png")
+
+
+if __name__ == "__main__":
+    main()

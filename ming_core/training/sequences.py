@@ -1,0 +1,238 @@
+"""Dialogues as token sequences, exactly as inference would lay them out, packed into batches.
+
+A round is its prompt part from the chat template, then what the model emits: the answer, or `<image>` and the tokens
+of a picture. The end token is predicted after either, but stands in no sequence, as in a `Conversation`.
+
+Guidance rows are taught in the very form in which they are used: from `<image>` of the last round on, a dropped sample
+sees only what `guidance_views` leaves to that row, and counts its positions over that. The keys of the ASSISTANT tag
+still know the prompt, so a dropped sample has *another* dialogue's prompt in its place: what leaks is of no use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..conversation import ANSWER, MARK, Conversation, Part, Picture, Text, guidance_views
+from ..features import Features
+from ..prompts import ChatFormat
+from ..shapes import Dialogue, Round, random_dialogue
+
+IGNORE = -100  # a label that asks for nothing
+OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
+PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the ground
+
+UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees everything
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it."""
+
+    pixels: np.ndarray
+    start: int
+    drawn: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """One dialogue.
+
+    ids        token ids; the patch token where a picture's features go
+    labels     what each position must predict next, or IGNORE
+    positions  as rotary embedding counts them
+    pictures   in order
+    hidden     bool [n]: of the first n tokens those that the others, the tokens from n on, do not see
+    """
+
+    ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    pictures: tuple[Placed, ...]
+    hidden: np.ndarray
+
+    def mask(self) -> np.ndarray:
+        """bool [T, T]: which token (row) sees which (column)."""
+        mask = np.tril(np.ones((len(self.ids), len(self.ids)), dtype=bool))
+        n = len(self.hidden)
+        mask[n:, :n] &= ~self.hidden
+        return mask
+
+
+class Batch(NamedTuple):
+    """Sequences packed into R rows of L tokens; every sequence sees only itself.
+
+    ids, labels, positions  int64 [R, L]
+    mask                    bool [R, L, L]
+    pictures                uint8 [P, H, W, 3], all pictures of all sequences
+    drawn                   bool [P]
+    slots                   int64 [P], where in the flattened rows the first token of each picture stands
+    weights                 float32 [P, N], of the flow loss of each token (0 for a picture that was seen)
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    mask: Tensor
+    pictures: Tensor
+    drawn: Tensor
+    slots: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def spell(
+    dialogue: Dialogue, chat: ChatFormat, grid: tuple[int, int], view: int = 0, stranger: Round | None = None
+) -> Sequence:
+    """Lay out a dialogue; `grid`: rows and columns of the tokens of a picture.
+
+    With a view other than 0 the last round, which must be a drawing one, is that of a guidance row, and `stranger`
+    lends its prompt: the words, and for the unconditional row the pictures too. A view that the transcript does not
+    have (no picture, nothing before) is the unconditional one.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    placed: list[Placed] = []
+    talk = Conversation()
+    hidden = np.zeros(0, dtype=bool)
+    for index, turn in enumerate(dialogue.rounds):
+        row = view if index == len(dialogue.rounds) - 1 else 0
+        asked = turn if row == 0 else _estranged(turn, stranger, row)
+        talk = talk.extended(_prompt(chat, grid, asked), "")
+        _append(talk.parts[-1], [asked.attached], ids, placed, chat.patch_id)
+        if row:
+            views = guidance_views(talk.parts)
+            hidden = ~views[min(row, len(views) - 1)].numpy()
+        emitted = _emitted(chat, grid, turn)
+        talk = talk.extended(emitted, "")
+        begin = len(ids)
+        labels += [IGNORE] * (begin - len(labels))
+        _append(emitted, [turn.target], ids, placed, chat.patch_id)
+        if row == 0:
+            labels[begin - 1] = ids[begin]
+            labels += [*ids[begin + 1 :], chat.end_id]
+            if turn.target is not None:
+                labels[begin:-1] = [IGNORE] * (len(labels) - 1 - begin)
+    labels += [IGNORE] * (len(ids) - len(labels))
+    n = len(hidden)
+    positions = [*range(n), *range(n - int(hidden.sum()), len(ids) - int(hidden.sum()))]
+    return Sequence(ids, labels, positions, tuple(placed), hidden)
+
+
+def _estranged(turn: Round, stranger: Round, row: int) -> Round:
+    if row == UNCONDITIONAL:
+        return replace(turn, prompt=stranger.prompt, attached=stranger.attached)
+    return replace(turn, prompt=stranger.prompt)
+
+
+def _prompt(chat: ChatFormat, grid: tuple[int, int], turn: Round) -> Part:
+    return chat.prompt([turn.prompt] if turn.attached is None else [[_blank(grid, drawn=False)], turn.prompt])
+
+
+def _emitted(chat: ChatFormat, grid: tuple[int, int], turn: Round) -> Part:
+    if turn.target is None:
+        return Part(True, (Text(chat.encode(turn.answer), ANSWER),))
+    return Part(True, (Text((chat.image_open_id,), MARK), _blank(grid, drawn=True)))
+
+
+def _blank(grid: tuple[int, int], drawn: bool) -> Picture:
+    """A picture of which only the number of tokens matters."""
+    nothing = torch.empty(1, 0)
+    return Picture(Features(nothing, nothing, grid, ""), drawn)
+
+
+def _append(part: Part, pixels: list[np.ndarray | None], ids: list[int], placed: list[Placed], patch: int) -> None:
+    """Add the tokens of a part, and its picture where it has one."""
+    for segment in part.segments:
+        if isinstance(segment, Text):
+            ids += segment.ids
+        else:
+            placed.append(Placed(pixels[0], len(ids), segment.drawn))
+            ids += [patch] * segment.length
+
+
+@dataclass(frozen=True)
+class DialogueData:
+    """The stream of batches of a joint stage: picklable, and a pure function of the generator it is called with."""
+
+    tokenizer_json: str
+    grid: tuple[int, int]
+    batch: int
+    things: tuple[int, int]
+    tasks: dict[str, float]
+    rounds: int
+    dropped: float = 0.15  # share of drawing samples that are guidance rows
+    row_length: int = 384
+    split: str = "train"
+
+    def __call__(self, rng: np.random.Generator) -> Batch:
+        chat = ChatFormat(self.tokenizer_json)
+        return pack([self.sequence(rng, chat) for _ in range(self.batch)], self.row_length, self.grid)
+
+    def sequence(self, rng: np.random.Generator, chat: ChatFormat) -> Sequence:
+        dialogue = self.dialogue(rng)
+        if dialogue.rounds[-1].target is None or rng.random() >= self.dropped:
+            return spell(dialogue, chat, self.grid)
+        view = int(rng.integers(UNCONDITIONAL, TEXT_UNCONDITIONAL + 1))
+        return spell(dialogue, chat, self.grid, view, self.dialogue(rng).rounds[0])
+
+    def dialogue(self, rng: np.random.Generator) -> Dialogue:
+        return random_dialogue(rng, self.tasks or None, self.things, self.split, self.rounds or None)
+
+
+def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> Batch:
+    """Longest first, each into the first row that has room for it; a longer sequence makes all rows longer."""
+    length = max(row_length, *(len(s.ids) for s in sequences))
+    rows: list[list[Sequence]] = []
+    room: list[int] = []
+    for sequence in sorted(sequences, key=lambda s: -len(s.ids)):
+        row = next((i for i, free in enumerate(room) if free >= len(sequence.ids)), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(sequence)
+        room[row] -= len(sequence.ids)
+    ids, positions = np.zeros((2, len(rows), length), dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    mask = np.zeros((len(rows), length, length), dtype=bool)
+    mask[:, range(length), range(length)] = True  # padding sees itself: a softmax over nothing is NaN
+    pictures, slots = [], []
+    for i, row in enumerate(rows):
+        begin = 0
+        for sequence in row:
+            end = begin + len(sequence.ids)
+            ids[i, begin:end], labels[i, begin:end] = sequence.ids, sequence.labels
+            positions[i, begin:end] = sequence.positions
+            mask[i, begin:end, begin:end] = sequence.mask()
+            pictures += sequence.pictures
+            slots += [i * length + begin + picture.start for picture in sequence.pictures]
+            begin = end
+    return Batch(
+        *(torch.from_numpy(array) for array in (ids, labels, positions, mask)),
+        torch.from_numpy(np.stack([p.pixels for p in pictures]))
+        if pictures
+        else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
+        torch.tensor([p.drawn for p in pictures], dtype=torch.bool),
+        torch.tensor(slots, dtype=torch.long),
+        torch.from_numpy(np.stack([token_weights(p, grid) for p in pictures]))
+        if pictures
+        else torch.empty(0, grid[0] * grid[1]),
+    )
+
+
+def token_weights(picture: Placed, grid: tuple[int, int]) -> np.ndarray:
+    """float32 [N]: how much the flow loss of each token counts; most of a picture is plain ground, soon learned."""
+    if not picture.drawn:
+        return np.zeros(grid[0] * grid[1], dtype=np.float32)
+    pixels = picture.pixels.astype(np.int16)
+    ground = np.median(pixels.reshape(-1, 3), axis=0)
+    far = (np.abs(pixels - ground) > PLAIN).any(-1)
+    height, width = (side // n for side, n in zip(far.shape, grid, strict=True))
+    busy = far.reshape(grid[0], height, grid[1], width).any((1, 3)).reshape(-1)
+    return np.where(busy, OBJECT_WEIGHT, 1.0).astype(np.float32)

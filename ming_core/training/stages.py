@@ -1,0 +1,144 @@
+"""The two kinds of stages: MingTok alone, and everything else around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import checkpoint_kind, load_mingtok, load_univision, save_mingtok, save_univision
+from ..config import MingTokConfig
+from ..mingtok import MingTok
+from ..prompts import ChatFormat
+from ..univision import UniVision
+from .objectives import JointLoss, TokenizerLoss, initialise, psnr, to_pixels
+from .pictures import picture_batch
+from .probe import probe
+from .recipe import MINGTOK, VOCABULARY, Stage, univision_config
+from .sequences import Batch, DialogueData
+from .tokenizer import TOKENIZER_FILES, make_tokenizer
+
+UNSEEN = 96  # evaluation pictures of each kind
+SAMPLE = 256  # pictures that mean and scaling factor of the latents are measured on
+
+
+def objective(stage: Stage, start: Path | None, device: torch.device | str = "cpu") -> MingTokStage | JointStage:
+    """What a stage trains, from the weights in the folder `start`; None: from nothing.
+
+    A joint stage takes its MingTok from `start`, and the rest too where the folder has it. Raises ValueError for a
+    joint stage without a folder.
+    """
+    generator = torch.Generator().manual_seed(stage.seed)
+    if stage.trains == "mingtok":
+        mingtok = MingTok(MINGTOK) if start is None else load_mingtok(start)
+        if start is None:
+            initialise(mingtok, generator)
+        return MingTokStage(stage, mingtok, device)
+    if start is None:
+        raise ValueError(f"stage {stage.name!r} needs a MingTok: train the first stage, or name a folder to start from")
+    if checkpoint_kind(start) == "univision":
+        tokenizer = {name: (start / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+        return JointStage(stage, load_univision(start), tokenizer, device)
+    tokenizer = make_tokenizer(VOCABULARY)
+    chat, mingtok = ChatFormat(tokenizer["tokenizer.json"]), load_mingtok(start)
+    model = UniVision(univision_config(mingtok.config, chat, VOCABULARY), chat)
+    initialise(model, generator)
+    model.mingtok = mingtok
+    return JointStage(stage, model, tokenizer, device)
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """The stream of batches of a MingTok stage: pictures, and the labels of their patches."""
+
+    batch: int
+    things: tuple[int, int]
+    patches: int  # along a side
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        pictures, labels = picture_batch(rng, self.batch, self.things, patches=self.patches)
+        return torch.from_numpy(pictures), {name: torch.from_numpy(values) for name, values in labels.items()}
+
+
+class MingTokStage:
+    """Trains a MingTok on pictures."""
+
+    def __init__(self, stage: Stage, mingtok: MingTok, device: torch.device | str = "cpu") -> None:
+        self.grid = mingtok.config.low_level_encoder.grid
+        self.data = PictureData(stage.batch, stage.things, self.grid)
+        self.device = device
+        # The stage works on raw latents; how they are normalised is measured when the weights are written.
+        mingtok.config = replace(mingtok.config, mean=0.0, scaling_factor=1.0)
+        self.module = TokenizerLoss(mingtok).to(device)
+        initialise(self.module.reader, torch.Generator().manual_seed(stage.seed))
+
+    def loss(self, batch: tuple[Tensor, dict[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
+        pictures, labels = batch
+        labels = {name: values.to(self.device) for name, values in labels.items()}
+        return self.module(to_pixels(pictures.to(self.device)), labels, generator)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """PSNR on unseen scenes and on other kinds of pictures; how many labels are read right on patches of things."""
+        tok, figures = self.module.mingtok, {}
+        for kind in ("scene", "region", "grey", "pixelated"):
+            pictures, labels = picture_batch(np.random.default_rng(1), UNSEEN, (1, 3), "eval", kind, self.grid)
+            pixels = to_pixels(torch.from_numpy(pictures)).to(self.device)
+            semantic = tok.semantic_decoder(tok.low_level_encoder(pixels)[:, :-1])
+            drawn = tok.assemble(tok.patches(semantic), (self.grid, self.grid))
+            figures[f"psnr_{kind}"] = float(psnr(drawn, pixels).mean())
+            if kind == "scene":
+                for name, logits in self.module.read(semantic).items():
+                    known = torch.from_numpy(labels[name]).to(self.device)
+                    figures[f"read_{name}"] = float((logits.argmax(-1) == known)[known > 0].float().mean())
+        return figures
+
+    def publish(self, folder: Path) -> None:
+        """The folder in float32: stages to come train on it; the built-in model is written in half of it."""
+        tok = self.module.mingtok
+        raw_config = tok.config
+        try:
+            tok.config = self.measured()
+            save_mingtok(tok, folder)
+        finally:
+            tok.config = raw_config
+
+    @torch.no_grad()
+    def measured(self) -> MingTokConfig:
+        """The config with the mean and standard deviation of the latents of a sample of training scenes."""
+        tok = self.module.mingtok
+        pictures = torch.from_numpy(picture_batch(np.random.default_rng(2), SAMPLE, (1, 3), kind="scene")[0])
+        raw = torch.cat([tok.low_level_encoder(to_pixels(p).to(self.device))[:, :-1] for p in pictures.split(32)])
+        return replace(tok.config, mean=float(raw.mean()), scaling_factor=float(raw.std()))
+
+
+class JointStage:
+    """Trains the language model, the flow head and the projection on dialogues; MingTok stays as it is."""
+
+    def __init__(
+        self, stage: Stage, model: UniVision, tokenizer: dict[str, str], device: torch.device | str = "cpu"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.device = device
+        self.data = DialogueData(
+            tokenizer["tokenizer.json"],
+            model.config.drawing_grid,
+            stage.batch,
+            stage.things,
+            dict(stage.tasks),
+            stage.rounds,
+        )
+        self.things = stage.things
+        self.module: nn.Module = JointLoss(model).to(device)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.module(batch.to(self.device), generator)
+
+    def evaluate(self) -> dict[str, float]:
+        return probe(self.module.model, self.things)
+
+    def publish(self, folder: Path) -> None:
+        save_univision(self.module.model, folder, self.tokenizer, dtype=torch.float16)

@@ -1,0 +1,113 @@
+"""The examination itself: who does everything right gets full marks, who does nothing gets none."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from ming_univision.ming_core.features import Features
+from ming_univision.ming_core.shapes import degrade, describe, draw
+from ming_univision.ming_core.training import evaluation
+from ming_univision.ming_core.training.evaluation import CHAIN_ROUNDS, EXAMINATIONS, Examiner, chains, mean, share
+
+
+class Oracle(Examiner):
+    """Features are the pixels themselves, and every answer and picture is the right one."""
+
+    def features(self, pixels):
+        tokens = rearrange(torch.from_numpy(pixels).float() / 255, "(h p) (w q) c -> 1 (h w) (p q c)", h=8, w=8)
+        return Features(tokens, torch.zeros(1, 1, 8, 8), (8, 8), "t")
+
+    def pixels(self, features):
+        return rearrange(features.tokens[0], "(h w) (p q c) -> (h p) (w q) c", h=8, p=16, c=3).numpy()
+
+    def answer(self, turn):
+        return turn.answer
+
+    def drawn(self, turn, seed, conversation=None, **options):
+        return SimpleNamespace(features=self.features(turn.target), conversation=turn.target_scene)
+
+
+class Idler(Oracle):
+    """Answers nothing and draws plain ground."""
+
+    def answer(self, turn):
+        return "nothing much"
+
+    def drawn(self, turn, seed, conversation=None, **options):
+        return SimpleNamespace(features=self.features(np.full_like(turn.target, 250)), conversation=None)
+
+
+def examiner(kind, scenes=12):
+    def understand(conversation, prompt, **_):
+        return SimpleNamespace(text=describe(conversation) if conversation else "")
+
+    return kind(SimpleNamespace(understand=understand), scenes)
+
+
+@pytest.mark.parametrize("name", EXAMINATIONS)
+def test_who_does_everything_right_gets_full_marks(name):
+    for score in EXAMINATIONS[name](examiner(Oracle)):
+        if score.unit == "dB":
+            assert score.value > 10
+        elif "Compare" in score.name:  # cosine similarity of pixels is no fair stand-in for features
+            assert 0 <= score.value <= 1
+        else:
+            assert (score.value == 1 and score.high == 1 and score.low < 1) or score.value == score.low == 1
+
+
+@pytest.mark.parametrize("name", [n for n in EXAMINATIONS if n != "reconstruction"])
+def test_who_does_nothing_gets_no_marks(name):
+    for score in EXAMINATIONS[name](examiner(Idler)):
+        if score.unit == "dB":
+            assert score.value < 0
+        elif "agrees" not in score.name and "Compare" not in score.name:
+            assert score.value <= 0.2, score
+
+
+def test_the_scenes_are_unseen_ones_and_the_same_at_every_call():
+    first, again = ([d.rounds[0] for d in examiner(Oracle, 5).dialogues(["edit"])] for _ in range(2))
+    assert [t.prompt for t in first] == [t.prompt for t in again]
+    assert all((a.attached == b.attached).all() for a, b in zip(first, again, strict=True))
+    from ming_univision.ming_core.shapes import split_of
+
+    assert {split_of(s) for t in first for s in (t.source_scene, t.target_scene)} == {"eval"}
+
+
+def test_chains_of_five_rounds_are_scored_by_round(monkeypatch):
+    oracle = examiner(Oracle, 2)
+    step = lambda ex, asked, before, seed: ex.drawn(asked, seed)  # noqa: E731
+    for name in ("_next_by_features", "_next_through_pixels", "_next_with_one_noise"):
+        monkeypatch.setattr(evaluation, name, step)
+    results = chains(oracle)
+    assert len(results) == 3
+    for chain in results:
+        assert chain.table()["right"] == [1.0] * CHAIN_ROUNDS
+        assert all(value > 90 or np.isnan(value) for value in chain.table()["untouched"])
+    text = evaluation.report([share("a", [True, False], "90 %"), mean("b", [1.0, 3.0], "3 dB", "dB")], results)
+    assert "| a | 90 % | 50.0 % |" in text and "| b | 3 dB | 2.00 dB |" in text and "feature to feature" in text
+
+
+def test_intervals_hold_the_value_and_shrink_with_the_count():
+    few, many = share("a", [True] * 9 + [False], ""), share("a", ([True] * 9 + [False]) * 30, "")
+    assert few.low < few.value < few.high and many.high - many.low < (few.high - few.low) / 3
+    assert share("a", [True] * 300, "").low > 0.98
+
+
+def test_a_changed_cell_is_one_of_whose_pixels_a_quarter_changed():
+    dialogue = next(examiner(Oracle, 1).dialogues(["edit/recolor"]))
+    turn = dialogue.rounds[0]
+    cells = evaluation._changed_cells(turn, (8, 8))
+    differs = (draw(turn.source_scene) != draw(turn.target_scene)).any(-1)
+    assert cells.any() and not cells.all()
+    for (i, j), marked in np.ndenumerate(cells):
+        part = differs[16 * i : 16 * i + 16, 16 * j : 16 * j + 16].mean()
+        assert part >= 0.25 if marked else part < 0.35  # the softest edges differ by less than what counts
+
+
+def test_degraded_inputs_are_worse_than_their_targets():
+    for task, kind in (("denoise", "noisy"), ("colorize", "grey"), ("super-resolution", "pixelated")):
+        turn = next(examiner(Oracle, 1).dialogues([task])).rounds[0]
+        assert (turn.attached != turn.target).any()
+        assert degrade(turn.target, kind, 0).shape == turn.attached.shape
