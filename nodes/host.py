@@ -87,7 +87,7 @@ def bfloat16_works(on: torch.device) -> bool:
     """Whether a GPU computes in bf16 rather than emulating it."""
     if comfy:
         return bool(comfy.model_management.should_use_bf16(on))
-    return on.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return on.type != "cuda" or torch.cuda.get_device_capability(on)[0] >= 8  # Ampere and newer
 
 
 def total_memory(on: torch.device) -> int:
