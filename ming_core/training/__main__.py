@@ -1,6 +1,6 @@
 """Train the built-in model: all stages of the recipe, or the ones that are named.
 
-    python -m ming_core.training                                   everything, from nothing, into training-runs/
+    python -m ming_core.training                                   everything, from nothing, into runs/
     python -m ming_core.training --start models/tiny-shapes "everything"    go on from a model with one stage
     python -m ming_core.training --list                            what the stages are
 
@@ -73,7 +73,7 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages of the recipe to train; default: all")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="model folder that the first stage starts from")
-    parser.add_argument("--folder", type=Path, default=Path("training-runs"), help="where to write (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where to write (%(default)s)")
     parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda where there is one')
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead; for a GPU, 8 or so")

@@ -88,7 +88,7 @@ class Stage:
 
 # Hours are those of two CPU cores.
 RECIPE = (
-    Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.6, checkpoint_minutes=3),
+    Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.8, checkpoint_minutes=4),
     Stage(
         "one thing",
         "joint",
