@@ -123,7 +123,8 @@ def run_workflow(options: argparse.Namespace) -> int:
 def run_tests(options: argparse.Namespace) -> int:
     arguments = list(options.pytest_arguments)
     if GOLDEN.is_dir() and not any(argument.split("=")[0] == "--golden" for argument in arguments):
-        arguments += ["--golden", str(GOLDEN)]
+        # One word: pytest reads a path of its own as a place of tests, before it knows of the option.
+        arguments.append(f"--golden={GOLDEN}")
     return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=str(ROOT))
 
 
