@@ -123,6 +123,7 @@ class MingTokLoader(_Loader):
     RETURN_TYPES, RETURN_NAMES = ("MINGTOK",), ("mingtok",)
     OUTPUT_TOOLTIPS = ("The tokenizer, for the MingTok nodes.",)
     FUNCTION = "load"
+    SEARCH_ALIASES = ("tokenizer loader", "load tokenizer", "mingtok checkpoint")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -148,6 +149,7 @@ class MingUniVisionLoader(_Loader):
     RETURN_TYPES, RETURN_NAMES = ("MING_UNIVISION", "MINGTOK"), ("model", "mingtok")
     OUTPUT_TOOLTIPS = ("The model, for Ming Understand, Generate and Edit.", "Its tokenizer, for the MingTok nodes.")
     FUNCTION = "load"
+    SEARCH_ALIASES = ("checkpoint loader", "load model", "unified multimodal model", "vlm loader")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
