@@ -92,7 +92,7 @@ class JointWeights:
     labels: float = 0.2
     balance: float = 0.01
     noise: float = 0.4  # on the normalised latents of drawn pictures: drawn from 0 to this for each picture
-    times: int = 3  # (time, noise) pairs a token: the head is cheap beside the language model
+    times: int = 2  # (time, noise) pairs a token: each costs about as much as the token in the language model
 
 
 class JointLoss(nn.Module):
