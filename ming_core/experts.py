@@ -38,7 +38,11 @@ class Experts(nn.Module):
 
     gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
     down     [E, H, I]
+
+    They may rest on another device than the one that is computed on: then only those of the routed experts are copied.
     """
+
+    fetches_weights = True  # a host may leave them where they rest
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -57,9 +61,14 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT
+        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT and self.gate_up.device == x.device
         out = self._gathered(x, chosen) if gather else self._sorted(x, chosen)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
+
+    def weights(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gate_up [2 * I, H] and down [H, I] of one expert, on the device and in the dtype of x."""
+        make = {"device": x.device, "dtype": x.dtype, "non_blocking": True}
+        return self.gate_up[expert].to(**make), self.down[expert].to(**make)
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""
@@ -75,8 +84,9 @@ class Experts(nn.Module):
         groups = x[order // chosen.shape[1]].split(counts)
         for expert, group in enumerate(groups):
             if len(group):
-                gate, up = F.linear(group, self.gate_up[expert]).chunk(2, dim=-1)
-                out.append(F.linear(F.silu(gate) * up, self.down[expert]))
+                gate_up, down = self.weights(expert, group)
+                gate, up = F.linear(group, gate_up).chunk(2, dim=-1)
+                out.append(F.linear(F.silu(gate) * up, down))
         restored = torch.empty_like(order)
         restored[order] = torch.arange(len(order), device=order.device)
         return torch.cat(out)[restored].unflatten(0, chosen.shape)

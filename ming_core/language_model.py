@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import LanguageModelConfig
 from .experts import GatedMlp, MixtureOfExperts
-from .transformer import KeyValueBuffer
+from .transformer import KeyValueBuffer, Placed
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Placed):
     """The decoder with its output layer, and the two ways to run it without gradients: `prefill` and `step`."""
 
     def __init__(
@@ -313,12 +313,8 @@ class LanguageModel(nn.Module):
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.norm.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+    def witness(self) -> Tensor:
+        return self.model.norm.weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

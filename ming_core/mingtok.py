@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
-from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, SwiGLU, block_stack
+from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
@@ -139,7 +139,7 @@ class PixelDecoder(nn.Module):
         return self.head(self.norm(x))
 
 
-class MingTok(nn.Module):
+class MingTok(Placed):
     """The tokenizer: its three stages and the normalisation of the latents between the first two.
 
     `calls` counts what was run: "encode", "semantic", "decode", "preview". `fingerprint` identifies the weights that
@@ -180,12 +180,8 @@ class MingTok(nn.Module):
         return self.config.low_level_encoder.img_size
 
     @property
-    def device(self) -> torch.device:
-        return self.low_level_encoder.cls_token.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.low_level_encoder.cls_token.dtype
+    def witness(self) -> Tensor:
+        return self.low_level_encoder.cls_token
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> normalised latents, float32 [B, C, h, w].

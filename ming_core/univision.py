@@ -26,9 +26,10 @@ from .language_model import LanguageModel
 from .mingtok import MingTok
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat
+from .transformer import Placed
 
 
-class UniVision(nn.Module):
+class UniVision(Placed):
     """One autoregressive model that looks at, draws and edits pictures.
 
     `chat` may be None for a model that is only trained or measured. `flow_hidden`: inner width of the flow head's
@@ -62,12 +63,8 @@ class UniVision(nn.Module):
         self.prefix_cache = PrefixCache()
 
     @property
-    def device(self) -> torch.device:
-        return self.language_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.language_model.dtype
+    def witness(self) -> Tensor:
+        return self.language_model.witness
 
     def project(self, tokens: Tensor) -> Tensor:
         """Semantic features [..., D] -> the language model's embeddings [..., H]."""
