@@ -316,6 +316,18 @@ class LanguageModel(Placed):
     def witness(self) -> Tensor:
         return self.model.norm.weight
 
+    def working_memory(self, prefix: int, rows: int, new: int) -> int:
+        """Bytes beside the weights for `rows` rows that add up to `new` tokens each to a prefix.
+
+        Keys and values are exact; what is computed at once is that of the largest prefill chunk.
+        """
+        config, size = self.config, self.dtype.itemsize
+        position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+        chunk = min(prefix, PREFILL_CHUNK)
+        scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
+        experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
+        return position * (prefix + rows * new) + scores + experts + 2 * rows * config.vocab_size * 4
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""
         return self.model.word_embeddings(ids).to(self.dtype)

@@ -220,6 +220,18 @@ class MingTok(Placed):
         missing = grid[0] * grid[1] - tokens.shape[1]
         return self.assemble(F.pad(patches, (0, 0, 0, 0, 0, missing)), grid).float().clamp(-1, 1)
 
+    def working_memory(self, pictures: int, patches: int) -> int:
+        """Bytes beside the weights for encoding, decoding or drawing `pictures` of `patches` each."""
+        config = self.config
+        stages = (
+            (config.low_level_encoder.embed_dim, patches),
+            (config.semantic_decoder.embed_dim, patches),
+            (config.pixel_decoder.embed_dim, patches * self.cells**2),
+        )
+        layer = max(14 * dim * n for dim, n in stages)  # the stream, normed, q, k, v, and what is inside SwiGLU
+        streamed = 2 * config.semantic_decoder.decoder_depth * config.semantic_decoder.embed_dim * patches
+        return pictures * (layer + streamed) * self.dtype.itemsize
+
     def stream(self, rows: int, capacity: int) -> SemanticStream:
         """A semantic decoder that takes the latents of `rows` pictures a few at a time, `capacity` in all."""
         return SemanticStream(self, rows, capacity)

@@ -96,7 +96,8 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
         dtype, quantization = choose_precision(precision, checkpoint_values(folder))
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
-        loaded = host.managed(loader(folder, device=host.resting_device(), dtype=dtype, **options), name)
+        place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}
+        loaded = host.managed(loader(folder, **place, **options), name)
         _live[key] = loaded
     return loaded
 
