@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,9 +35,8 @@ try:
     import comfy.utils
     import comfy_execution.utils
     import folder_paths
-    import server
 except ImportError:
-    comfy = comfy_execution = folder_paths = server = None
+    comfy = comfy_execution = folder_paths = None
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def managed(model: nn.Module, name: str) -> Loaded:
         _may_be_left_behind(module)
     model.compute_on(device())
     patcher = _patcher_class(bool(fetching))(ManagedModel(model, resting_device()), device(), resting_device())
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, _forget)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget)
     return Loaded(model, patcher, name)
 
 
@@ -189,7 +189,7 @@ class _DenseFirst(list):
         super().sort(key=lambda item: (not getattr(item[-2], "fetches_weights", False), *item[:-2]), reverse=reverse)
 
 
-def _forget(patcher: Any, *_: Any) -> None:
+def forget(patcher: Any, *_: Any) -> None:
     """Unloading a model also frees what it remembers of past rounds."""
     if hasattr(patcher.model.model, "prefix_cache"):
         patcher.model.model.prefix_cache.clear()
@@ -254,14 +254,18 @@ def show_text(text: str | None) -> None:
         return
     client, context = _watching(), comfy_execution.utils.get_executing_context()
     if client is not None and context is not None:
-        server.PromptServer.instance.send_progress_text(text, context.node_id, client)
+        _server().send_progress_text(text, context.node_id, client)
 
 
 def _watching() -> str | None:
     """The client that queued what runs, if it is still connected."""
-    instance = getattr(server.PromptServer, "instance", None)
-    client = getattr(instance, "client_id", None)
-    return client if client in getattr(instance, "sockets", ()) else None
+    client = getattr(_server(), "client_id", None)
+    return client if client in getattr(_server(), "sockets", ()) else None
+
+
+def _server() -> Any:
+    """ComfyUI's server, which is up before any pack is loaded; None where only its library is used."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 # --- Folders ------------------------------------------------------------------------------------------------------

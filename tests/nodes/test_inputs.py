@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_unloading_a_model_frees_what_it_remembers_of_past_rounds(small):
     model = small[0].model
     node("MingUnderstand", model=small[0], prompt="Hello.")
     assert model.prefix_cache.bytes > 0
-    host.ManagedModel(model, torch.device("cpu")).to("cpu")  # as a patcher does it
+    host.forget(SimpleNamespace(model=host.ManagedModel(model, torch.device("cpu"))), True)  # as a patcher calls it
     assert model.prefix_cache.bytes == 0 and len(model.prefix_cache) == 0
 
 
