@@ -73,6 +73,9 @@ class Loaded:
         return f"{type(self.model).__name__}({self.name})"
 
 
+KEPT_SHARE = 0.25  # of the RAM: a model that takes more of it is not kept while no workflow uses it
+
+
 def device() -> torch.device:
     """Where models compute."""
     if comfy:
@@ -189,17 +192,37 @@ class _DenseFirst(list):
         super().sort(key=lambda item: (not getattr(item[-2], "fetches_weights", False), *item[:-2]), reverse=reverse)
 
 
-def forget(patcher: Any, *_: Any) -> None:
-    """Unloading a model also frees what it remembers of past rounds."""
-    if hasattr(patcher.model.model, "prefix_cache"):
-        patcher.model.model.prefix_cache.clear()
-
-
 def ready(loaded: Loaded, memory: int = 0) -> Any:
     """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load it in part."""
     if loaded.patcher is not None:
         comfy.model_management.load_models_gpu([loaded.patcher], memory_required=memory)
+        patcher = loaded.patcher
+        on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
+        in_ram = patcher.model_size() - on_gpu
+        keep_only(loaded.owner or loaded if in_ram <= KEPT_SHARE * host_memory() else None)
     return loaded.model
+
+
+def keep_only(loaded: Loaded | None) -> None:
+    """Keep this model alive for as long as ComfyUI's manager has it loaded, and no other one of ours.
+
+    Any other workflow makes ComfyUI's cache drop the loader's output, and a model that nobody holds would have to be
+    read again when the user comes back. So the manager's own entry, which lives until the model is unloaded, holds it.
+    """
+    for entry in list(getattr(comfy.model_management, "current_loaded_models", ())) if comfy else ():
+        if loaded is not None and entry.model is loaded.patcher:
+            entry.ming_model = loaded
+        elif hasattr(entry, "ming_model"):
+            del entry.ming_model
+
+
+def forget(patcher: Any, unloaded: bool = True) -> None:
+    """When ComfyUI unloads a model, what it remembers of past rounds is freed too.
+
+    ComfyUI also calls this without unloading, whenever the model is loaded anew.
+    """
+    if unloaded and hasattr(patcher.model.model, "prefix_cache"):
+        patcher.model.model.prefix_cache.clear()
 
 
 # --- While a node runs --------------------------------------------------------------------------------------------

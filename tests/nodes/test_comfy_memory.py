@@ -218,7 +218,10 @@ def test_the_memory_that_a_round_asks_for_is_left_free(far, checkpoint_folder):
 def test_unloading_brings_all_back_and_frees_what_was_remembered(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
     a_round(host.ready(loaded))
-    assert loaded.model.prefix_cache.bytes > 0
+    remembered = loaded.model.prefix_cache.bytes
+    assert remembered > 0
+    host.ready(loaded)
+    assert loaded.model.prefix_cache.bytes == remembered
     management.unload_all_models()
     assert loaded.model.prefix_cache.bytes == 0
     assert all(p.device.type == "cpu" for p in loaded.model.parameters())
@@ -242,10 +245,30 @@ def test_a_mingtok_alone_is_moved_and_encodes(far, checkpoint_folder, expected):
         torch.testing.assert_close(tok.encode(pixels).cpu(), expected[0], rtol=0, atol=TOLERANCE)
 
 
-def test_nothing_else_holds_a_model_that_nobody_uses(checkpoint_folder):
+def test_the_model_that_ran_last_is_held_until_comfyui_unloads_it(checkpoint_folder):
     loaded = load(checkpoint_folder)
     a_round(host.ready(loaded))
     model = weakref.ref(loaded.model)
     del loaded
+    gc.collect()
+    assert model() is not None
+    management.unload_all_models()
+    gc.collect()
+    assert model() is None
+
+
+@pytest.mark.parametrize("reason", ["another model ran", "another one is read", "it would fill the RAM"])
+def test_no_other_model_is_held(checkpoint_folder, monkeypatch, reason):
+    if reason == "it would fill the RAM":
+        monkeypatch.setattr(host, "host_memory", lambda: 1 << 20)
+    loaded = load(checkpoint_folder)
+    host.ready(loaded)
+    model = weakref.ref(loaded.model)
+    del loaded
+    if reason == "another model ran":
+        other = load(checkpoint_folder, load_mingtok)
+        host.ready(other)
+    elif reason == "another one is read":
+        host.keep_only(None)
     gc.collect()
     assert model() is None
