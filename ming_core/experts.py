@@ -56,23 +56,31 @@ class Experts(nn.Module):
         for weight in (self.gate_up, self.down):
             weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
 
+    def weights(self, name: str, experts: Any, like: Tensor) -> Tensor:
+        """Weights `name` of one expert, [N, K], or of an index of several, [.., N, K], on the device of `like`."""
+        return getattr(self, name)[experts].to(like.device, like.dtype, non_blocking=True)
+
+    def resident(self, like: Tensor) -> bool:
+        """Whether the weights are where `like` is, so that an index on that device finds them."""
+        return all(weight.device == like.device for weight in self.parameters())
+
+    def apply_expert(self, expert: int, x: Tensor) -> Tensor:
+        """x [n, H] through one expert -> [n, H]."""
+        gate, up = F.linear(x, self.weights("gate_up", expert, x)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.weights("down", expert, x))
+
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over the chosen experts.
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT and self.gate_up.device == x.device
+        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT and self.resident(x)
         out = self._gathered(x, chosen) if gather else self._sorted(x, chosen)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
-    def weights(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """gate_up [2 * I, H] and down [H, I] of one expert, on the device and in the dtype of x."""
-        make = {"device": x.device, "dtype": x.dtype, "non_blocking": True}
-        return self.gate_up[expert].to(**make), self.down[expert].to(**make)
-
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""
-        gate_up, down = self.gate_up[chosen], self.down[chosen]  # (T, k, 2I, H), (T, k, H, I)
+        gate_up, down = (self.weights(name, chosen, x) for name in ("gate_up", "down"))  # (T, k, 2I, H), (T, k, H, I)
         gate, up = torch.einsum("tkih,th->tki", gate_up, x).chunk(2, dim=-1)
         return torch.einsum("tkhi,tki->tkh", down, F.silu(gate) * up)
 
@@ -84,9 +92,7 @@ class Experts(nn.Module):
         groups = x[order // chosen.shape[1]].split(counts)
         for expert, group in enumerate(groups):
             if len(group):
-                gate_up, down = self.weights(expert, group)
-                gate, up = F.linear(group, gate_up).chunk(2, dim=-1)
-                out.append(F.linear(F.silu(gate) * up, down))
+                out.append(self.apply_expert(expert, group))
         restored = torch.empty_like(order)
         restored[order] = torch.arange(len(order), device=order.device)
         return torch.cat(out)[restored].unflatten(0, chosen.shape)

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-management = pytest.importorskip("comfy.model_management", reason="ComfyUI is not on the path")
+comfy = pytest.importorskip("comfy", reason="ComfyUI is not on the path")
+management = comfy.model_management
 
 TOLERANCE = 3e-4  # as between any two ways of computing one result
 FAR = torch.device("meta")
@@ -161,6 +162,22 @@ def test_comfyuis_layers_give_the_very_same_numbers(checkpoint_folder, expected)
     assert all(torch.equal(one, other) for one, other in zip(found[:3], expected[:3], strict=True))
     assert found[3:] == expected[3:]
     assert any(type(m).__module__.endswith("host") for m in loaded.model.modules())
+
+
+def test_dynamic_vram_leaves_the_layers_for_the_loader_to_fill(checkpoint_folder, expected, monkeypatch):
+    """Newer versions with it make layers without weights, which only their own loader of state dicts knows to fill."""
+    memory = pytest.importorskip("comfy.memory_management", reason="an older version")
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    model = load_univision(checkpoint_folder, operations=host.operations())
+    assert torch.equal(a_round(model)[1], expected[1])
+
+
+def test_each_model_gets_the_patcher_that_can_leave_parts_of_it_behind(checkpoint_folder, monkeypatch):
+    dynamic = type("ModelPatcherDynamic", (comfy.model_patcher.ModelPatcher,), {})
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic, raising=False)
+    assert type(load(checkpoint_folder, load_mingtok).patcher) is dynamic
+    patcher = load(checkpoint_folder).patcher
+    assert isinstance(patcher, comfy.model_patcher.ModelPatcher) and not isinstance(patcher, dynamic)
 
 
 @pytest.mark.parametrize("part", [1.5, 0.8, 0.5, 0.1, 0.0])
