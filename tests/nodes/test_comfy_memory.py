@@ -48,6 +48,8 @@ class FarTensor(torch.Tensor):
             index = tuple(FarTensor(torch.tensor(i)) if isinstance(i, list) else i for i in index)
         return super().__getitem__(index)
 
+    is_cuda = True  # so that the ways for a GPU are taken
+
     def tolist(self) -> list:
         return self.near.tolist()
 
