@@ -36,6 +36,8 @@ try:
     import comfy_execution.utils
     import folder_paths
 except ImportError:
+    if "comfy" in sys.modules:  # a ComfyUI that lacks one of these: it reports which, rather than being worked around
+        raise
     comfy = comfy_execution = folder_paths = None
 
 log = logging.getLogger(__name__)
@@ -182,10 +184,11 @@ def _patcher_class(has_experts: bool) -> type:
 
 
 class _DenseFirst(list):
-    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which it sorts to load the last ones first.
+    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which it sorts by size.
 
-    It would have the largest first, and those are the experts. But a token passes all of every other layer, of the
-    flow head even once a step, and only a few experts: these are the ones to leave behind.
+    It loads from the large end as long as there is room, and unloads from the small one. The largest are the experts.
+    But a token passes all of every other layer, of the flow head even once a step, and only a few experts: they are the
+    ones to leave behind, so they go to the end that is loaded last and unloaded first.
     """
 
     def sort(self, *, reverse: bool = False) -> None:
@@ -196,11 +199,15 @@ def ready(loaded: Loaded, memory: int = 0) -> Any:
     """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load it in part."""
     if loaded.patcher is not None:
         comfy.model_management.load_models_gpu([loaded.patcher], memory_required=memory)
-        patcher = loaded.patcher
-        on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
-        in_ram = patcher.model_size() - on_gpu
-        keep_only(loaded.owner or loaded if in_ram <= KEPT_SHARE * host_memory() else None)
+        fits = _in_ram(loaded.patcher) <= KEPT_SHARE * host_memory()
+        keep_only((loaded.owner or loaded) if fits else None)
     return loaded.model
+
+
+def _in_ram(patcher: Any) -> int:
+    """Bytes of a model that lie in host memory."""
+    on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
+    return patcher.model_size() - on_gpu
 
 
 def keep_only(loaded: Loaded | None) -> None:
