@@ -366,18 +366,19 @@ def test_the_model_that_ran_last_is_held_until_comfyui_unloads_it(checkpoint_fol
     assert model() is None
 
 
-@pytest.mark.parametrize("reason", ["another model ran", "another one is read", "it would fill the RAM"])
-def test_no_other_model_is_held(checkpoint_folder, monkeypatch, reason):
-    if reason == "it would fill the RAM":
-        monkeypatch.setattr(host, "host_memory", lambda: 1 << 20)
+@pytest.mark.parametrize("models", [2, 1])
+def test_the_models_that_ran_last_are_held_as_far_as_a_share_of_the_ram_goes(checkpoint_folder, monkeypatch, models):
+    loaded = load(checkpoint_folder)
+    share = int((models + 0.5) * size(loaded))
+    monkeypatch.setattr(host, "host_memory", lambda: share / host.KEPT_SHARE)
+    host.ready(loaded)
+    first = weakref.ref(loaded.model)
     loaded = load(checkpoint_folder)
     host.ready(loaded)
-    model = weakref.ref(loaded.model)
+    second = weakref.ref(loaded.model)
     del loaded
-    if reason == "another model ran":
-        other = load(checkpoint_folder, load_mingtok)
-        host.ready(other)
-    elif reason == "another one is read":
-        host.keep_only(None)
     gc.collect()
-    assert model() is None
+    assert second() is not None and (first() is not None) == (models == 2)
+    host.keep(None, coming=share)  # another one is about to be read
+    gc.collect()
+    assert first() is None and second() is None
