@@ -118,7 +118,7 @@ def test_pytest_runs_in_the_project_with_the_fuller_golden_set_where_there_is_on
     quickstart.run_tests(quickstart.parse(["test", "--golden=mine"]))
     assert [command for command, _ in calls] == [
         [*base, "-x"],
-        [*base, "-x", "--golden", str(quickstart.GOLDEN)],
+        [*base, "-x", f"--golden={quickstart.GOLDEN}"],
         [*base, "--golden=mine"],
     ]
     assert {cwd for _, cwd in calls} == {str(quickstart.ROOT)}
