@@ -32,19 +32,19 @@ FLOW_HIDDEN = 2048  # inside the flow head's layers: a quarter of the published 
 WEIGHT_SPREAD = 0.02
 
 
-def reduced_config(tokens: int = 256) -> UniVisionConfig:
-    """tokens: of a drawn picture, a square number."""
+def reduced_config(tokens: int = 256, shallower: int = 2) -> UniVisionConfig:
+    """tokens: of a drawn picture, a square number. shallower: what every depth is divided by, up to 24."""
     side = int(tokens**0.5)
     mingtok = MingTokConfig(
-        low_level_encoder=LowLevelEncoderConfig(img_size=32 * side, depth=6, embed_dim=192),
-        semantic_decoder=SemanticDecoderConfig(embed_dim=256, decoder_depth=12),
-        pixel_decoder=PixelDecoderConfig(embed_dim=256, decoder_depth=12),
+        low_level_encoder=LowLevelEncoderConfig(img_size=32 * side, depth=max(1, 12 // shallower), embed_dim=192),
+        semantic_decoder=SemanticDecoderConfig(embed_dim=256, decoder_depth=24 // shallower),
+        pixel_decoder=PixelDecoderConfig(embed_dim=256, decoder_depth=24 // shallower),
     )
     language_model = LanguageModelConfig(
         vocab_size=31616,
         hidden_size=512,
         intermediate_size=1408,
-        num_hidden_layers=14,
+        num_hidden_layers=28 // shallower,
         head_dim=32,
         moe_intermediate_size=352,
         num_image_tokens_for_gen=tokens,
@@ -53,12 +53,12 @@ def reduced_config(tokens: int = 256) -> UniVisionConfig:
         image_patch_token=3,
         image_start_token=4,
     )
-    return UniVisionConfig(language_model, FlowHeadConfig(diffloss_w=768, diffloss_d=6), mingtok)
+    return UniVisionConfig(language_model, FlowHeadConfig(diffloss_w=768, diffloss_d=max(1, 12 // shallower)), mingtok)
 
 
-def reduced_model(tokens: int = 256, config: UniVisionConfig | None = None) -> UniVision:
-    """The reduced model, or one of another config, with random weights that are the same at every call."""
-    config = config or reduced_config(tokens)
+def reduced_model(tokens: int = 256, shallower: int = 2) -> UniVision:
+    """The reduced model with random weights, the same at every call."""
+    config = reduced_config(tokens, shallower)
     model = UniVision(config, ChatFormat.from_folder(BUILT_IN), flow_hidden=FLOW_HIDDEN, device="meta")
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
