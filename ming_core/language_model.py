@@ -166,11 +166,12 @@ class Rows:
         past = (q.transpose(0, 1).reshape(kv, -1, d) @ past_k.mT).view(kv, rows, -1, end).float()
         if self.bias is not None:
             past = past + self.bias
-        own = (q @ own_k.mT).float().transpose(0, 1)  # (kv, rows, group, n)
-        weights = torch.cat([past, own], dim=-1).softmax(-1).to(q.dtype)
+        own = (q @ own_k.mT).float()  # (rows, kv, group, n)
+        # the scores alone are put together and taken apart, and transposed: keys and values lie where they are
+        weights = torch.cat([past, own.transpose(0, 1)], dim=-1).softmax(-1).to(q.dtype)
         past, own = weights.split([end, own_k.shape[2]], dim=-1)
-        out = (past.reshape(kv, -1, end) @ past_v).view(kv, rows, -1, d) + own @ own_v.transpose(0, 1)
-        return out.transpose(0, 1).reshape(rows, heads, 1, d)
+        past = (past.reshape(kv, -1, end) @ past_v).view(kv, rows, -1, d).transpose(0, 1)
+        return (past + own.transpose(0, 1) @ own_v).reshape(rows, heads, 1, d)
 
 
 class RMSNorm(nn.Module):
@@ -188,7 +189,7 @@ class RMSNorm(nn.Module):
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of the rotary positions, [B, 1, T, head_dim] each."""
+    """Cosines and sines of the rotary positions, [B, 1, T, head_dim] each; the sines of the first half negated."""
 
     cos: Tensor
     sin: Tensor
@@ -199,13 +200,12 @@ class Rope(NamedTuple):
         d = config.head_dim
         exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
         angles = positions[..., None].float() * (config.rope_theta**-exponents)
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+        return cls(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
     def rotate(self, x: Tensor) -> Tensor:
         """x [B, heads, T, head_dim]; the first half of the channels is paired with the second."""
-        a, b = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat([-b, a], dim=-1) * self.sin
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, dims=-1), self.sin)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -235,8 +235,9 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, cache: Cache) -> Tensor:
         b, t, _ = x.shape
         qkv = self.query_key_value(x).view(b, t, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        out = cache.attend(self.layer, rope.rotate(q), rope.rotate(k), v)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q, k = rope.rotate(qk).split([self.heads, self.kv_heads], dim=1)
+        out = cache.attend(self.layer, q, k, v)
         return self.dense(out.transpose(1, 2).reshape(b, t, -1))
 
 

@@ -10,6 +10,7 @@ from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, So
 from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
 from ..ming_core.decoding import STARTS
+from ..ming_core.flow_head import METHODS
 from ..ming_core.images import to_images, to_uint8
 from . import host
 from .features import SavedFile, saved_as
@@ -124,7 +125,11 @@ class _Drawing:
     TEXT_GUIDANCE = number(3.0, 0.0, 20.0, 0.1, "How closely the words are followed; 1 switches it off.")
     STEPS = integer(16, 1, 64, "Steps of the flow head for every token; fewer are faster.", **ADVANCED)
     TEMPERATURE = number(1.0, 0.0, 2.0, 0.05, "Strength of the noise that each token begins as.", **ADVANCED)
-    SOLVER = combo(["euler"], "How the steps are made.", **ADVANCED)
+    SOLVER = combo(
+        list(METHODS),
+        "How the steps are made. ab2: of second order at the same cost, so that half the steps will do.",
+        **ADVANCED,
+    )
     START = combo(
         list(STARTS),
         "draw now: begin the picture at once. model decides: the model may write first, and must begin it itself.",

@@ -36,6 +36,8 @@ try:
     import comfy_execution.utils
     import folder_paths
 except ImportError:
+    if "comfy" in sys.modules:  # a ComfyUI that lacks one of these: it reports which, rather than being worked around
+        raise
     comfy = comfy_execution = folder_paths = None
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class Loaded:
         return f"{type(self.model).__name__}({self.name})"
 
 
-KEPT_SHARE = 0.25  # of the RAM: a model that takes more of it is not kept while no workflow uses it
+KEPT_SHARE = 0.25  # of the RAM, for models that no workflow uses at the moment
 
 
 def device() -> torch.device:
@@ -182,10 +184,11 @@ def _patcher_class(has_experts: bool) -> type:
 
 
 class _DenseFirst(list):
-    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which it sorts to load the last ones first.
+    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which it sorts by size.
 
-    It would have the largest first, and those are the experts. But a token passes all of every other layer, of the
-    flow head even once a step, and only a few experts: these are the ones to leave behind.
+    It loads from the large end as long as there is room, and unloads from the small one. The largest are the experts.
+    But a token passes all of every other layer, of the flow head even once a step, and only a few experts: they are the
+    ones to leave behind, so they go to the end that is loaded last and unloaded first.
     """
 
     def sort(self, *, reverse: bool = False) -> None:
@@ -196,24 +199,28 @@ def ready(loaded: Loaded, memory: int = 0) -> Any:
     """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load it in part."""
     if loaded.patcher is not None:
         comfy.model_management.load_models_gpu([loaded.patcher], memory_required=memory)
-        patcher = loaded.patcher
-        on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
-        in_ram = patcher.model_size() - on_gpu
-        keep_only(loaded.owner or loaded if in_ram <= KEPT_SHARE * host_memory() else None)
+        keep(loaded.owner or loaded)
     return loaded.model
 
 
-def keep_only(loaded: Loaded | None) -> None:
-    """Keep this model alive for as long as ComfyUI's manager has it loaded, and no other one of ours.
+def keep(loaded: Loaded | None, coming: int = 0) -> None:
+    """Keep a model alive for as long as ComfyUI's manager has it loaded, and the RAM is not wanted for `coming` bytes.
 
     Any other workflow makes ComfyUI's cache drop the loader's output, and a model that nobody holds would have to be
     read again when the user comes back. So the manager's own entry, which lives until the model is unloaded, holds it.
+    Those that ran last are kept, as many as take KEPT_SHARE of the RAM together.
     """
-    for entry in list(getattr(comfy.model_management, "current_loaded_models", ())) if comfy else ():
+    left = KEPT_SHARE * host_memory() - coming
+    entries = getattr(comfy.model_management, "current_loaded_models", ()) if comfy else ()
+    for entry in list(entries):  # the one that ran last is the first
         if loaded is not None and entry.model is loaded.patcher:
             entry.ming_model = loaded
-        elif hasattr(entry, "ming_model"):
-            del entry.ming_model
+        if hasattr(entry, "ming_model"):
+            patcher = entry.ming_model.patcher
+            on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
+            left -= patcher.model_size() - on_gpu
+            if left < 0:
+                del entry.ming_model
 
 
 def forget(patcher: Any, unloaded: bool = True) -> None:

@@ -95,8 +95,9 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
     key = (kind, str(folder), state_of(folder), precision)
     loaded = _live.get(key)
     if loaded is None:
-        host.keep_only(None)  # before another one is read
-        dtype, quantization = choose_precision(precision, checkpoint_values(folder))
+        values = checkpoint_values(folder)
+        dtype, quantization = choose_precision(precision, values)
+        host.keep(None, coming=values * dtype.itemsize)
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
         place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}
