@@ -114,11 +114,11 @@ def test_everything_after_test_goes_to_pytest(quickstart):
     [
         ([], "COMMAND"),
         (["fly"], "fly"),
+        (["download", "GPT"], "Ming-UniVision-16B-A3B"),
         (["demo", "--imgae", "x"], "--imgae"),
         (["run"], "WORKFLOW.json"),
         (["run", "absent.json"], "there is no file absent.json"),
         (["demo", "--image", "absent.png"], "there is no file absent.png"),
-        (["download", "GPT"], "Ming-UniVision-16B-A3B"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, capsys, argv, said):

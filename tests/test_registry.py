@@ -60,7 +60,9 @@ def test_the_list_of_nodes_is_that_of_the_mappings():
 
 
 def test_a_published_pack_has_what_it_runs_on():
-    left_out = {line.rstrip("/") for line in (PACK / ".comfyignore").read_text().splitlines()}
+    lines = (PACK / ".comfyignore").read_text().splitlines()
+    assert all(line.startswith("/") for line in lines)  # else "docs/" would take web/docs/ along
+    left_out = {line.strip("/") for line in lines}
     assert all((PACK / name).exists() for name in left_out)
     needed = {"__init__.py", "nodes", "ming_core", "models", "web", "locales", "workflows", "LICENSE"}
     needed |= {"requirements.txt", "quickstart.py", "requirements-dev.txt", "constraints.txt"}  # and set up by itself
