@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import LanguageModelConfig
 from .experts import GatedMlp, MixtureOfExperts
-from .transformer import KeyValueBuffer
+from .transformer import KeyValueBuffer, Placed
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Placed):
     """The decoder with its output layer, and the two ways to run it without gradients: `prefill` and `step`."""
 
     def __init__(
@@ -314,12 +314,20 @@ class LanguageModel(nn.Module):
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.norm.weight.device
+    def witness(self) -> Tensor:
+        return self.model.norm.weight
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+    def working_memory(self, prefix: int, rows: int, new: int) -> int:
+        """Bytes beside the weights for `rows` rows that add up to `new` tokens each to a prefix.
+
+        Keys and values are exact; what is computed at once is that of the largest prefill chunk.
+        """
+        config, size = self.config, self.dtype.itemsize
+        position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+        chunk = min(prefix, PREFILL_CHUNK)
+        scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
+        experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
+        return position * (prefix + rows * new) + scores + experts + 2 * rows * config.vocab_size * 4
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""
