@@ -132,7 +132,7 @@ def plot(results: list[Result], path: Path) -> None:
         right.errorbar(
             steps, [100 * r.right.value for r in of_method], (low, high), marker="o", capsize=3, label=method
         )
-    left.set(title="error of a token, %, root mean square", yscale="log")
+    left.set(title="error of a token, %, root mean square", ylim=(0, None))
     right.set(title="drawings with every object right, %", ylim=(0, 100))
     for axes in (left, right):
         axes.set(xlabel="velocity evaluations a token", xticks=EVALUATIONS)

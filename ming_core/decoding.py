@@ -405,15 +405,13 @@ class Guided(NamedTuple):
     """Which guidance rows a drawing runs: those whose factor is not 0, and the first, which goes on to the text."""
 
     used: list[int]  # of [c], [c, u] or [c, u, t]
-    asked: list[int]  # of the used ones, those whose velocity counts
-    factors: tuple[float, ...]  # of the velocities of those
+    factors: tuple[float, ...]  # of the last ones' velocities: one of 0 is left out, and only the first row's can be
 
     @classmethod
     def by(cls, guidance: Guidance, views: int) -> Guided:
         factors = guidance.factors(views)
         used = [i for i, f in enumerate(factors) if i == 0 or f != 0]
-        asked = [i for i, j in enumerate(used) if factors[j] != 0]
-        return cls(used, asked, tuple(f for f in factors if f != 0))
+        return cls(used, tuple(f for f in factors if f != 0))
 
     @property
     def rows(self) -> int:
@@ -441,7 +439,7 @@ def draw_latents(
     x = language_model.embed(torch.full((batch * guided.rows,), llm.image_start_token, device=model.device))
     for i in range(n):
         hidden = language_model.step(x, rows)
-        z = flow_head.vis_head(hidden).unflatten(0, (batch, guided.rows))[:, guided.asked]
+        z = flow_head.vis_head(hidden).unflatten(0, (batch, guided.rows))[:, -len(guided.factors) :]
         latents[:, i] = sampler.draw(z, noise[:, i])
         expanded = stream.append(latents[:, i : i + 1])
         tokens[:, i] = expanded[:, 0]

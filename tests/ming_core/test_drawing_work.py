@@ -110,6 +110,22 @@ def test_a_drawing_does_nothing_twice(model, picture, pictures):
     assert set(rows["language model"][1:-1]) == {guidance_rows} and rows["language model"][-1] == pictures
 
 
+def test_all_guidance_rows_and_pictures_share_one_stored_prefix(model, picture, monkeypatch):
+    prefixes, begin = [], Rows.__init__
+
+    def watched(rows, prefix, *arguments, **options):
+        prefixes.append(prefix)
+        begin(rows, prefix, *arguments, **options)
+
+    monkeypatch.setattr(Rows, "__init__", watched)
+    turn, _ = model.generate_images(Conversation(), "Blue.", features=picture, seeds=[0, 1], max_new_tokens=1)
+    assert len({id(prefix) for prefix in prefixes}) == 1
+    config = model.config.llm_config
+    length = turn.conversation.parts[0].length  # one sequence: no axis for rows
+    shape = (config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim)
+    assert prefixes[0].keys.shape == prefixes[0].values.shape == shape
+
+
 def test_weights_that_change_between_two_drawings_are_felt(model):
     def latents():
         return model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.latents
