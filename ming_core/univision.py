@@ -59,6 +59,7 @@ class UniVision(nn.Module):
         )
         self.chat = chat
         self.fingerprint = ""
+        self.quantization: str | None = None  # set by quantization.quantize
         self.prefix_cache = PrefixCache()
 
     @property
