@@ -20,6 +20,7 @@ its weights into it, in place, when it first runs, and back when they are saved 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from .experts import Experts
 log = logging.getLogger(__name__)
 
 FORMATS = ("int8", "int4")
-GROUPS = (64, 32)  # torch's kernels know these; the first that divides the width is taken; a width that none divides is stored in int8
+GROUPS = (64, 32)  # columns; the first that divides the width
 QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
 CHUNK = 1 << 20  # values quantised at once: they stay in a processor's cache
@@ -46,9 +47,12 @@ K_TILES = 8  # of the CUDA kernel: widths must be multiples of 16 * 8
 # --- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def group_of(width: int) -> int | None:
-    """The int4 group for rows of this width; None: the layer is stored in int8."""
-    return next((g for g in GROUPS if width % g == 0), None)
+def group_of(rows: int, width: int) -> int | None:
+    """The int4 group of weights [rows, width]; None: no kernel takes such a shape, and int8 is stored instead.
+
+    Every layer of the published size has a group of 64.
+    """
+    return None if rows % BLOCK else next((g for g in GROUPS if width % g == 0), None)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     for rows in _chunks(weight):
         w = weight[rows].float()
         scale[rows] = w.abs().amax(1) / 127
-        values[rows] = w.mul_(_inverse(scale[rows])[:, None]).round_().clamp_(-127, 127)
+        values[rows] = (w * _inverse(scale[rows])[:, None]).round_().clamp_(-127, 127)
     return values, scale
 
 
@@ -73,7 +77,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
         step = ((high - low) / 15).bfloat16()
         offset = (low + 8 * step.float()).bfloat16()
         scale[:, rows] = torch.stack([step, offset], dim=-1).transpose(0, 1)
-        w.sub_(offset[..., None]).mul_(_inverse(step)[..., None]).round_().add_(8).clamp_(0, 15)
+        w = (w - offset[..., None]).mul_(_inverse(step)[..., None]).round_().add_(8).clamp_(0, 15)
         values[rows] = _join(w.to(torch.uint8).view(-1, k))
     return values, scale
 
@@ -117,11 +121,17 @@ def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if packed:
         out = _int4_product(flat, values, scale)
-    elif values.dtype == torch.int8 and len(flat) <= KERNEL_ROWS and _kernel_serves("int8", x, scale):
+    elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
         out = torch._weight_int8pack_mm(flat, values, scale)
     else:
         return F.linear(x, dequantize(values, scale).to(x.dtype))
     return out.view(*x.shape[:-1], -1)
+
+
+def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
+    """The kernel reads 16 weights at a time and checks nothing: others than these crash the process."""
+    whole = values.shape[-1] % 16 == 0 and values.data_ptr() % 16 == 0
+    return values.dtype == torch.int8 and len(x) <= KERNEL_ROWS and whole
 
 
 def _kernel_serves(kind: str, x: Tensor, scale: Tensor) -> bool:
@@ -216,7 +226,7 @@ def _origins(device_type: str, width: int) -> Tensor:
 
 def _can_pack(values: Tensor, device: torch.device) -> bool:
     width = 8 * K_TILES if device.type == "cuda" else 1
-    return values.dtype == torch.uint8 and values.shape[-2] % BLOCK == 0 and values.shape[-1] % width == 0
+    return values.dtype == torch.uint8 and values.device == device and values.shape[-1] % width == 0
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------
@@ -231,14 +241,14 @@ class Quantized(nn.Module):
     def _register(self, name: str, weight: Tensor, kind: str) -> None:
         """Room for a weight [.., N, K], on its device; filled from it unless it is on the meta device."""
         *stack, n, k = weight.shape
-        group = group_of(k) if kind == "int4" else None
+        group = group_of(n, k) if kind == "int4" else None
         shape, dtype = ((*stack, n, k // 2), torch.uint8) if group else ((*stack, n, k), torch.int8)
         scales = (*stack, k // group, n, 2) if group else (*stack, n)
         self.register_parameter(name, _frozen(torch.empty(shape, dtype=dtype, device=weight.device)))
         self.register_parameter(f"{name}_scale", _frozen(weight.new_empty(scales)))
         if not weight.is_meta:
-            for index in torch.cartesian_prod(*map(torch.arange, stack)).view(-1, len(stack)).tolist() or [()]:
-                self.store(name, tuple(index), weight.detach()[tuple(index)])
+            for index in itertools.product(*map(range, stack)):
+                self.store(name, index, weight.detach()[index])
 
     @torch.no_grad()
     def store(self, name: str, index: tuple, weight: Tensor) -> None:
@@ -268,7 +278,7 @@ class Quantized(nn.Module):
         """Arrange the weights for a product with x; True: they are in the order of its device's kernel."""
         every = [getattr(self, name) for name in self.NAMES]
         scale = getattr(self, f"{self.NAMES[0]}_scale")
-        packable = all(_can_pack(values, x.device) and values.device == x.device for values in every)
+        packable = all(_can_pack(values, x.device) for values in every)
         packed = packable and _kernel_serves("int4", x, scale)
         self.arrange(x.device.type if packed else "plain")
         return packed

@@ -158,8 +158,7 @@ class MingUniVisionLoader(_Loader):
                 "precision": combo(
                     ["auto", "bf16", "fp16", "fp32", "int8", "int4"],
                     "auto: fp32 on a CPU when it fits well, else bf16 (fp16 on GPUs without it). "
-                    "int8 and int4 keep the language model's and the head's weights in fewer bits: half and a third "
-                    "of the memory, and faster. A folder that is quantised already is taken as it is.",
+                    "int8 and int4 keep the language model's and the head's weights in fewer bits.",
                 ),
             }
         }
