@@ -282,6 +282,7 @@ class CheckpointFiles:
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise CheckpointError(f"{self.folder / file} lacks {name}, which {INDEX} places there: {AGAIN}")
 
+    @torch.inference_mode(False)  # nodes load under it, and weights that are made there could not be written to outside
     def fill(self, model: nn.Module, device: Any, dtype: torch.dtype, quantization: str | None = None) -> None:
         """Give every parameter of a model on the meta device its memory and its values.
 

@@ -317,6 +317,19 @@ def test_arranging_back_and_forth_changes_nothing(folder):
     assert torch.equal(draw(model), drawn)
 
 
+@both
+def test_it_does_not_matter_what_is_done_under_inference_mode(kind, folder):
+    with torch.inference_mode():
+        model = load_univision(folder, dtype=torch.bfloat16, quantization=kind)
+    drawn = draw(model)
+    model.prefix_cache.clear()
+    with torch.inference_mode():
+        arrange_plainly(model)
+        assert torch.equal(draw(model), drawn)
+    model.prefix_cache.clear()
+    assert torch.equal(draw(model), drawn)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
