@@ -42,9 +42,12 @@ class Experts(nn.Module):
 
     gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
     down     [E, H, I]
+
+    They may rest on another device than the one that is computed on: then only those of the routed experts are copied.
     """
 
     dense = True  # the weights lie as they are multiplied
+    fetches_weights = True  # a host may leave them where they rest
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -60,7 +63,11 @@ class Experts(nn.Module):
 
     def weights(self, name: str, experts: Any, like: Tensor) -> Tensor:
         """Weights `name` of one expert, [N, K], or of an index of several, [.., N, K], on the device of `like`."""
-        return getattr(self, name)[experts].to(like.device, like.dtype)
+        return getattr(self, name)[experts].to(like.device, like.dtype, non_blocking=True)
+
+    def resident(self, like: Tensor) -> bool:
+        """Whether the weights are where `like` is, so that an index on that device finds them."""
+        return all(weight.device == like.device for weight in self.parameters())
 
     def apply_expert(self, expert: int, x: Tensor) -> Tensor:
         """x [n, H] through one expert -> [n, H]."""
@@ -72,11 +79,11 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        few, here = chosen.numel() <= GATHER_LIMIT, self.gate_up.device == x.device
+        few, here = chosen.numel() <= GATHER_LIMIT, self.resident(x)
         if grouped_product_serves(x) and (not few or (here and self.dense)):
             out = self._grouped(x, chosen)
         else:
-            out = self._gathered(x, chosen) if few and x.is_cuda else self._sorted(x, chosen)
+            out = self._gathered(x, chosen) if few and here and x.is_cuda else self._sorted(x, chosen)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:

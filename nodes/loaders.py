@@ -50,12 +50,14 @@ def found(kind: str) -> dict[str, Path]:
 def absent(name: str, kind: str) -> str:
     """What to do about a model that is not there."""
     repository, size = PUBLISHED[kind]
-    places = " or ".join(str(p) for p in host.model_folders())
+    published = repository.split("/")[1]
+    places = host.model_folders()
     return (
-        f'the model "{name}" is not there. Put its folder (config.json, *.safetensors, tokenizer files) into {places}. '
-        f"The published one is {repository} ({size}), at https://huggingface.co/{repository} and "
-        f"https://modelscope.cn/models/{repository}; nothing is downloaded while a graph runs. "
-        f'"{BUILT_IN}" works without any download.'
+        f'the model "{name}" is not there. Put its folder (config.json, *.safetensors, tokenizer files) into '
+        f"{' or '.join(map(str, places))}. The published one is {repository} ({size}), at "
+        f"https://huggingface.co/{repository} and https://modelscope.cn/models/{repository}; it belongs into "
+        f'{places[0] / published}, and python "{host.PACK / "quickstart.py"}" download {published} --to "{places[0]}" '
+        f'puts it there. Nothing is downloaded while a graph runs; "{BUILT_IN}" works without any download.'
     )
 
 
@@ -67,8 +69,8 @@ def state_of(folder: Path) -> tuple:
 
 def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dtype, str | None]:
     """(dtype, quantization) for a precision widget. Raises ValueError, with the figures, for what cannot fit."""
-    on = host.device()
-    memory = host.total_memory(on)
+    on, rests_on = host.device(), host.resting_device()
+    memory = host.total_memory(rests_on)  # a GPU may hold less: ComfyUI then brings over a part
     half = torch.bfloat16 if host.bfloat16_works(on) else torch.float16
     quantization = precision if precision in QUANTIZED else None
     dtype = DTYPES.get(precision, half)
@@ -78,7 +80,7 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
         dtype = torch.float32
     needed = checkpoint_bytes(folder, kind, dtype, quantization)
     if needed > memory:
-        where = "this machine" if on.type == "cpu" else f"the GPU ({on})"
+        where = "this machine" if rests_on.type == "cpu" else f"the GPU ({rests_on})"
         raise ValueError(
             f"this model takes {needed / GB:.1f} GB at {quantization or str(dtype).removeprefix('torch.')}, "
             f"and {where} has {memory / GB:.1f} GB: choose a smaller precision"
@@ -95,9 +97,11 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
     loaded = _live.get(key)
     if loaded is None:
         dtype, quantization = choose_precision(precision, kind, folder)
+        host.keep(None, coming=checkpoint_bytes(folder, kind, dtype, quantization))
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
-        loaded = host.managed(loader(folder, device=host.resting_device(), dtype=dtype, **options), name)
+        place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}
+        loaded = host.managed(loader(folder, **place, **options), name)
         _live[key] = loaded
     return loaded
 
@@ -122,6 +126,7 @@ class MingTokLoader(_Loader):
     RETURN_TYPES, RETURN_NAMES = ("MINGTOK",), ("mingtok",)
     OUTPUT_TOOLTIPS = ("The tokenizer, for the MingTok nodes.",)
     FUNCTION = "load"
+    SEARCH_ALIASES = ("tokenizer loader", "load tokenizer", "mingtok checkpoint")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -147,6 +152,7 @@ class MingUniVisionLoader(_Loader):
     RETURN_TYPES, RETURN_NAMES = ("MING_UNIVISION", "MINGTOK"), ("model", "mingtok")
     OUTPUT_TOOLTIPS = ("The model, for Ming Understand, Generate and Edit.", "Its tokenizer, for the MingTok nodes.")
     FUNCTION = "load"
+    SEARCH_ALIASES = ("checkpoint loader", "load model", "unified multimodal model", "vlm loader")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:

@@ -90,7 +90,7 @@ class Run:
                 if self.seconds - saved >= 60 * self.stage.checkpoint_minutes:
                     self.checkpoint()
                     saved = self.seconds
-            self.checkpoint()
+            self.checkpoint(look=not stopped)  # who interrupts does not want to wait
         if stopped:
             raise KeyboardInterrupt
 
@@ -127,8 +127,8 @@ class Run:
             sys.stderr.write(f"\r{line}\x1b[K" if terminal else f"{line}\n")
             sys.stderr.flush()
 
-    def checkpoint(self) -> None:
-        """Write the state to resume from; evaluate, log and write the model, both with averaged weights."""
+    def checkpoint(self, look: bool = True) -> None:
+        """Write the state to resume from, and the model with averaged weights; evaluate that (unless not), and log."""
         state = {
             "module": self.objective.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -142,19 +142,23 @@ class Run:
         os.replace(fresh, self.folder / "state.pt")
         with self.average.in_place():
             write_whole_folder(self.objective.publish, self.folder / "model")
-            self.record(self.objective.evaluate())
+            self.record(self.objective.evaluate() if look else {})
 
     def record(self, figures: dict[str, float]) -> None:
-        """One more row of log.csv."""
+        """One more row of log.csv; what earlier rows lack, or this one, stays empty there."""
         row: dict[str, Any] = {"stage": self.stage.name, "step": self.step, "hours": round(self.seconds / 3600, 4)}
         row |= {name: round(value, 5) for name, value in (self.averages | figures).items()}
-        path = self.folder / "log.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        path, rows = self.folder / "log.csv", []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        rows.append(row)
+        fresh = path.with_suffix(".new")
+        with fresh.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for each in rows for name in each)), restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(fresh, path)
         log.info("%s", "  ".join(f"{name} {value}" for name, value in row.items()))
 
     def resume(self) -> bool:

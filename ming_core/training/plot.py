@@ -27,9 +27,9 @@ def plot(log_csv: Path, picture: Path) -> bool:
     lines = -(-len(names) // COLUMNS)
     figure = Figure(figsize=(3.2 * COLUMNS, 2.2 * lines), layout="constrained")
     axes = figure.subplots(lines, COLUMNS, squeeze=False).flat
-    hours = [float(row["hours"]) for row in rows]
     for name, axis in zip(names, axes, strict=False):
-        axis.plot(hours, [float(row[name]) for row in rows], linewidth=1.2)
+        known = [row for row in rows if row[name]]
+        axis.plot([float(row["hours"]) for row in known], [float(row[name]) for row in known], linewidth=1.2)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
     for axis in axes:  # those that are left

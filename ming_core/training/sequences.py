@@ -20,7 +20,7 @@ from torch import Tensor
 from ..conversation import ANSWER, MARK, Conversation, Part, Picture, Text, guidance_views
 from ..features import Features
 from ..prompts import ChatFormat
-from ..shapes import Dialogue, Round, random_dialogue
+from ..shapes import LABEL_CLASSES, Dialogue, Round, draw, patch_labels, random_dialogue
 
 IGNORE = -100  # a label that asks for nothing
 OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
@@ -31,11 +31,15 @@ UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees eve
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it."""
+    """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it.
+
+    labels: int64 [kinds, N], what each token of it shows, in the order of `LABEL_CLASSES`; None where that is unknown.
+    """
 
     pixels: np.ndarray
     start: int
     drawn: bool
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,7 @@ class Batch(NamedTuple):
     drawn                   bool [P]
     slots                   int64 [P], where in the flattened rows the first token of each picture stands
     weights                 float32 [P, N], of the flow loss of each token (0 for a picture that was seen)
+    shown                   int64 [P, kinds, N], what each token shows (`LABEL_CLASSES`), or IGNORE
     """
 
     ids: Tensor
@@ -82,6 +87,7 @@ class Batch(NamedTuple):
     drawn: Tensor
     slots: Tensor
     weights: Tensor
+    shown: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -105,7 +111,7 @@ def spell(
         row = view if index == len(dialogue.rounds) - 1 else 0
         asked = turn if row == 0 else _estranged(turn, stranger, row)
         talk = talk.extended(_prompt(chat, grid, asked), "")
-        _append(talk.parts[-1], [asked.attached], ids, placed, chat.patch_id)
+        _append(talk.parts[-1], asked.attached, None, ids, placed, chat.patch_id)
         if row:
             views = guidance_views(talk.parts)
             hidden = ~views[min(row, len(views) - 1)].numpy()
@@ -113,7 +119,7 @@ def spell(
         talk = talk.extended(emitted, "")
         begin = len(ids)
         labels += [IGNORE] * (begin - len(labels))
-        _append(emitted, [turn.target], ids, placed, chat.patch_id)
+        _append(emitted, turn.target, _labels(turn, grid), ids, placed, chat.patch_id)
         if row == 0:
             labels[begin - 1] = ids[begin]
             labels += [*ids[begin + 1 :], chat.end_id]
@@ -147,14 +153,24 @@ def _blank(grid: tuple[int, int], drawn: bool) -> Picture:
     return Picture(Features(nothing, nothing, grid, ""), drawn)
 
 
-def _append(part: Part, pixels: list[np.ndarray | None], ids: list[int], placed: list[Placed], patch: int) -> None:
+def _append(
+    part: Part, pixels: np.ndarray | None, labels: np.ndarray | None, ids: list[int], placed: list[Placed], patch: int
+) -> None:
     """Add the tokens of a part, and its picture where it has one."""
     for segment in part.segments:
         if isinstance(segment, Text):
             ids += segment.ids
         else:
-            placed.append(Placed(pixels[0], len(ids), segment.drawn))
+            placed.append(Placed(pixels, len(ids), segment.drawn, labels))
             ids += [patch] * segment.length
+
+
+def _labels(turn: Round, grid: tuple[int, int]) -> np.ndarray | None:
+    """What the tokens of the picture to be drawn show; None for a picture that is not just its scene (a region)."""
+    if turn.target_scene is None or not np.array_equal(turn.target, draw(turn.target_scene)):
+        return None
+    labels = patch_labels(turn.target_scene, grid[0])
+    return np.stack([labels[name].reshape(-1) for name in LABEL_CLASSES])
 
 
 @dataclass(frozen=True)
@@ -223,7 +239,16 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         torch.from_numpy(np.stack([token_weights(p, grid) for p in pictures]))
         if pictures
         else torch.empty(0, grid[0] * grid[1]),
+        _shown(pictures, grid),
     )
+
+
+def _shown(pictures: list[Placed], grid: tuple[int, int]) -> Tensor:
+    shown = np.full((len(pictures), len(LABEL_CLASSES), grid[0] * grid[1]), IGNORE, dtype=np.int64)
+    for place, picture in zip(shown, pictures, strict=True):
+        if picture.labels is not None:
+            place[:] = picture.labels
+    return torch.from_numpy(shown)
 
 
 def token_weights(picture: Placed, grid: tuple[int, int]) -> np.ndarray:

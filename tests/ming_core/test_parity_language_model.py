@@ -96,7 +96,10 @@ def test_the_velocity_network_gives_the_recorded_velocity(flow_case):
     case, head = flow_case
     io = case.io
     assert_close(head.vis_head(io["hidden"]), io["z"])
-    assert_close(TimeEmbed.waves(io["t"]), io["time_freq"])
+    # Processors differ in the last bit of exp, hence of the frequencies; an angle reaches 1000, and feels it.
+    angles = 1000 * io["t"][:, None] * torch.logspace(0, -4, 129)[:128]
+    assert ((TimeEmbed.waves(io["t"]) - io["time_freq"]).abs() <= TOLERANCE + angles.repeat(1, 2) * 2**-23).all()
+    assert_close(head.net.time_embed.mlp(io["time_freq"]), io["time_emb"])
     assert_close(head.net.time_embed(io["t"]), io["time_emb"])
     assert_close(head.net(io["x"], io["t"], io["z"]), io["velocity"])
 
@@ -125,8 +128,9 @@ def test_the_solver_draws_the_recorded_latent(flow_case, variant):
     solver = Solver(renorm="cfg_renorm_type" in asked, time_shift=asked.get("time_shifting_factor", 1.0))
     noise = io[f"sample_{variant}_noise"] * asked.get("temperature", 1.0)
     drawn = head.sample(z, noise, guidance.factors(z.shape[1]), steps=5, solver=solver)
-    # Latents reach 6 here, and the recorded float32 ones are up to 1.6e-5 from the same sums done in float64.
-    torch.testing.assert_close(drawn, io[f"sample_{variant}_out"][:1], rtol=TOLERANCE, atol=TOLERANCE)
+    # Latents reach 6 here, and the recorded float32 ones are up to 1.6e-5 from the same sums done in float64. Another
+    # processor's exp moves them by up to 1.4e-5 through the frequencies of the time embedding.
+    torch.testing.assert_close(drawn, io[f"sample_{variant}_out"][:1], rtol=TOLERANCE, atol=2 * TOLERANCE)
 
 
 def test_every_recorded_solver_variant_is_tested(flow_case):

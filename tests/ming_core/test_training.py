@@ -195,9 +195,10 @@ def test_the_log_has_a_row_a_checkpoint_and_is_plotted(tokenizer, chat, tmp_path
     run = Run(MINGTOK_STAGE, without_looking(mingtok_stage(tokenizer, chat)), tmp_path)
     for step in range(2):
         run.update(make_batch(run.objective.data, 0, step))
-        run.checkpoint()
+        run.checkpoint(look=step > 0)
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[0].startswith("stage,step,hours,l1") and rows[0].endswith("figure")
+    assert rows[1].endswith(",") and not rows[2].endswith(",")  # the first checkpoint was not evaluated
     assert plot(tmp_path / "log.csv", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -13,7 +13,7 @@ DRAWING = {
     "text_guidance": ("FLOAT", 3.0, 0, 20),
     "steps": ("INT", 16, 1, 64),
     "temperature": ("FLOAT", 1.0, 0, 2),
-    "solver": ["euler"],
+    "solver": ["euler", "ab2"],
     "start": ["draw now", "model decides"],
     "max_new_tokens": ("INT", 64, 1, 4096),
     "image_guidance": ("FLOAT", 1.1, 0, 10),
@@ -245,6 +245,18 @@ def test_rare_widgets_are_folded_away_and_seeds_change_only_where_a_picture_is_d
     assert advanced == ADVANCED.get(node_id, set())
     if "seed" in inputs:
         assert inputs["seed"][1]["control_after_generate"] is SEED_CHANGES[node_id]
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_node_is_found_by_other_words_too(node_id):
+    aliases = NODE_CLASS_MAPPINGS[node_id].SEARCH_ALIASES
+    assert aliases and len(set(aliases)) == len(aliases)
+    assert NODES[node_id][0].lower() not in aliases  # found without an alias
+
+
+def test_loaded_models_have_a_short_repr():
+    model, mingtok = NODE_CLASS_MAPPINGS["MingUniVisionLoader"]().load(BUILT_IN, "fp32")
+    assert repr(model) == f"UniVision({BUILT_IN})" and repr(mingtok) == f"MingTok({BUILT_IN}: MingTok)"
 
 
 @pytest.mark.parametrize("node_id", NODES)
