@@ -42,7 +42,7 @@ SAFETENSORS_DTYPES = ("F32", "F16", "BF16")
 QUANTIZED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 QUANT_METHOD = "ming_weight_only"  # in config.json, so that no one takes the weights for another library's
 SCALE = "_scale"  # ends the names of the scales of quantised weights
-SHARD = 2 << 30  # bytes; a larger model is saved in files of about this size
+SHARD = 1 << 30  # bytes; a larger model is saved in files of about this size, of which one is in memory twice
 MAX_HEADER = 100 << 20  # bytes; the published model's largest is some hundred KB
 FINGERPRINT_BYTES = 4096  # read from each end of every tensor
 

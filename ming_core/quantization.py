@@ -13,8 +13,8 @@ integers are the same in every dtype.
 
 Products run in torch's own weight-only kernels. A kernel is used on a device once it has given the right numbers there
 (`kernel_works`); otherwise weights are dequantised piece by piece and multiplied as usual, which also serves gradients.
-The int4 kernels want the halves of the bytes in an order of their own, which depends on the processor: a layer brings
-its weights into it, in place, when it first runs, and back when they are saved or moved elsewhere.
+The int4 kernels want the values in an order of their own, which depends on the processor: a layer brings
+its weights into it, in place, when it first runs, and back when they are saved or used elsewhere.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
 CHUNK = 1 << 20  # values quantised at once: they stay in a processor's cache
 KERNEL_ROWS = 32  # from more rows on, dequantising once costs less than an int8 kernel that does so row by row
+LOST = "lost"  # an order that nothing can be computed in
 BLOCK = 64  # rows of weights that an int4 kernel's order stays within
 K_TILES = 8  # of the CUDA kernel: widths must be multiples of 16 * 8
 
@@ -118,7 +119,7 @@ def _split(values: Tensor) -> Tensor:
 
 def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
     """x [.., K] times the transposed weights [N, K] -> [.., N]. packed: int4 in the order of this device's kernel."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     if packed:
         out = _int4_product(flat, values, scale)
     elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
@@ -266,11 +267,14 @@ class Quantized(nn.Module):
         """Bring the int4 weights into another order, in place."""
         if order == self.order:
             return
+        if self.order == LOST:
+            raise RuntimeError("an error stopped the weights half-way between two orders: load the model again")
+        before, self.order = self.order, LOST
         for name in self.NAMES:
             values = getattr(self, name)
             for piece in values.data.view(-1, *values.shape[-2:]):
                 for rows in piece.split(max(BLOCK, CHUNK // piece.shape[1] // BLOCK * BLOCK)):
-                    plain = rows if self.order == "plain" else _unpacked(rows, self.order)
+                    plain = rows if before == "plain" else _unpacked(rows, before)
                     rows.copy_(plain if order == "plain" else _packed(plain))
         self.order = order
 
@@ -296,8 +300,9 @@ class QuantizedLinear(Quantized):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out = product(x, self.weight, self.weight_scale, self.ready(x))
-        return out if self.bias is None else out + self.bias
+        packed = self.ready(x)
+        out = product(x, self.weight.to(x.device), self.weight_scale.to(x.device), packed)
+        return out if self.bias is None else out + self.bias.to(x.device)
 
 
 class QuantizedExperts(Quantized, Experts):

@@ -112,6 +112,15 @@ def test_a_product_is_that_of_the_dequantised_weights(kind, dtype, rows):
 
 
 @both
+def test_inputs_that_are_slices_of_others_are_taken(kind):
+    layer, _ = linear(kind)
+    x = normal(7, 259, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for part in (x[::3, :256], x[1:, 3:], x[:, None, 1:257]):
+            assert torch.equal(layer(part), layer(part.clone(memory_format=torch.contiguous_format)))
+
+
+@both
 def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
     layer, _ = linear(kind)
     x = normal(3, 256, seed=2, dtype=torch.bfloat16)
@@ -140,6 +149,23 @@ def test_gradients_pass_through_to_the_input_also_after_a_kernel_has_run(kind):
     layer(a).float().square().sum().backward()
     plain(b).float().square().sum().backward()
     assert torch.allclose(a.grad, b.grad, rtol=0.02, atol=0.02)
+
+
+def test_weights_that_an_error_left_between_two_orders_are_not_used(monkeypatch):
+    layer, _ = linear("int4", rows=256, width=64)
+    x = normal(3, 64, seed=2, dtype=torch.bfloat16)
+    assert quantization.kernel_works("int4", x.device, x.dtype)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(quantization, "_packed", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                layer(x)
+        with pytest.raises(RuntimeError, match="load the model again"):
+            layer(x)
 
 
 # --- experts ------------------------------------------------------------------------------------------------------
