@@ -1,11 +1,13 @@
 """Checkpoint folders in and out: config.json, safetensors (one file, or an index with shards), tokenizer.json.
 
 Loading builds the model without memory (meta device), then takes each tensor straight from its file to its place on
-the target device and in the target dtype: the peak is the model plus one tensor. Everything is checked before
-anything is read: what is missing, unexpected, misshapen or cut off is named, with the remedy.
+the target device and in the target dtype, quantised on its way if that is asked for: the peak is the model plus one
+tensor. Shards are read one after the other, from front to back. Everything is checked before anything is read: what is
+missing, unexpected, misshapen or cut off is named, with the remedy.
 
 Module names are the published keys but for a few prefixes (`PUBLISHED_PREFIXES`) and the experts, whose weights are
-stacked here and published one by one (`published_slots`).
+stacked here and published one by one (`published_slots`). A quantised folder has the same keys with whole numbers in
+them, a `weight_scale` beside each, and an entry `quantization_config` in config.json (see quantization.py).
 """
 
 from __future__ import annotations
@@ -30,12 +32,17 @@ from .config import ConfigError, MingTokConfig, UniVisionConfig, read_config, wr
 from .files import write_whole
 from .mingtok import MingTok
 from .prompts import ChatFormat
+from .quantization import FORMATS, Quantized, arrange_plainly, quantize
 from .univision import UniVision
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 AGAIN = "download the checkpoint again"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFETENSORS_DTYPES = ("F32", "F16", "BF16")
+QUANTIZED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
+QUANT_METHOD = "ming_weight_only"  # in config.json, so that no one takes the weights for another library's
+SCALE = "_scale"  # ends the names of the scales of quantised weights
+SHARD = 1 << 30  # bytes; a larger model is saved in files of about this size, of which one is in memory twice
 MAX_HEADER = 100 << 20  # bytes; the published model's largest is some hundred KB
 FINGERPRINT_BYTES = 4096  # read from each end of every tensor
 
@@ -60,6 +67,15 @@ class Slot(NamedTuple):
     parameter: str
     index: tuple  # () for the whole parameter
     shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = SAFETENSORS_DTYPES  # that it may be stored in
+
+
+class Origin(NamedTuple):
+    """`quantization_config` of a quantised folder: how its weights are stored, and what they were made from."""
+
+    quantization: str
+    fingerprint: str
+    mingtok_fingerprint: str
 
 
 class Stored(NamedTuple):
@@ -79,14 +95,11 @@ def load_mingtok(
     """Load a MingTok checkpoint folder, or the MingTok inside a Ming-UniVision one. Raises CheckpointError."""
     folder = Path(folder)
     files = CheckpointFiles(folder)
+    model, origin = _blank(folder, files, "mingtok", dtype, None, operations)
     if checkpoint_kind(folder) == "univision":
-        config = _univision_config(folder, files)[0].mingtok_config
         files = files.only_vision()
-    else:
-        config = _config(MingTokConfig, folder)
-    model = MingTok(config, operations=operations, device="meta", dtype=dtype)
     files.fill(model, device, dtype)
-    model.fingerprint = files.mingtok_fingerprint(config)
+    model.fingerprint = origin.mingtok_fingerprint if origin else files.mingtok_fingerprint(model.config)
     return model.eval()
 
 
@@ -98,17 +111,20 @@ def load_univision(
     quantization: str | None = None,
     operations: Any = nn,
 ) -> UniVision:
-    """Load a Ming-UniVision checkpoint folder, its tokenizer included. quantization: None. Raises CheckpointError."""
-    if quantization is not None:
-        raise ValueError(f"quantization {quantization!r} is not available: only None is")
+    """Load a Ming-UniVision checkpoint folder, its tokenizer included. Raises CheckpointError.
+
+    quantization: None, "int8" or "int4" (quantization.py says what that does to which weights). They are quantised
+    as they are read, so that 37.6 GB of bf16 become 19.8 or 12.0 GB without ever being whole in memory. A folder that
+    is quantised already is loaded as it is, with None or its own format.
+    """
     folder = Path(folder)
     files = CheckpointFiles(folder)
-    config, flow_hidden = _univision_config(folder, files)
+    model, origin = _blank(folder, files, "univision", dtype, quantization, operations)
     try:
         chat = ChatFormat.from_folder(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    llm = config.llm_config
+    llm = model.config.llm_config
     for name, ours, theirs in (
         ("eos_token_id", llm.eos_token_id, chat.end_id),
         ("image_start_token", llm.image_start_token, chat.image_open_id),
@@ -119,10 +135,11 @@ def load_univision(
                 f"{folder / 'config.json'}: {name} is {ours}, but tokenizer.json says {theirs}: "
                 "the two files belong to different checkpoints"
             )
-    model = UniVision(config, chat, flow_hidden=flow_hidden, operations=operations, device="meta", dtype=dtype)
-    files.fill(model, device, dtype)
-    model.mingtok.fingerprint = files.mingtok_fingerprint(config.mingtok_config)
-    model.fingerprint = files.fingerprint()
+    model.chat = chat
+    files.fill(model, device, dtype, None if origin else quantization)
+    config = model.config.mingtok_config
+    model.mingtok.fingerprint = origin.mingtok_fingerprint if origin else files.mingtok_fingerprint(config)
+    model.fingerprint = origin.fingerprint if origin else files.fingerprint()
     return model.eval()
 
 
@@ -134,11 +151,18 @@ def save_mingtok(model: MingTok, folder: str | Path, *, dtype: torch.dtype = tor
 def save_univision(
     model: UniVision, folder: str | Path, tokenizer: Mapping[str, str], *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a UniVision as a published folder. tokenizer: file name -> content, tokenizer.json among them."""
+    """Write a UniVision as a published folder. tokenizer: file name -> content, tokenizer.json among them.
+
+    dtype is that of the weights that are not quantised. A quantised model makes a quantised folder.
+    """
     for name, content in tokenizer.items():
         write_whole(Path(folder) / name, content.encode())
     config = dataclasses.replace(model.config, mingtok_config=model.mingtok.config)
-    _save(model, {"model_type": "mingunivision", **write_config(config)}, Path(folder), dtype)
+    entries = {"model_type": "mingunivision", **write_config(config)}
+    if model.quantization:
+        origin = Origin(model.quantization, model.fingerprint, model.mingtok.fingerprint)
+        entries["quantization_config"] = {"quant_method": QUANT_METHOD, **origin._asdict()}
+    _save(model, entries, Path(folder), dtype)
 
 
 def checkpoint_kind(folder: str | Path) -> str | None:
@@ -152,9 +176,22 @@ def checkpoint_kind(folder: str | Path) -> str | None:
     return "univision" if "llm_config" in config else "mingtok" if "low_level_encoder" in config else None
 
 
-def checkpoint_values(folder: str | Path) -> int:
-    """How many numbers a checkpoint holds; reads headers only. Raises CheckpointError."""
-    return sum(math.prod(stored.shape) for stored in CheckpointFiles(Path(folder)).tensors.values())
+def checkpoint_bytes(folder: str | Path, kind: str, dtype: torch.dtype, quantization: str | None = None) -> int:
+    """Memory that the weights of a folder take once loaded as a "mingtok" or "univision". Raises CheckpointError.
+
+    Reads the config and the headers of the weights only.
+    """
+    folder = Path(folder)
+    model, origin = _blank(folder, CheckpointFiles(folder), kind, dtype, quantization, nn)
+    if quantization and not origin:
+        quantize(model, quantization)
+    return sum(p.nbytes for p in model.parameters())
+
+
+def stored_quantization(folder: str | Path) -> str | None:
+    """The format of a quantised folder, None for another one. Raises CheckpointError."""
+    origin = _origin(Path(folder))
+    return origin.quantization if origin else None
 
 
 def published_slots(model: nn.Module) -> dict[str, Slot]:
@@ -166,22 +203,27 @@ def published_slots(model: nn.Module) -> dict[str, Slot]:
             if isinstance(model, UniVision) and name.startswith(ours):
                 published = theirs + name.removeprefix(ours)
         stem, experts, last = published.rpartition("experts.")
-        if experts and last in ("gate_up", "down"):
+        dtypes = (QUANTIZED_DTYPES[parameter.dtype],) if parameter.dtype in QUANTIZED_DTYPES else SAFETENSORS_DTYPES
+        if experts and last.removesuffix(SCALE) in ("gate_up", "down"):
             for expert in range(parameter.shape[0]):
-                slots.update(_expert_slots(f"{stem}experts.{expert}.", name, last, expert, parameter))
+                for key, index in _expert_slots(f"{stem}experts.{expert}.", last, parameter.shape[1:]):
+                    shape = tuple(parameter[expert][index].shape)
+                    slots[key] = Slot(name, (expert, *index), shape, dtypes)
         else:
-            slots[published] = Slot(name, (), tuple(parameter.shape))
+            slots[published] = Slot(name, (), tuple(parameter.shape), dtypes)
     return slots
 
 
-def _expert_slots(prefix: str, name: str, last: str, expert: int, parameter: Tensor) -> Iterable[tuple[str, Slot]]:
-    if last == "down":
-        yield f"{prefix}down_proj.weight", Slot(name, (expert,), tuple(parameter.shape[1:]))
+def _expert_slots(prefix: str, last: str, shape: tuple[int, ...]) -> Iterable[tuple[str, tuple]]:
+    """Published keys of one expert, and where in its part (of this shape) of a stacked parameter they go."""
+    suffix = SCALE if last.endswith(SCALE) else ""
+    if last.removesuffix(SCALE) == "down":
+        yield f"{prefix}down_proj.weight{suffix}", ()
         return
-    half = parameter.shape[1] // 2
-    shape = (half, parameter.shape[2])
-    yield f"{prefix}gate_proj.weight", Slot(name, (expert, slice(0, half)), shape)
-    yield f"{prefix}up_proj.weight", Slot(name, (expert, slice(half, 2 * half)), shape)
+    before = (slice(None),) if len(shape) == 3 else ()  # the groups of int4 scales come before the rows
+    half = shape[len(before)] // 2
+    yield f"{prefix}gate_proj.weight{suffix}", (*before, slice(0, half))
+    yield f"{prefix}up_proj.weight{suffix}", (*before, slice(half, 2 * half))
 
 
 class CheckpointFiles:
@@ -240,21 +282,34 @@ class CheckpointFiles:
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise CheckpointError(f"{self.folder / file} lacks {name}, which {INDEX} places there: {AGAIN}")
 
-    def fill(self, model: nn.Module, device: Any, dtype: torch.dtype) -> None:
-        """Give every parameter of a model on the meta device its memory and its values."""
+    @torch.inference_mode(False)  # nodes load under it, and weights that are made there could not be written to outside
+    def fill(self, model: nn.Module, device: Any, dtype: torch.dtype, quantization: str | None = None) -> None:
+        """Give every parameter of a model on the meta device its memory and its values.
+
+        quantization: quantise on the way; the model is not, yet.
+        """
         slots = published_slots(model)
         self._check(slots)
-        by_parameter: dict[str, list[tuple[str, Slot]]] = {}
-        for key, slot in slots.items():
-            by_parameter.setdefault(slot.parameter, []).append((key, slot))
-        with _Readers() as readers:
-            for name, pieces in by_parameter.items():
-                owner, _, attribute = name.rpartition(".")
-                module = model.get_submodule(owner)
-                value = torch.empty(getattr(module, attribute).shape, device=device, dtype=dtype)
-                for key, slot in pieces:
-                    value[slot.index] = readers.read(self.tensors[key])
-                module.register_parameter(attribute, nn.Parameter(value))
+        if quantization:
+            quantize(model, quantization)
+        with _Reader() as reader:
+            # from front to back of one file after the other: read ahead by the system, and given back when done
+            for key, stored in sorted(self.tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
+                if key in slots:
+                    slot = slots[key]
+                    owner, _, attribute = slot.parameter.rpartition(".")
+                    module = model.get_submodule(owner)
+                    _give_memory(module, attribute, device, dtype)
+                    if quantization and isinstance(module, Quantized) and attribute in module.NAMES:
+                        module.store(attribute, slot.index, reader.read(stored).to(device))
+                    else:
+                        place = getattr(module, attribute).data
+                        place[slot.index] = reader.read(stored)
+                        self._check_scale(stored, place[slot.index])
+
+    def _check_scale(self, stored: Stored, scale: Tensor) -> None:
+        if stored.key.endswith(SCALE) and not scale.isfinite().all():
+            raise CheckpointError(f"{stored.file}: tensor {stored.key} holds values that are no numbers: {AGAIN}")
 
     def _check(self, slots: Mapping[str, Slot]) -> None:
         """Raises CheckpointError unless the files hold exactly these tensors (and some that are ignored)."""
@@ -279,10 +334,11 @@ class CheckpointFiles:
                     f"{stored.file}: tensor {key} is {list(stored.shape)}, expected {list(slot.shape)} by config.json: "
                     f"{fits}"
                 )
-            if stored.dtype not in SAFETENSORS_DTYPES:
+            if stored.dtype not in slot.dtypes:
+                expected = slot.dtypes[0] if len(slot.dtypes) == 1 else f"one of {', '.join(slot.dtypes)}"
+                remedy = "get the checkpoint in bf16, fp16 or fp32" if len(slot.dtypes) > 1 else fits
                 raise CheckpointError(
-                    f"{stored.file}: tensor {key} is stored as {stored.dtype}, expected one of "
-                    f"{', '.join(SAFETENSORS_DTYPES)}: get the checkpoint in bf16, fp16 or fp32"
+                    f"{stored.file}: tensor {key} is stored as {stored.dtype}, expected {expected}: {remedy}"
                 )
 
     def fingerprint(self) -> str:
@@ -311,23 +367,34 @@ class CheckpointFiles:
         return hashlib.sha256(more + b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-class _Readers:
-    """Open shards, one handle each."""
+class _Reader:
+    """Reads tensors, with one file open at a time."""
 
-    def __enter__(self) -> _Readers:
-        self._open: dict[Path, Any] = {}
+    def __enter__(self) -> _Reader:
+        self._file, self._handle = None, None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.clear()
+        self._handle = None
 
     def read(self, stored: Stored) -> Tensor:
         try:
-            if stored.file not in self._open:
-                self._open[stored.file] = safe_open(str(stored.file), framework="pt")
-            return self._open[stored.file].get_tensor(stored.key)
+            if stored.file != self._file:
+                self._handle = None  # before the next one is mapped
+                self._file, self._handle = stored.file, safe_open(str(stored.file), framework="pt")
+            return self._handle.get_tensor(stored.key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{stored.file}: tensor {stored.key} cannot be read ({error}): {AGAIN}") from error
+
+
+def _give_memory(module: nn.Module, attribute: str, device: Any, dtype: torch.dtype) -> None:
+    """Replace a parameter on the meta device, and the scale that belongs to it, by uninitialised memory."""
+    for name in (attribute, f"{attribute}{SCALE}"):
+        parameter = getattr(module, name, None)
+        if parameter is not None and parameter.is_meta:
+            kind = dtype if parameter.is_floating_point() else parameter.dtype
+            value = torch.empty(parameter.shape, device=device, dtype=kind)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -358,6 +425,50 @@ def _read_header(file: Path) -> dict[str, Stored]:
         cut = next(name for name, s in found.items() if s.end > size)
         raise CheckpointError(f"{file} is cut off in tensor {cut}: {size} bytes of {needed}; {AGAIN}")
     return found
+
+
+def _blank(
+    folder: Path, files: CheckpointFiles, kind: str, dtype: torch.dtype, quantization: str | None, operations: Any
+) -> tuple[Any, Origin | None]:
+    """A model of a folder on the meta device, with its weights as the folder has them (quantised or not)."""
+    if quantization not in (None, *FORMATS):
+        raise ValueError(f"quantization {quantization!r} is unknown: give None or one of {', '.join(FORMATS)}")
+    make = {"operations": operations, "device": "meta", "dtype": dtype}
+    origin = _origin(folder)
+    if kind == "mingtok":
+        inside = checkpoint_kind(folder) == "univision"
+        config = _univision_config(folder, files)[0].mingtok_config if inside else _config(MingTokConfig, folder)
+        return MingTok(config, **make), origin
+    if origin and quantization not in (None, origin.quantization):
+        raise CheckpointError(
+            f"{folder} is quantised to {origin.quantization} already: load it without asking for {quantization}, or "
+            "quantise the original checkpoint"
+        )
+    config, flow_hidden = _univision_config(folder, files)
+    model = UniVision(config, flow_hidden=flow_hidden, **make)
+    if origin:
+        quantize(model, origin.quantization)
+    return model, origin
+
+
+def _origin(folder: Path) -> Origin | None:
+    path = folder / "config.json"
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None  # reading the config proper says what is wrong
+    if entry is None:
+        return None
+    known = isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
+    if not known or entry.get("quantization") not in FORMATS:
+        raise CheckpointError(
+            f"{path}: quantization_config {entry!r} is not supported: get the checkpoint in bf16, or quantised by "
+            f"this library to {' or '.join(FORMATS)}"
+        )
+    values = [entry.get(name) for name in Origin._fields]
+    if not all(isinstance(value, str) and value for value in values):
+        raise CheckpointError(f"{path}: quantization_config lacks one of {', '.join(Origin._fields)}: {AGAIN}")
+    return Origin(*values)
 
 
 def _univision_config(folder: Path, files: CheckpointFiles) -> tuple[UniVisionConfig, int | None]:
@@ -402,13 +513,48 @@ def _config(cls: type, folder: Path) -> Any:
 
 
 def _save(model: nn.Module, config: dict, folder: Path, dtype: torch.dtype) -> None:
+    """Tensors and config; in shards if they are many, so that only one shard is in memory twice."""
+    arrange_plainly(model)
     parameters = dict(model.named_parameters())
-    tensors = {
-        key: parameters[slot.parameter][slot.index].detach().to("cpu", dtype).contiguous()
-        for key, slot in published_slots(model).items()
+    slots = published_slots(model)
+    sizes = {
+        key: math.prod(slot.shape) * _stored_dtype(key, slot, parameters, dtype).itemsize for key, slot in slots.items()
     }
-    write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    shards = list(_in_shards(sizes))
+    weight_map = {}
+    (folder / INDEX).unlink(missing_ok=True)  # of what was there before
+    for i, keys in enumerate(shards):
+        name = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for key in keys:
+            slot = slots[key]
+            value = parameters[slot.parameter][slot.index].detach()
+            tensors[key] = value.to("cpu", _stored_dtype(key, slot, parameters, dtype)).contiguous()
+        write_whole(folder / name, save(tensors, {"format": "pt"}))
+        weight_map |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_whole(folder / INDEX, json.dumps(index, indent=1).encode())
     write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
+
+
+def _stored_dtype(key: str, slot: Slot, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Quantised values as they are, their scales in bf16, which they were rounded to, and all else in `dtype`."""
+    own = parameters[slot.parameter].dtype
+    return own if own in QUANTIZED_DTYPES else torch.bfloat16 if key.endswith(SCALE) else dtype
+
+
+def _in_shards(sizes: Mapping[str, int]) -> Iterable[list[str]]:
+    """Consecutive keys of up to SHARD bytes."""
+    keys: list[str] = []
+    filled = 0
+    for key, size in sizes.items():
+        if keys and filled + size > SHARD:
+            yield keys
+            keys, filled = [], 0
+        keys.append(key)
+        filled += size
+    yield keys
 
 
 def _and_more(names: list[str]) -> str:

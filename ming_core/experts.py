@@ -6,6 +6,8 @@ All experts of a layer are one module with stacked weights, so that they can be 
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
+
+log = logging.getLogger(__name__)
 
 GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU gathers the experts' weights rather than sorting tokens
 
@@ -42,6 +46,7 @@ class Experts(nn.Module):
     They may rest on another device than the one that is computed on: then only those of the routed experts are copied.
     """
 
+    dense = True  # the weights lie as they are multiplied
     fetches_weights = True  # a host may leave them where they rest
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
@@ -74,8 +79,11 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT and self.resident(x)
-        out = self._gathered(x, chosen) if gather else self._sorted(x, chosen)
+        few, here = chosen.numel() <= GATHER_LIMIT, self.resident(x)
+        if grouped_product_serves(x) and (not few or (here and self.dense)):
+            out = self._grouped(x, chosen)
+        else:
+            out = self._gathered(x, chosen) if few and here and x.is_cuda else self._sorted(x, chosen)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
@@ -84,18 +92,60 @@ class Experts(nn.Module):
         gate, up = torch.einsum("tkih,th->tki", gate_up, x).chunk(2, dim=-1)
         return torch.einsum("tkhi,tki->tkh", down, F.silu(gate) * up)
 
+    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """For GPUs: tokens sorted by expert, all experts in one product that never waits for the device."""
+        order, restored = _by_expert(chosen)
+        ends = torch.searchsorted(
+            chosen.flatten()[order], torch.arange(self.count, device=x.device), right=True, out_int32=True
+        )
+        gate_up, down = (self.weights(name, slice(None), x).mT for name in ("gate_up", "down"))
+        gate, up = grouped_product(x[order // chosen.shape[1]], gate_up, ends).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, down, ends)[restored].unflatten(0, chosen.shape)
+
     def _sorted(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Tokens sorted by expert, one product an expert that has any. -> [T, k, H]."""
-        order = chosen.flatten().argsort(stable=True)
+        order, restored = _by_expert(chosen)
         counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
-        out = []
         groups = x[order // chosen.shape[1]].split(counts)
-        for expert, group in enumerate(groups):
-            if len(group):
-                out.append(self.apply_expert(expert, group))
-        restored = torch.empty_like(order)
-        restored[order] = torch.arange(len(order), device=order.device)
+        out = [self.apply_expert(expert, group) for expert, group in enumerate(groups) if len(group)]
         return torch.cat(out)[restored].unflatten(0, chosen.shape)
+
+
+def _by_expert(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [T, k] -> the order that sorts the T * k pairs by expert, and the one that brings them back."""
+    order = chosen.flatten().argsort(stable=True)
+    restored = torch.empty_like(order)
+    restored[order] = torch.arange(len(order), device=order.device)
+    return order, restored
+
+
+def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """x [P, K], whose rows up to ends[e] belong to weights [E, K, N][e] and to no earlier ones -> [P, N]."""
+    run = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return run(x, weights, offs=ends)
+
+
+def grouped_product_serves(x: Tensor) -> bool:
+    """Whether torch has a grouped product for x that does not wait for the device."""
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.is_cuda and x.dtype == torch.bfloat16 and not gradient and _grouped_product_works(x.device)
+
+
+@functools.cache
+def _grouped_product_works(device: torch.device) -> bool:
+    """On Hopper and its successors torch has a kernel, elsewhere a loop that waits; tried once on a small product."""
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(s, generator=generator).to(device, torch.bfloat16) for s in ((5, 64), (3, 32, 64)))
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)
+    try:
+        found = grouped_product(x, weights.mT, ends)
+    except (AttributeError, RuntimeError) as error:
+        log.info("no grouped product on %s (%s)", device, error)
+        return False
+    expected = torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[2].T])
+    return torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.1)
 
 
 class MixtureOfExperts(nn.Module):

@@ -62,6 +62,7 @@ class UniVision(Placed):
         )
         self.chat = chat
         self.fingerprint = ""
+        self.quantization: str | None = None  # set by quantization.quantize
         self.prefix_cache = PrefixCache()
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..ming_core import load_mingtok, load_univision
-from ..ming_core.checkpoint import INDEX, checkpoint_kind, checkpoint_values
+from ..ming_core.checkpoint import INDEX, checkpoint_bytes, checkpoint_kind, stored_quantization
 from . import host
 from .widgets import CATEGORY, combo
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 BUILT_IN = "tiny-shapes (built in)"
 BUILT_IN_FOLDER = host.PACK / "models" / "tiny-shapes"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZED = {"int8": 1.0, "int4": 0.5}  # bytes a value
+QUANTIZED = ("int8", "int4")
 GB = 1e9
 
 PUBLISHED = {
@@ -67,17 +67,18 @@ def state_of(folder: Path) -> tuple:
     return tuple((f.name, s.st_size, s.st_mtime_ns) for f in files if f.is_file() for s in [f.stat()])
 
 
-def choose_precision(precision: str, values: int) -> tuple[torch.dtype, str | None]:
+def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dtype, str | None]:
     """(dtype, quantization) for a precision widget. Raises ValueError, with the figures, for what cannot fit."""
     on, rests_on = host.device(), host.resting_device()
     memory = host.total_memory(rests_on)  # a GPU may hold less: ComfyUI then brings over a part
     half = torch.bfloat16 if host.bfloat16_works(on) else torch.float16
     quantization = precision if precision in QUANTIZED else None
-    if precision == "auto" and on.type == "cpu" and values * 4 < memory / 4:
+    dtype = DTYPES.get(precision, half)
+    # quantised weights are fast in 16 bit only
+    exact = precision == "auto" and on.type == "cpu" and not stored_quantization(folder)
+    if exact and checkpoint_bytes(folder, kind, torch.float32) < memory / 4:
         dtype = torch.float32
-    else:
-        dtype = DTYPES.get(precision, half)
-    needed = values * QUANTIZED.get(precision, dtype.itemsize)
+    needed = checkpoint_bytes(folder, kind, dtype, quantization)
     if needed > memory:
         where = "this machine" if rests_on.type == "cpu" else f"the GPU ({rests_on})"
         raise ValueError(
@@ -95,9 +96,8 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
     key = (kind, str(folder), state_of(folder), precision)
     loaded = _live.get(key)
     if loaded is None:
-        values = checkpoint_values(folder)
-        dtype, quantization = choose_precision(precision, values)
-        host.keep(None, coming=values * dtype.itemsize)
+        dtype, quantization = choose_precision(precision, kind, folder)
+        host.keep(None, coming=checkpoint_bytes(folder, kind, dtype, quantization))
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
         place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}

@@ -16,7 +16,7 @@ from ming_univision.ming_core import (
     save_mingtok,
     save_univision,
 )
-from ming_univision.ming_core.checkpoint import checkpoint_kind, checkpoint_values, published_slots
+from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind, published_slots
 from ming_univision.ming_core.config import ConfigError, MingTokConfig, UniVisionConfig, read_config
 from safetensors.torch import load_file, save_file
 
@@ -243,14 +243,15 @@ def test_a_saved_model_is_a_published_folder_that_loads_the_same(folder, tmp_pat
     assert set(stored) - set(saved) == {k for k in stored if "audio_gate" in k or "inv_freq" in k}
     assert all(torch.equal(saved[k], stored[k]) for k in saved)
     assert torch.equal(draw(load_univision(tmp_path / "saved")).latents, draw(model).latents)
-    assert checkpoint_values(tmp_path / "saved") == sum(p.numel() for p in model.parameters())
+    values = sum(p.numel() for p in model.parameters())
+    assert checkpoint_bytes(tmp_path / "saved", "univision", torch.bfloat16) == 2 * values
 
 
 def test_loading_holds_the_model_and_no_second_copy(folder, monkeypatch):
     """No more than one tensor is read before the one before it has found its place."""
     from ming_univision.ming_core import checkpoint
 
-    alive, most, read = [], 0, checkpoint._Readers.read
+    alive, most, read = [], 0, checkpoint._Reader.read
 
     def watched(self, stored):
         nonlocal most
@@ -261,7 +262,7 @@ def test_loading_holds_the_model_and_no_second_copy(folder, monkeypatch):
         most = max(most, sum(ref() is not None for ref in alive))
         return tensor
 
-    monkeypatch.setattr(checkpoint._Readers, "read", watched)
+    monkeypatch.setattr(checkpoint._Reader, "read", watched)
     load_univision(folder, dtype=torch.bfloat16)
     assert len(alive) > 100 and most == 1
 

@@ -1,0 +1,361 @@
+"""Weight-only quantisation: int8 a row, int4 a group, for the language model and the flow head.
+
+Drawing is bound by how many bytes of weights are read, so fewer bits are less time as well as less memory.
+
+    int8   values int8 [.., N, K], scale [.., N]:                  w = value * scale
+    int4   values uint8 [.., N, K/2], scale [.., K/g, N, 2]:       w = (value - 8) * scale[0] + scale[1]
+           two values a byte, the first half of the columns in the high bits; g columns share scale and offset
+
+The linear layers of the language model (its output layer too) and of the flow head are quantised, and the experts in
+their stacked weights. MingTok, embeddings, routers, norms and what is a thousandth of the head but touches the latent
+or the time itself (`KEPT`) stay as they are. Scales are rounded to bf16 before the weights are divided by them, so the
+integers are the same in every dtype.
+
+Products run in torch's own weight-only kernels. A kernel is used on a device once it has given the right numbers there
+(`kernel_works`); otherwise weights are dequantised piece by piece and multiplied as usual, which also serves gradients.
+The int4 kernels want the values in an order of their own, which depends on the processor: a layer brings
+its weights into it, in place, when it first runs, and back when they are saved or used elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .experts import Experts
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("int8", "int4")
+GROUPS = (64, 32)  # columns; the first that divides the width
+QUANTIZED = ("language_model.", "flow_head.")
+KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
+CHUNK = 1 << 20  # values quantised at once: they stay in a processor's cache
+KERNEL_ROWS = 32  # from more rows on, dequantising once costs less than an int8 kernel that does so row by row
+LOST = "lost"  # an order that nothing can be computed in
+BLOCK = 64  # rows of weights that an int4 kernel's order stays within
+K_TILES = 8  # of the CUDA kernel: widths must be multiples of 16 * 8
+
+
+# --- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def group_of(rows: int, width: int) -> int | None:
+    """The int4 group of weights [rows, width]; None: no kernel takes such a shape, and int8 is stored instead.
+
+    Every layer of the published size has a group of 64.
+    """
+    return None if rows % BLOCK else next((g for g in GROUPS if width % g == 0), None)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] -> values int8 [N, K], scale bf16 [N]."""
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = weight.new_empty(weight.shape[0], dtype=torch.bfloat16)
+    for rows in _chunks(weight):
+        w = weight[rows].float()
+        scale[rows] = w.abs().amax(1) / 127
+        values[rows] = (w * _inverse(scale[rows])[:, None]).round_().clamp_(-127, 127)
+    return values, scale
+
+
+def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """[N, K] -> values uint8 [N, K/2], scale bf16 [K/group, N, 2] (step and offset)."""
+    n, k = weight.shape
+    values = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
+    scale = weight.new_empty(k // group, n, 2, dtype=torch.bfloat16)
+    for rows in _chunks(weight):
+        w = weight[rows].float().view(-1, k // group, group)
+        low, high = w.amin(-1), w.amax(-1)  # faster than aminmax
+        step = ((high - low) / 15).bfloat16()
+        offset = (low + 8 * step.float()).bfloat16()
+        scale[:, rows] = torch.stack([step, offset], dim=-1).transpose(0, 1)
+        w = (w - offset[..., None]).mul_(_inverse(step)[..., None]).round_().add_(8).clamp_(0, 15)
+        values[rows] = _join(w.to(torch.uint8).view(-1, k))
+    return values, scale
+
+
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """[.., N, K], or several stacked, in the dtype of `scale`. Each weight is rounded once."""
+    if values.dtype == torch.int8:
+        return values.to(scale.dtype) * scale[..., None]
+    nibbles = _split(values).to(torch.int8).sub_(8).to(scale.dtype).unflatten(-1, (scale.shape[-3], -1))
+    step, offset = scale.transpose(-3, -2).unbind(-1)  # (.., N, K/g)
+    return torch.addcmul(offset[..., None], nibbles, step[..., None]).flatten(-2)
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK // weight.shape[1])
+    return (slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale in float32, and 0 for a row or group of equal weights."""
+    scale = scale.float()
+    return torch.where(scale > 0, 1 / scale, 0)
+
+
+def _join(nibbles: Tensor) -> Tensor:
+    """uint8 0..15 [.., K] -> uint8 [.., K/2]."""
+    high, low = nibbles.chunk(2, dim=-1)
+    return high << 4 | low
+
+
+def _split(values: Tensor) -> Tensor:
+    """uint8 [.., K/2] -> uint8 0..15 [.., K]."""
+    return torch.cat([values >> 4, values & 15], dim=-1)
+
+
+# --- Kernels --------------------------------------------------------------------------------------------------------
+
+
+def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
+    """x [.., K] times the transposed weights [N, K] -> [.., N]. packed: int4 in the order of this device's kernel."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if packed:
+        out = _int4_product(flat, values, scale)
+    elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
+        out = torch._weight_int8pack_mm(flat, values, scale)
+    else:
+        return F.linear(x, dequantize(values, scale).to(x.dtype))
+    return out.view(*x.shape[:-1], -1)
+
+
+def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
+    """The kernel reads 16 weights at a time and checks nothing: others than these crash the process."""
+    whole = values.shape[-1] % 16 == 0 and values.data_ptr() % 16 == 0
+    return values.dtype == torch.int8 and len(x) <= KERNEL_ROWS and whole
+
+
+def _kernel_serves(kind: str, x: Tensor, scale: Tensor) -> bool:
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    return not gradient and x.dtype == scale.dtype and kernel_works(kind, x.device, x.dtype)
+
+
+@functools.cache
+def kernel_works(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a fast kernel here that agrees with plain mathematics; tried once on a small product."""
+    if dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
+        return False  # in float32 and fp16 they do not exist, or are slower than dequantising
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 256, generator=generator).to(device, dtype) for n in (3, 2 * BLOCK))
+    with torch.no_grad():
+        try:
+            if kind == "int8":
+                values, scale = quantize_int8(weight)
+                found = torch._weight_int8pack_mm(x, values, scale)
+            else:
+                values, scale = quantize_int4(weight, GROUPS[0])
+                found = _int4_product(x, _packed(values), scale)
+        except (AttributeError, RuntimeError, NotImplementedError) as error:
+            log.info("no %s kernel on %s (%s): weights are dequantised for every product", kind, device, error)
+            return False
+        expected = x.float() @ dequantize(values, scale.float()).T
+        wrong = float((found.float() - expected).norm() / expected.norm())
+    if not wrong < 0.01:
+        log.warning("the %s kernel on %s is wrong by %.2g and is not used", kind, device, wrong)
+    return wrong < 0.01
+
+
+def _int4_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    n, half = values.shape
+    group = 2 * half // scale.shape[0]
+    if values.is_cuda:
+        tiles = values.view(torch.int32).view(n // 8, half // (8 * K_TILES), 32, K_TILES // 2)
+        return torch._weight_int4pack_mm(x, tiles, group, scale)
+    return torch._weight_int4pack_mm_for_cpu(x, values, group, scale)
+
+
+def _packed(values: Tensor) -> Tensor:
+    """uint8 [N, K/2] in the order of this device's kernel."""
+    nibbles = _split(values)
+    if values.is_cuda:
+        pairs = nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
+        return torch._convert_weight_to_int4pack(pairs, K_TILES).view(torch.uint8).view(values.shape)
+    block = _cpu_block()
+    packed = _in_blocks(nibbles, block) if block else torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+    return packed.view(values.shape)
+
+
+@functools.cache
+def _cpu_block() -> int:
+    """Rows that this processor's kernel takes at once, 0: it has another order than `_in_blocks`."""
+    nibbles = torch.randint(16, (2 * BLOCK, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    order = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1).flatten()
+    return next((b for b in (64, 32) if torch.equal(order, _in_blocks(nibbles, b).flatten())), 0)
+
+
+def _in_blocks(nibbles: Tensor, block: int) -> Tensor:
+    """Column after column of `block` rows, of which the upper half is in the high bits: AVX-512 takes 64, AVX2 32.
+
+    What torch's own converter makes, several times faster.
+    """
+    low, high = nibbles.view(-1, 2, block // 2, nibbles.shape[1]).unbind(1)
+    return (low | high << 4).mT.contiguous()
+
+
+def _unpacked(values: Tensor, device_type: str) -> Tensor:
+    """The inverse of `_packed` on a device of this type."""
+    origin = _origins(device_type, values.shape[1] * 2).to(values.device)
+    blocks = _split(values).view(-1, len(origin))
+    plain = torch.empty_like(blocks)
+    plain[:, origin] = blocks
+    return _join(plain.view(values.shape[0], -1))
+
+
+@functools.lru_cache(maxsize=16)
+def _origins(device_type: str, width: int) -> Tensor:
+    """For each place in a packed block of rows, the place that its value had before: int64 [BLOCK * width].
+
+    Found by packing the places' own numbers, four bits at a time, since every processor has its own order.
+    """
+    places = torch.arange(BLOCK * width)
+    origin = torch.zeros_like(places)
+    for shift in range(0, len(places).bit_length(), 4):
+        digits = (places >> shift & 15).to(torch.uint8).view(BLOCK, width)
+        origin += _split(_packed(_join(digits).to(device_type))).cpu().flatten().long() << shift
+    return origin
+
+
+def _can_pack(values: Tensor, device: torch.device) -> bool:
+    width = 8 * K_TILES if device.type == "cuda" else 1
+    return values.dtype == torch.uint8 and values.device == device and values.shape[-1] % width == 0
+
+
+# --- Layers ---------------------------------------------------------------------------------------------------------
+
+
+class Quantized(nn.Module):
+    """A module with quantised weights: the parameter `name` and its `name_scale`, for each name of `NAMES`."""
+
+    NAMES: tuple[str, ...] = ()
+    order = "plain"  # or the type of the device whose int4 kernel the weights lie ready for
+
+    def _register(self, name: str, weight: Tensor, kind: str) -> None:
+        """Room for a weight [.., N, K], on its device; filled from it unless it is on the meta device."""
+        *stack, n, k = weight.shape
+        group = group_of(n, k) if kind == "int4" else None
+        shape, dtype = ((*stack, n, k // 2), torch.uint8) if group else ((*stack, n, k), torch.int8)
+        scales = (*stack, k // group, n, 2) if group else (*stack, n)
+        self.register_parameter(name, _frozen(torch.empty(shape, dtype=dtype, device=weight.device)))
+        self.register_parameter(f"{name}_scale", _frozen(weight.new_empty(scales)))
+        if not weight.is_meta:
+            for index in itertools.product(*map(range, stack)):
+                self.store(name, index, weight.detach()[index])
+
+    @torch.no_grad()
+    def store(self, name: str, index: tuple, weight: Tensor) -> None:
+        """Quantise rows [n, K] into the place that `index` (experts, rows) says."""
+        values, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        if values.dtype == torch.int8:
+            values[index], scale[index] = quantize_int8(weight)
+            return
+        group = weight.shape[1] // scale.shape[-3]
+        experts, rows = index[: values.ndim - 2], index[values.ndim - 2 :]
+        values[index], scale[(*experts, slice(None), *rows)] = quantize_int4(weight, group)
+
+    @torch.no_grad()
+    def arrange(self, order: str) -> None:
+        """Bring the int4 weights into another order, in place."""
+        if order == self.order:
+            return
+        if self.order == LOST:
+            raise RuntimeError("an error stopped the weights half-way between two orders: load the model again")
+        before, self.order = self.order, LOST
+        for name in self.NAMES:
+            values = getattr(self, name)
+            for piece in values.data.view(-1, *values.shape[-2:]):
+                for rows in piece.split(max(BLOCK, CHUNK // piece.shape[1] // BLOCK * BLOCK)):
+                    plain = rows if before == "plain" else _unpacked(rows, before)
+                    rows.copy_(plain if order == "plain" else _packed(plain))
+        self.order = order
+
+    def ready(self, x: Tensor) -> bool:
+        """Arrange the weights for a product with x; True: they are in the order of its device's kernel."""
+        every = [getattr(self, name) for name in self.NAMES]
+        scale = getattr(self, f"{self.NAMES[0]}_scale")
+        packable = all(_can_pack(values, x.device) for values in every)
+        packed = packable and _kernel_serves("int4", x, scale)
+        self.arrange(x.device.type if packed else "plain")
+        return packed
+
+
+class QuantizedLinear(Quantized):
+    """x W^T + b."""
+
+    NAMES = ("weight",)
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._register("weight", linear.weight, kind)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.ready(x)
+        out = product(x, self.weight.to(x.device), self.weight_scale.to(x.device), packed)
+        return out if self.bias is None else out + self.bias.to(x.device)
+
+
+class QuantizedExperts(Quantized, Experts):
+    """Experts whose stacked weights are quantised; only those of the chosen ones are read."""
+
+    NAMES = ("gate_up", "down")
+    dense = False
+
+    def __init__(self, experts: Experts, kind: str) -> None:
+        nn.Module.__init__(self)
+        self.count, self.hidden = experts.count, experts.hidden
+        for name in self.NAMES:
+            self._register(name, getattr(experts, name), kind)
+
+    def weights(self, name: str, experts: Any, like: Tensor) -> Tensor:
+        self.arrange("plain")
+        values, scale = (getattr(self, n)[experts].to(like.device) for n in (name, f"{name}_scale"))
+        return dequantize(values, scale).to(like.dtype)
+
+    def apply_expert(self, expert: int, x: Tensor) -> Tensor:
+        # a GPU computes with many experts at a time, which no packed kernel does
+        packed = x.device.type == "cpu" and self.ready(x)
+        if not packed:
+            self.arrange("plain")
+        gate, up = self._product("gate_up", expert, x, packed).chunk(2, dim=-1)
+        return self._product("down", expert, F.silu(gate) * up, packed)
+
+    def _product(self, name: str, expert: int, x: Tensor, packed: bool) -> Tensor:
+        values, scale = (getattr(self, n)[expert].to(x.device) for n in (name, f"{name}_scale"))
+        return product(x, values, scale, packed)
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Replace the layers of a UniVision that are quantised by their quantised selves; on the meta device, by room
+    for them. Raises ValueError for a kind that is not one of FORMATS."""
+    if kind not in FORMATS:
+        raise ValueError(f"quantization {kind!r} is unknown: give None or one of {', '.join(FORMATS)}")
+    for name, module in list(model.named_modules()):
+        if name.startswith(QUANTIZED) and not KEPT.search(name):
+            parent, _, attribute = name.rpartition(".")
+            if isinstance(module, Experts):
+                setattr(model.get_submodule(parent), attribute, QuantizedExperts(module, kind))
+            elif isinstance(module, nn.Linear):
+                setattr(model.get_submodule(parent), attribute, QuantizedLinear(module, kind))
+    model.quantization = kind
+
+
+def arrange_plainly(model: nn.Module) -> None:
+    """Bring all quantised weights into the order in which they are stored."""
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.arrange("plain")
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)

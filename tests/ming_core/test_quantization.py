@@ -1,0 +1,426 @@
+"""Quantised weights: how exact, how small, made while loading, saved and loaded again, and what is refused."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from ming_univision.ming_core import (
+    CheckpointError,
+    Conversation,
+    UniVision,
+    checkpoint,
+    load_mingtok,
+    load_univision,
+    quantization,
+    save_univision,
+)
+from ming_univision.ming_core.checkpoint import checkpoint_bytes, stored_quantization
+from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig
+from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.quantization import (
+    FORMATS,
+    Quantized,
+    QuantizedExperts,
+    QuantizedLinear,
+    arrange_plainly,
+    dequantize,
+    quantize,
+    quantize_int4,
+    quantize_int8,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+both = pytest.mark.parametrize("kind", FORMATS)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def linear(kind, rows=192, width=256, dtype=torch.bfloat16):
+    """A quantised layer, and the plain one with the weights that it stands for."""
+    plain = nn.Linear(width, rows, dtype=dtype)
+    with torch.no_grad():
+        plain.weight.copy_(normal(rows, width) * width**-0.5), plain.bias.copy_(normal(rows, seed=1))
+    layer = QuantizedLinear(plain, kind)
+    plain.weight.data = dequantize(layer.weight, layer.weight_scale)
+    return layer, plain
+
+
+# --- the numbers --------------------------------------------------------------------------------------------------
+
+
+def test_int8_is_off_by_half_a_step_at_most():
+    weight = normal(96, 300)
+    values, scale = quantize_int8(weight)
+    assert values.dtype == torch.int8 and scale.shape == (96,)
+    error = (dequantize(values, scale.float()) - weight).abs()
+    # the scale is rounded to 8 bits, so the largest weight of a row may be cut by half a unit in the last of them
+    assert (error <= scale.float()[:, None] * (0.5 + 127 * 2**-9) + 1e-7).all()
+    assert (error.norm() / weight.norm()) < 0.01
+
+
+def test_int4_is_off_by_half_a_step_of_its_group_at_most():
+    weight = normal(64, 256) + 0.5 * normal(64, 1, seed=1)  # rows away from zero: the offset has to follow them
+    values, scale = quantize_int4(weight, 64)
+    assert values.shape == (64, 128) and values.dtype == torch.uint8 and scale.shape == (4, 64, 2)
+    error = (dequantize(values, scale.float()) - weight).abs().view(64, 4, 64)
+    step, offset = scale.float().transpose(0, 1).unbind(-1)
+    assert (error <= (step * (0.5 + 15 * 2**-9) + offset.abs() * 2**-9 + 1e-7)[..., None]).all()
+    assert (error.norm() / weight.norm()) < 0.1
+
+
+@both
+def test_rows_of_equal_weights_survive(kind):
+    weight = torch.tensor([0.0, 0.5, -0.25])[:, None].expand(3, 64).contiguous()
+    stored = quantize_int8(weight) if kind == "int8" else quantize_int4(weight, 64)
+    assert torch.allclose(dequantize(*stored).float(), weight, atol=2e-3)
+
+
+@both
+def test_the_integers_are_the_same_whatever_the_dtype(kind):
+    weight = normal(64, 64, dtype=torch.bfloat16)
+    make = quantize_int8 if kind == "int8" else lambda w: quantize_int4(w, 64)
+    for a, b in zip(make(weight), make(weight.float()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_order_of_a_kernel_is_undone_exactly():
+    values, _ = quantize_int4(normal(192, 320), 64)
+    packed = quantization._packed(values)
+    official = torch._convert_weight_to_int4pack_for_cpu(quantization._split(values).int(), 1)
+    assert torch.equal(packed.flatten(), official.flatten()) and not torch.equal(packed, values)
+    assert torch.equal(quantization._unpacked(packed, "cpu"), values)
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 12, 40])
+def test_a_product_is_that_of_the_dequantised_weights(kind, dtype, rows):
+    layer, plain = linear(kind, dtype=dtype)
+    x = normal(2, rows, 256, seed=2, dtype=dtype)
+    with torch.no_grad():
+        found, again, expected = layer(x), layer(x), plain.double()(x.double())
+    assert torch.equal(found, again) and found.shape == (2, rows, 192) and found.dtype == dtype
+    assert (found - expected).norm() / expected.norm() < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@both
+def test_inputs_that_are_slices_of_others_are_taken(kind):
+    layer, _ = linear(kind)
+    x = normal(7, 259, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for part in (x[::3, :256], x[1:, 3:], x[:, None, 1:257]):
+            assert torch.equal(layer(part), layer(part.clone(memory_format=torch.contiguous_format)))
+
+
+@both
+def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
+    layer, _ = linear(kind)
+    x = normal(3, 256, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        fast = layer(x)
+        monkeypatch.setattr(quantization, "kernel_works", lambda *_: False)
+        slow = layer(x)
+    assert layer.order == "plain"
+    assert (fast.float() - slow.float()).norm() / slow.float().norm() < 1e-2
+
+
+@both
+def test_a_kernel_that_gives_wrong_numbers_is_not_used(kind, monkeypatch):
+    for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"):
+        monkeypatch.setattr(torch, name, lambda x, *_: x.new_zeros(len(x), 128))
+    assert not quantization.kernel_works.__wrapped__(kind, torch.device("cpu"), torch.bfloat16)
+
+
+@both
+def test_gradients_pass_through_to_the_input_also_after_a_kernel_has_run(kind):
+    layer, plain = linear(kind)
+    x = normal(3, 256, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(a).float().square().sum().backward()
+    plain(b).float().square().sum().backward()
+    assert torch.allclose(a.grad, b.grad, rtol=0.02, atol=0.02)
+
+
+def test_weights_that_an_error_left_between_two_orders_are_not_used(monkeypatch):
+    layer, _ = linear("int4", rows=256, width=64)
+    x = normal(3, 64, seed=2, dtype=torch.bfloat16)
+    assert quantization.kernel_works("int4", x.device, x.dtype)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(quantization, "_packed", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                layer(x)
+        with pytest.raises(RuntimeError, match="load the model again"):
+            layer(x)
+
+
+# --- experts ------------------------------------------------------------------------------------------------------
+
+
+def experts(dtype=torch.bfloat16):
+    plain = Experts(6, 128, 64, dtype=dtype).requires_grad_(False)
+    plain.reset_parameters(torch.Generator().manual_seed(0))
+    chosen = torch.tensor([[0, 2], [2, 5], [4, 0], [2, 0], [5, 4]])  # expert 1 and 3 have no token
+    return plain, normal(5, 128, seed=1, dtype=dtype), chosen
+
+
+def test_experts_give_the_same_sorted_gathered_and_in_one_grouped_product():
+    plain, x, chosen = experts()
+    expected = plain._sorted(x, chosen).float()
+    for found in (plain._gathered(x, chosen), plain._grouped(x, chosen)):
+        assert torch.allclose(found.float(), expected, rtol=0.02, atol=0.02)
+    assert expected.abs().max() > 0.5
+
+
+@both
+def test_quantised_experts_are_experts_of_the_dequantised_weights(kind):
+    plain, x, chosen = experts()
+    mixed = QuantizedExperts(plain, kind)
+    for name in ("gate_up", "down"):
+        getattr(plain, name).copy_(mixed.weights(name, slice(None), x))
+    expected = plain._sorted(x, chosen).float()
+    for way in ("_sorted", "_gathered", "_grouped", "_sorted"):
+        found = getattr(mixed, way)(x, chosen).float()
+        assert (found - expected).norm() / expected.norm() < 0.02, way
+
+
+def test_only_the_chosen_experts_are_read():
+    plain, x, chosen = experts()
+    mixed = QuantizedExperts(plain, "int8")
+    whole = mixed._sorted(x, chosen)
+    for expert in (1, 3):
+        mixed.gate_up_scale[expert] = mixed.down_scale[expert] = float("nan")
+    assert torch.equal(mixed._sorted(x, chosen), whole) and mixed._gathered(x, chosen).isfinite().all()
+
+
+@both
+@pytest.mark.parametrize(("rows", "width"), [(33, 88), (64, 24), (20, 48), (64, 96)])
+def test_layers_of_odd_sizes_run_as_well(kind, rows, width):
+    """Torch's int8 kernel reads past the end of rows that are no multiple of 16, so it must not be given any."""
+    layer, plain = linear(kind, rows, width)
+    x = normal(7, width, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.allclose(layer(x).float(), plain(x).float(), rtol=0.02, atol=0.02)
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(checkpoint_folder, tmp_path):
+    return shutil.copytree(checkpoint_folder, tmp_path / "model", ignore=shutil.ignore_patterns("io.safetensors"))
+
+
+def draw(model):
+    return model.generate_image(Conversation(), "A cat.", max_new_tokens=4).features.latents
+
+
+def save(model, original, folder, **options):
+    save_univision(model, folder, {"tokenizer.json": (original / "tokenizer.json").read_text()}, **options)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 20e9), ("int4", 12e9)])
+def test_the_published_size_takes_at_most(kind, most):
+    model = UniVision(UniVisionConfig(mingtok_config=MingTokConfig()), device="meta", dtype=torch.bfloat16)
+    quantize(model, kind)
+    parameters = dict(model.named_parameters())
+    assert 0.97 * most < sum(p.nbytes for p in parameters.values()) <= most
+    kept = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16 and not name.endswith("_scale")}
+    large = {
+        name.split(".")[-2] for name, p in kept.items() if p.ndim > 1 and not name.startswith(("mingtok", "linear"))
+    }
+    assert large == {"word_embeddings", "gate", "image_gate", "input_proj", "linear", "0", "2"}  # 0, 2: of the time
+    assert "language_model.lm_head.weight" not in kept
+    if kind == "int4":
+        assert not [name for name, p in parameters.items() if p.dtype == torch.int8]
+
+
+@both
+def test_loading_quantised_is_quantising_what_was_loaded(kind, folder):
+    loaded, made = load_univision(folder, quantization=kind), load_univision(folder)
+    original = made.fingerprint
+    quantize(made, kind)
+    theirs = dict(made.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+    assert any(isinstance(m, QuantizedExperts) for m in loaded.modules())
+    assert loaded.fingerprint == original and loaded.quantization == kind
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+@both
+def test_loading_never_holds_a_full_precision_copy(kind, folder, monkeypatch):
+    alive, most, read = [], 0, checkpoint._Reader.read
+
+    def watched(self, stored):
+        nonlocal most
+        tensor = read(self, stored)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(checkpoint._Reader, "read", watched)
+    load_univision(folder, quantization=kind)
+    assert len(alive) > 100 and most == 1
+
+
+@pytest.mark.parametrize(("kind", "closest"), [("int8", 0.998), ("int4", 0.85)])
+def test_hidden_states_stay_close_to_those_of_the_whole_weights(kind, closest, folder):
+    """As far as random routers allow, which send a token to other experts for a small change."""
+    whole, mixed = load_univision(folder), load_univision(folder, quantization=kind)
+    ids = torch.arange(20, 60)
+
+    def hidden(model):
+        with torch.no_grad():
+            return model.language_model.prefill(model.language_model.embed(ids), model.language_model.prefix(40))
+
+    assert torch.cosine_similarity(hidden(mixed), hidden(whole), dim=0) > closest
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_quantised_folder_loads_the_same_and_keeps_its_originals_fingerprint(kind, dtype, folder, tmp_path):
+    model = load_univision(folder, dtype=dtype, quantization=kind)
+    drawn = draw(model)  # the weights are in a kernel's order now
+    saved = save(model, folder, tmp_path / "saved", dtype=dtype)
+    again = load_univision(saved, dtype=dtype)
+    assert torch.equal(draw(again), drawn) and again.quantization == kind
+    assert torch.equal(draw(load_univision(saved, dtype=dtype, quantization=kind)), drawn)
+    whole = load_univision(folder)
+    for other in (again, load_univision(save(again, folder, tmp_path / "once more", dtype=dtype))):
+        assert (other.fingerprint, other.mingtok.fingerprint) == (whole.fingerprint, whole.mingtok.fingerprint)
+    assert load_mingtok(saved).fingerprint == whole.mingtok.fingerprint
+    assert stored_quantization(saved) == kind and stored_quantization(folder) is None
+
+
+@both
+def test_what_a_folder_will_take_is_known_before_it_is_loaded(kind, folder, tmp_path):
+    model = load_univision(folder, dtype=torch.bfloat16, quantization=kind)
+    size = sum(p.nbytes for p in model.parameters())
+    assert checkpoint_bytes(folder, "univision", torch.bfloat16, kind) == size
+    assert checkpoint_bytes(save(model, folder, tmp_path / "saved"), "univision", torch.bfloat16) == size
+    assert size < checkpoint_bytes(folder, "univision", torch.bfloat16)
+    vision = sum(p.nbytes for p in model.mingtok.parameters())
+    assert checkpoint_bytes(folder, "mingtok", torch.bfloat16) == vision
+
+
+def test_a_large_model_is_saved_in_shards(folder, tmp_path, monkeypatch):
+    model = load_univision(folder, quantization="int4")
+    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
+    saved = save(model, folder, tmp_path / "saved")
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    drawn = draw(model)
+    assert torch.equal(draw(load_univision(saved)), drawn)
+    monkeypatch.undo()
+    save(model, folder, saved)  # over the shards, in one file
+    assert torch.equal(draw(load_univision(saved)), drawn)
+
+
+def test_arranging_back_and_forth_changes_nothing(folder):
+    model = load_univision(folder, dtype=torch.bfloat16, quantization="int4")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    drawn = draw(model)
+    assert any(m.order == "cpu" for m in model.modules() if isinstance(m, Quantized))
+    arrange_plainly(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.prefix_cache.clear()
+    assert torch.equal(draw(model), drawn)
+
+
+@both
+def test_it_does_not_matter_what_is_done_under_inference_mode(kind, folder):
+    with torch.inference_mode():
+        model = load_univision(folder, dtype=torch.bfloat16, quantization=kind)
+    drawn = draw(model)
+    model.prefix_cache.clear()
+    with torch.inference_mode():
+        arrange_plainly(model)
+        assert torch.equal(draw(model), drawn)
+    model.prefix_cache.clear()
+    assert torch.equal(draw(model), drawn)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantised_folder(folder, tmp_path):
+    return save(load_univision(folder, quantization="int4"), folder, tmp_path / "quantised")
+
+
+def refused(folder, *words, **options):
+    with pytest.raises(CheckpointError) as error:
+        load_univision(folder, **options)
+    message = str(error.value)
+    assert all(word in message for word in (str(folder), *words)), message
+
+
+KEY = "model.model.layers.0.attention.query_key_value.weight"
+
+
+def spoil(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_another_format_than_the_folders_is_refused(quantised_folder):
+    refused(quantised_folder, "quantised to int4 already", "int8", "original", quantization="int8")
+
+
+def test_a_missing_scale_is_named_with_its_shape(quantised_folder):
+    spoil(quantised_folder, lambda t: t.pop(KEY + "_scale"))
+    refused(quantised_folder, f"{KEY}_scale [1, 256, 2] is missing", "download")
+
+
+def test_a_misshapen_scale_is_named_with_both_shapes(quantised_folder):
+    spoil(quantised_folder, lambda t: t.update({KEY + "_scale": torch.ones(2, 256, 2)}))
+    refused(quantised_folder, f"{KEY}_scale is [2, 256, 2], expected [1, 256, 2]")
+
+
+def test_a_scale_that_is_no_number_is_named(quantised_folder):
+    spoil(quantised_folder, lambda t: t[KEY + "_scale"].fill_(float("nan")))
+    refused(quantised_folder, f"{KEY}_scale holds values that are no numbers", "download")
+
+
+def test_whole_numbers_of_another_kind_are_named(quantised_folder):
+    spoil(quantised_folder, lambda t: t.update({KEY: t[KEY].to(torch.int8)}))
+    refused(quantised_folder, f"{KEY} is stored as I8, expected U8")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, ["gptq", "not supported", "bf16"]),
+        ({"quantization": "int3"}, ["int3", "not supported"]),
+        ({"fingerprint": 7}, ["lacks one of", "fingerprint"]),
+        (None, ["is stored as", "expected one of F32"]),
+    ],
+)
+def test_a_quantization_config_that_cannot_be_meant_is_refused(quantised_folder, entry, words):
+    path = quantised_folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = entry and {**config["quantization_config"], **entry}
+    path.write_text(json.dumps(config))
+    refused(quantised_folder, *(words if entry else []))
+
+
+def test_an_unknown_quantization_is_refused(folder):
+    with pytest.raises(ValueError, match="'int2' is unknown: give None or one of int8, int4"):
+        load_univision(folder, quantization="int2")

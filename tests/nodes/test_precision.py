@@ -1,0 +1,69 @@
+"""The precision widget of the loaders: what it loads, and what it says about a machine that is too small."""
+
+import shutil
+
+import pytest
+import torch
+from ming_univision.ming_core import Conversation, load_univision, save_univision
+from ming_univision.ming_core.checkpoint import checkpoint_bytes
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, checkpoint_folder):
+    """models/mine, a small checkpoint, on a machine whose memory a test may choose."""
+    monkeypatch.setattr(host, "model_folders", lambda: [tmp_path / "models"])
+    monkeypatch.setattr(host, "device", lambda: torch.device("cpu"))
+    return shutil.copytree(checkpoint_folder, tmp_path / "models" / "mine")
+
+
+@pytest.fixture
+def quantised(folder):
+    model = load_univision(folder, quantization="int4")
+    save_univision(model, folder.parent / "small", {"tokenizer.json": (folder / "tokenizer.json").read_text()})
+    return folder.parent / "small"
+
+
+def load(name, precision):
+    return NODE_CLASS_MAPPINGS["MingUniVisionLoader"]().load(model_name=name, precision=precision)[0].model
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantised_precision_loads_and_draws(folder, precision):
+    model = load("mine", precision)
+    assert (model.quantization, model.dtype) == (precision, torch.bfloat16)
+    assert model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32", "int4"])
+def test_a_quantised_folder_is_taken_as_it_is(quantised, precision):
+    model = load("small", precision)
+    assert model.quantization == "int4"
+    assert model.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+
+
+def test_a_quantised_folder_is_not_quantised_to_another_format(quantised):
+    with pytest.raises(ValueError, match="quantised to int4 already"):
+        load("small", "int8")
+
+
+def test_auto_is_exact_only_where_the_real_size_is_under_a_quarter_of_the_memory(folder, monkeypatch):
+    size = checkpoint_bytes(folder, "univision", torch.float32)
+    for memory, dtype in ((4 * size + 4, torch.float32), (4 * size, torch.bfloat16)):
+        monkeypatch.setattr(host, "total_memory", lambda on, memory=memory: memory)
+        assert loaders.choose_precision("auto", "univision", folder) == (dtype, None)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_what_does_not_fit_is_refused_by_its_real_size(folder, monkeypatch, precision):
+    quantization = precision if precision.startswith("int") else None
+    needed = checkpoint_bytes(folder, "univision", torch.bfloat16, quantization)
+    monkeypatch.setattr(loaders, "GB", 1e5)
+    for memory in (needed, needed - 1):
+        monkeypatch.setattr(host, "total_memory", lambda on, memory=memory: memory)
+        if memory == needed:
+            assert loaders.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
+            continue
+        with pytest.raises(ValueError, match="choose a smaller precision") as error:
+            loaders.choose_precision(precision, "univision", folder)
+        assert f"takes {needed / 1e5:.1f} GB at {quantization or 'bfloat16'}" in str(error.value)

@@ -1,0 +1,60 @@
+"""The benchmark of the published size, at a small one; and its count of bytes against the specification's."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from ming_univision.ming_core import UniVision, load_univision
+from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig, read_config
+from ming_univision.ming_core.quantize import main as quantize_folder
+from ming_univision.nodes.host import PACK
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    spec = importlib.util.spec_from_file_location("full_size", PACK / "benchmarks" / "full_size.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(full_size, checkpoint_folder, tmp_path, monkeypatch):
+    """A checkpoint of random weights with the published vocabulary, and otherwise small, in several shards."""
+    values = json.loads((checkpoint_folder / "config.json").read_text())
+    ids = {"eos_token_id": 126081, "image_start_token": 126347, "image_patch_token": 126346, "vocab_size": 126464}
+    values["llm_config"] |= ids
+    monkeypatch.setattr(full_size, "SHARD", 10e6)
+    monkeypatch.setattr(full_size, "POOL", 1 << 16)
+    full_size.make(tmp_path / "full", read_config(full_size.UniVisionConfig, values))
+    return tmp_path / "full"
+
+
+def test_what_it_makes_is_a_checkpoint_and_what_it_runs_draws(full_size, folder, capsys):
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    model = load_univision(folder)
+    assert model.chat.decode(model.chat.encode("A cat, ein Kätzchen.")) == "A cat, ein Kätzchen."
+    embeddings = model.language_model.model.word_embeddings.weight
+    assert float(embeddings.std()) == pytest.approx(64**-0.5, rel=0.05)
+    capsys.readouterr()
+    full_size.run_on_cpu(folder, "int4", 3)
+    said = capsys.readouterr().out
+    assert "| precision | int4 |" in said and "median of 2" in said
+
+
+def test_bytes_of_an_image_are_those_of_the_specification(full_size):
+    model = UniVision(UniVisionConfig(mingtok_config=MingTokConfig()), device="meta", dtype=torch.bfloat16)
+    assert full_size.image_bytes(model, 1, 2) == pytest.approx(9.60e12, rel=0.01)
+    assert full_size.image_bytes(model, 1, 3) == pytest.approx(10.22e12, rel=0.01)
+    assert full_size.image_bytes(model, 4, 2) < 1.4 * full_size.image_bytes(model, 1, 2)
+
+
+def test_the_command_makes_a_quantised_folder_once(folder, tmp_path, caplog):
+    target = tmp_path / "small"
+    assert quantize_folder([str(folder), str(target)]) == 0
+    small, whole = load_univision(target), load_univision(folder)
+    assert (small.quantization, small.fingerprint) == ("int4", whole.fingerprint)
+    assert quantize_folder([str(folder), str(target)]) == 1 and "is there already" in caplog.text
+    assert quantize_folder([str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1 and "no such folder" in caplog.text
+    assert not (tmp_path / "new").exists()
