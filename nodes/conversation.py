@@ -9,10 +9,15 @@ from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
 from ..ming_core.decoding import STARTS
 from . import host
-from .features import SavedFile, saved_as
+from .features import SavedFile, SavesFile, saved_as
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
 
 ADVANCED = {"advanced": True}
+ABSENT = object()
+NO_PICTURE = (
+    "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a conversation "
+    "that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
+)
 
 
 def _reporter(kind: str, total: int) -> Callable[[Progress], None]:
@@ -221,15 +226,16 @@ class MingEdit(_Drawing):
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, features: object = ABSENT, conversation: object = ABSENT) -> bool | str:
+        return NO_PICTURE if features is conversation is ABSENT else True  # None: it is linked
+
     def check(self, features: Features | None, conversation: Conversation) -> None:
         if features is None and not conversation.pictures:
-            raise ValueError(
-                "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a "
-                "conversation that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
-            )
+            raise ValueError(NO_PICTURE)
 
 
-class MingSaveConversation:
+class MingSaveConversation(SavesFile):
     DESCRIPTION = "Saves a conversation to output/ming, in kilobytes: token ids and latents."
     CATEGORY = TOOLS
     RETURN_TYPES: tuple = ()
