@@ -13,11 +13,6 @@ from .features import SavedFile, SavesFile, saved_as
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
 
 ADVANCED = {"advanced": True}
-ABSENT = object()
-NO_PICTURE = (
-    "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a conversation "
-    "that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
-)
 
 
 def _reporter(kind: str, total: int) -> Callable[[Progress], None]:
@@ -187,6 +182,13 @@ class MingGenerate(_Drawing):
         }
 
 
+ABSENT = object()
+NO_PICTURE = (
+    "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a conversation "
+    "that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
+)
+
+
 class MingEdit(_Drawing):
     DESCRIPTION = (
         "Draws the picture in view anew, as the instruction says. Feature to feature: a chain of edits is decoded to "
@@ -227,8 +229,9 @@ class MingEdit(_Drawing):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, features: object = ABSENT, conversation: object = ABSENT) -> bool | str:
-        return NO_PICTURE if features is conversation is ABSENT else True  # None: it is linked
+    def VALIDATE_INPUTS(cls, model: None, features: None = ABSENT, conversation: None = ABSENT) -> bool | str:
+        """What is linked comes as None. ComfyUI heeds the verdict only when it passes an input: hence model."""
+        return NO_PICTURE if features is conversation is ABSENT else True
 
     def check(self, features: Features | None, conversation: Conversation) -> None:
         if features is None and not conversation.pictures:

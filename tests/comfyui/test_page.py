@@ -54,6 +54,8 @@ def test_the_workflow_opens_whole_and_exports_the_one_for_the_queue(page, render
 
 def test_a_workflow_runs_from_the_page_and_its_answer_is_seen_on_the_node(page, rendering, server):
     open_workflow(page, "describe")
+    seed = "app.graph.getNodeById(6).widgets.find(w => w.name === 'seed')"
+    page.evaluate(f"{seed}.value = value", value=201 + len(rendering))  # another one in each, or the cache would answer
     known = set(server.get("/history"))
     page.evaluate("await app.queuePrompt(0, 1)")
     finished = "Object.keys(await (await fetch('/history')).json()).some(i => !known.includes(i))"
