@@ -80,10 +80,10 @@ def page(pytestconfig: pytest.Config, server: Server) -> Iterator[Page]:
     browser = find_browser(pytestconfig.getoption("comfyui_browser"))
     if browser is None:
         pytest.skip(NO_BROWSER)
+    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or a first visit begins with a dialog
     with folder(pytestconfig, "browser") as profile, Page(browser, profile) as page:
         page.open(server.url)
         page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
-        page.evaluate("await app.extensionManager.setting.set('Comfy.TutorialCompleted', true)")
         page.evaluate("await app.loadGraphData({version: 0.4, nodes: [], links: []})")
         page.wait_until_quiet()
         pytestconfig.stash[USED].append(f"{page.version} from {browser}")
