@@ -10,17 +10,26 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from ming_univision.tests.comfyui.browser import Page
-from ming_univision.tests.comfyui.finding import NO_BROWSER, NO_CHECKOUT, PACK, find_browser, find_checkout, find_python
-from ming_univision.tests.comfyui.server import Server
+from ming_univision.tests.comfyui.finding import (
+    NO_BROWSER,
+    NO_CHECKOUT,
+    PACK,
+    NotFound,
+    find_browser,
+    find_checkout,
+    find_python,
+)
+from ming_univision.tests.comfyui.server import Server, ServerError
 
 HERE = Path(__file__).resolve().parent
 API_WORKFLOWS = {file.stem: file for file in sorted((PACK / "workflows" / "api").glob("*.json"))}
 USED = pytest.StashKey[list]()  # what the checks ran on, for the table's head
+DOWN = pytest.StashKey[bool]()  # whether a server did not start
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -29,6 +38,11 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[USED] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.stash.get(DOWN, False):
+        pytest.skip("the server does not start")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,7 +70,12 @@ def folder(config: pytest.Config, name: str) -> Iterator[Path]:
 def started(config: pytest.Config, *flags: str) -> Iterator[Server]:
     checkout = find_checkout(config.getoption("comfyui"))
     python = find_python(checkout, config.getoption("comfyui_python"))
-    with folder(config, "comfyui") as base, Server(checkout, python, base, *flags) as server:
+    with folder(config, "comfyui") as base, ExitStack() as stack:
+        try:
+            server = stack.enter_context(Server(checkout, python, base, *flags))
+        except (NotFound, ServerError) as error:
+            config.stash[DOWN] = True
+            pytest.fail(str(error), pytrace=False)
         yield server
 
 

@@ -124,14 +124,14 @@ class Server:
         limit = time.monotonic() + START_LIMIT
         while True:
             if self.process.poll() is not None:
-                why = "It stopped while starting"
                 missing = "ModuleNotFoundError" in self.log or "ImportError" in self.log
-                raise ServerError(f"{why}. {remedy(self.python, self.checkout) if missing else ''}\n{self.log[-3000:]}")
+                what_to_do = remedy(self.python, self.checkout) if missing else ""
+                raise ServerError(f"ComfyUI stopped while it started. {what_to_do}\n{self.log[-3000:]}")
             with contextlib.suppress(OSError):
                 self.get("/object_info")
                 return
             if time.monotonic() > limit:
-                raise ServerError(f"It does not answer after {START_LIMIT} s.\n{self.log[-3000:]}")
+                raise ServerError(f"ComfyUI does not answer after {START_LIMIT} s.\n{self.log[-3000:]}")
             time.sleep(0.3)
 
     def stop(self) -> None:
