@@ -75,7 +75,7 @@ def started(config: pytest.Config, *flags: str) -> Iterator[Server]:
             server = stack.enter_context(Server(checkout, python, base, *flags))
         except (NotFound, ServerError) as error:
             config.stash[DOWN] = True
-            pytest.fail(str(error), pytrace=False)
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
         yield server
 
 
