@@ -39,8 +39,9 @@ def node_and_what_follows(prompt: dict, changed: str) -> set[str]:
 
 
 def test_the_bar_moves_with_the_tokens_of_a_picture_and_of_an_answer(server, workflow):
-    done = server.succeed(workflow(ROUNDS, {"6.seed": 1, "6.temperature": 0.1}))
-    for node, told in {"6": 2, "9": 4, "11": 4, "13": 4}.items():  # newer versions tell of ten tokens a second
+    done = server.succeed(workflow(ROUNDS, {"6.max_new_tokens": 8}))
+    # Newer versions tell of the first token, of the last that the bar has room for, and of ten a second between.
+    for node, told in {"6": 2, "9": 4, "11": 4, "13": 4}.items():
         values = [value for value, _ in done.progress(node)]
         assert values == sorted(values) and values[0] == 1 and len(set(values)) >= told
     assert all(64 <= value <= whole for value, whole in done.progress("13")[-1:])
