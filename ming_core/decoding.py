@@ -23,7 +23,7 @@ from torch import Tensor
 from .config import UniVisionConfig
 from .conversation import Conversation, Part, Picture, Text, guidance_views, segment_keys
 from .features import Features, to_grid
-from .flow_head import FlowHead, Guidance, Solver
+from .flow_head import FlowHead, Guidance, Sampler, Solver
 from .language_model import KeyValues, LanguageModel, Prefix, Rows
 from .mingtok import MingTok
 from .prefix_cache import PrefixCache
@@ -394,25 +394,26 @@ def _draw_pictures(
     used = [i for i, f in enumerate(factors) if i == 0 or f != 0]  # the conditional row always goes on to the text
     asked = [i for i, j in enumerate(used) if factors[j] != 0]  # ... but its velocity may not be wanted
     g, weights = len(used), tuple(f for f in factors if f != 0)
-    rows = single.fork(batch * g, single.length + 1 + n, views[used].repeat(batch, 1))
+    rows = single.fork(batch * g, single.length + n, views[used].repeat(batch, 1))
     stream = model.mingtok.stream(batch, n)
+    steps = solver.steps or model.config.vishead_diffloss_config.steps
+    sampler = Sampler(flow_head.net, weights, steps, solver, device=model.device, dtype=language_model.dtype)
 
     noise = noise.to(model.device)
     latents = torch.empty_like(noise)
     tokens = noise.new_empty(batch, n, model.mingtok.config.semantic_decoder.embed_dim)
-    steps = solver.steps or model.config.vishead_diffloss_config.steps
     x = language_model.embed(torch.full((batch * g,), llm.image_start_token, device=model.device))
     for i in range(n):
         hidden = language_model.step(x, rows)
         z = flow_head.vis_head(hidden).unflatten(0, (batch, g))[:, asked]
-        latents[:, i] = flow_head.sample(z, noise[:, i], weights, steps=steps, solver=solver)
+        latents[:, i] = sampler.draw(z, noise[:, i])
         expanded = stream.append(latents[:, i : i + 1])
         tokens[:, i] = expanded[:, 0]
         x = model.project(expanded[:, 0]).repeat_interleave(g, dim=0)
         if on_token:
             on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
-    hidden = language_model.step(x, rows).unflatten(0, (batch, g))[:, 0]
-    rows = rows.select([b * g for b in range(batch)], rows.length + max_new_tokens)
+    rows = rows.select([b * g for b in range(batch)], rows.length + 1 + max_new_tokens)
+    hidden = language_model.step(x[::g], rows)  # what comes next is text, which the conditional rows alone write
 
     grid = model.config.drawing_grid
     everything = Features(

@@ -38,7 +38,11 @@ class Experts(nn.Module):
 
     gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
     down     [E, H, I]
+
+    They may rest on another device than the one that is computed on: then only those of the routed experts are copied.
     """
+
+    fetches_weights = True  # a host may leave them where they rest
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -52,18 +56,31 @@ class Experts(nn.Module):
         for weight in (self.gate_up, self.down):
             weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
 
+    def weights(self, name: str, experts: Any, like: Tensor) -> Tensor:
+        """Weights `name` of one expert, [N, K], or of an index of several, [.., N, K], on the device of `like`."""
+        return getattr(self, name)[experts].to(like.device, like.dtype, non_blocking=True)
+
+    def resident(self, like: Tensor) -> bool:
+        """Whether the weights are where `like` is, so that an index on that device finds them."""
+        return all(weight.device == like.device for weight in self.parameters())
+
+    def apply_expert(self, expert: int, x: Tensor) -> Tensor:
+        """x [n, H] through one expert -> [n, H]."""
+        gate, up = F.linear(x, self.weights("gate_up", expert, x)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.weights("down", expert, x))
+
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over the chosen experts.
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT
+        gather = x.is_cuda and chosen.numel() <= GATHER_LIMIT and self.resident(x)
         out = self._gathered(x, chosen) if gather else self._sorted(x, chosen)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""
-        gate_up, down = self.gate_up[chosen], self.down[chosen]  # (T, k, 2I, H), (T, k, H, I)
+        gate_up, down = (self.weights(name, chosen, x) for name in ("gate_up", "down"))  # (T, k, 2I, H), (T, k, H, I)
         gate, up = torch.einsum("tkih,th->tki", gate_up, x).chunk(2, dim=-1)
         return torch.einsum("tkhi,tki->tkh", down, F.silu(gate) * up)
 
@@ -75,8 +92,7 @@ class Experts(nn.Module):
         groups = x[order // chosen.shape[1]].split(counts)
         for expert, group in enumerate(groups):
             if len(group):
-                gate, up = F.linear(group, self.gate_up[expert]).chunk(2, dim=-1)
-                out.append(F.linear(F.silu(gate) * up, self.down[expert]))
+                out.append(self.apply_expert(expert, group))
         restored = torch.empty_like(order)
         restored[order] = torch.arange(len(order), device=order.device)
         return torch.cat(out)[restored].unflatten(0, chosen.shape)

@@ -2,14 +2,16 @@
 
 A small network gives the velocity v(x, t, z) of a latent x at time t under the condition z; an ODE solver carries
 noise (t = 1) to data (t = 0). v points from noise towards data, so a step adds v * dt. Nearly all of the cost of
-drawing is here, and what does not depend on x (time embeddings, condition, every block's modulation) is computed
-once a token, for all steps in one product. Usable on its own.
+drawing is here, so nothing is computed again that need not be: the embedded times are those of a whole drawing
+(`Sampler`), and what depends on the condition but not on x (every block's modulation) is made once a token, for all
+steps in one product. Usable on its own.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from .transformer import LAYER_NORM_EPS, SwiGLU
 
 TIME_FREQUENCIES = 128
 TIME_SCALE = 1000.0  # the network sees 1000 * t
+METHODS = ("euler", "ab2")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Guidance:
 class Solver:
     """The ODE solver. `steps` None: the checkpoint's own number.
 
+    `method`: "euler", or "ab2", the Adams-Bashforth rule of second order, which goes by the velocity of the step before
+    as well (its first step is one of Euler). Both ask the network for one velocity a step.
     `renorm` (scale the guided velocity down to the length of the conditional one) and `time_shift` (spend the steps
     nearer to the noise, above 1, or to the data, below) exist in the published code and are off by default there.
     """
@@ -63,8 +68,8 @@ class Solver:
     time_shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.method != "euler":
-            raise ValueError(f'solver method {self.method!r} is unknown: only "euler" is')
+        if self.method not in METHODS:
+            raise ValueError(f"solver method {self.method!r} is unknown: give one of {METHODS}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"solver steps {self.steps}: give 1 or more, or None for the checkpoint's number")
         if not self.time_shift > 0:
@@ -76,15 +81,26 @@ class Solver:
         # in this order of operations: the network sees 1000 * t, so that a last bit is felt
         return 1 - u / (u + self.time_shift - self.time_shift * u)
 
+    def coefficients(self, steps: int) -> list[tuple[float, float]]:
+        """Each step adds a * (its velocity) + b * (the velocity of the step before): the (a, b) of all steps."""
+        times = self.times(steps)
+        lengths = (times[:-1] - times[1:]).tolist()
+        if self.method == "euler":
+            return [(h, 0.0) for h in lengths]
+        # the line through two velocities, integrated over a step that need not be as long as the one before
+        later = [(h + h * h / (2 * before), -h * h / (2 * before)) for before, h in pairwise(lengths)]
+        return [(lengths[0], 0.0), *later]
 
-class Modulations(NamedTuple):
-    """What all blocks add to and scale in the stream; depends on time and condition, not on x."""
 
-    blocks: list[Tensor]  # of each block [..., 3w]: shift, scale, gate
-    final: Tensor  # [..., 2w]: shift, scale
+class Modulation(NamedTuple):
+    """What a block scales in the stream and adds to it, [..., w] each; depends on time and condition, not on x."""
 
-    def at(self, step: int) -> Modulations:
-        return Modulations([m[step] for m in self.blocks], self.final[step])
+    shift: Tensor
+    scale: Tensor  # 1 is added already
+    gate: Tensor | None  # the final layer has none
+
+
+Modulations = tuple[Modulation, ...]  # of the blocks in order, then of the final layer
 
 
 class TimeEmbed(nn.Module):
@@ -127,9 +143,14 @@ class ResBlock(nn.Module):
         self.mlp = SwiGLU(width, hidden, operations=operations, **make)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(width, 3 * width, **make))
 
-    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        return h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
+    def modulation(self, y: Tensor) -> Modulation:
+        """y [..., w]: SiLU(time + condition)."""
+        shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
+        return Modulation(shift, 1 + scale, gate)
+
+    def forward(self, h: Tensor, modulation: Modulation) -> Tensor:
+        shift, scale, gate = modulation
+        return torch.addcmul(h, gate, self.mlp(torch.addcmul(shift, self.in_ln(h), scale)))
 
 
 class FinalLayer(nn.Module):
@@ -143,10 +164,14 @@ class FinalLayer(nn.Module):
         self.linear = operations.Linear(width, channels, **make)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(width, 2 * width, **make))
 
-    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = modulation.chunk(2, dim=-1)
+    def modulation(self, y: Tensor) -> Modulation:
+        """y [..., w]: SiLU(time + condition)."""
+        shift, scale = self.adaLN_modulation[1](y).chunk(2, dim=-1)
+        return Modulation(shift, 1 + scale, None)
+
+    def forward(self, h: Tensor, modulation: Modulation) -> Tensor:
         h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
-        return self.linear(h * (1 + scale) + shift)
+        return self.linear(torch.addcmul(modulation.shift, h, modulation.scale))
 
 
 class VelocityNet(nn.Module):
@@ -173,17 +198,18 @@ class VelocityNet(nn.Module):
         self.final_layer = FinalLayer(width, channels, **make)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        return self.velocity(x, self.modulations(t, z))
+        return self.velocity(x, self.modulations(self.time_embed(t, z.dtype), z))
 
-    def modulations(self, t: Tensor, z: Tensor) -> Modulations:
-        y = self.time_embed(t, z.dtype) + self.cond_embed(z)
-        return Modulations([b.adaLN_modulation(y) for b in self.res_blocks], self.final_layer.adaLN_modulation(y))
+    def modulations(self, time: Tensor, z: Tensor) -> Modulations:
+        """time: embedded times, which broadcast against z."""
+        y = F.silu(time + self.cond_embed(z))
+        return tuple(layer.modulation(y) for layer in (*self.res_blocks, self.final_layer))
 
     def velocity(self, x: Tensor, modulations: Modulations) -> Tensor:
         h = self.input_proj(x)
-        for block, modulation in zip(self.res_blocks, modulations.blocks, strict=True):
-            h = block(h, modulation)
-        return self.final_layer(h, modulations.final)
+        for layer, modulation in zip((*self.res_blocks, self.final_layer), modulations, strict=True):
+            h = layer(h, modulation)
+        return h
 
 
 class FlowHead(nn.Module):
@@ -218,25 +244,64 @@ class FlowHead(nn.Module):
         steps: int = 16,
         solver: Solver | None = None,
     ) -> Tensor:
+        """Draw one latent a picture; who draws several in a row makes one `Sampler` for all. See `Sampler`."""
+        sampler = Sampler(self.net, factors, steps, solver or Solver(), device=z.device, dtype=z.dtype)
+        return sampler.draw(z, noise)
+
+
+class Sampler:
+    """Draws latents, one after the other, with one solver and one guidance.
+
+    What is the same for every token is made here, once: the embedded times, and `factors`, those of the guidance rows'
+    velocities (`Guidance.factors`), on their device. It belongs to the weights as they are now, so it is made anew for
+    every drawing. `draw` never waits for the device, and what it does depends on shapes alone.
+    """
+
+    def __init__(
+        self,
+        net: VelocityNet,
+        factors: tuple[float, ...],
+        steps: int,
+        solver: Solver,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.net, self.renorm, self.coefficients = net, solver.renorm, solver.coefficients(steps)
+        times = solver.times(steps)[:-1].to(device)  # no velocity is asked for at t = 0
+        self.time = net.time_embed(times, dtype)[:, None, None]  # (steps, 1, 1, w)
+        self.factors = torch.tensor(factors, device=device)[:, None]
+
+    def draw(self, z: Tensor, noise: Tensor) -> Tensor:
         """Draw one latent a picture.
 
-        z        [B, g, w], conditions of the g guidance rows of each picture, the conditional row first
-        noise    float32 [B, C], the start, already multiplied by the temperature
-        factors  of the g rows' velocities (`Guidance.factors`)
+        z      [B, g, w], conditions of the g guidance rows of each picture, the conditional row first
+        noise  float32 [B, C], the start, already multiplied by the temperature
         Returns float32 [B, C]. The latent and its updates stay float32 in every precision.
         """
-        solver = solver or Solver()
-        times = solver.times(steps).to(z.device)
-        # (steps, B, g, ...): everything that does not depend on x, for all steps at once
-        modulations = self.net.modulations(times[:-1, None, None], z[None])
-        weights = torch.tensor(factors, device=z.device)[:, None]
-        x = noise.float()
-        for i in range(steps):
-            v = self.net.velocity(x[:, None].to(z.dtype), modulations.at(i)).float()  # (B, g, C)
-            guided = (weights * v).sum(1)
-            if solver.renorm:
-                guided = guided * (v[:, 0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True) + 1e-8).clamp(
-                    0, 1
-                )
-            x = x + guided * (times[i] - times[i + 1])
+        x, before = noise.float(), None
+        for modulations, (a, b) in zip(self._modulations(z), self.coefficients, strict=True):
+            v = self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float())
+            x = x + a * v
+            if b:
+                x = x + b * before
+            before = v
         return x
+
+    def _modulations(self, z: Tensor) -> list[Modulations]:
+        """Of every step: made for all of them at once, (steps, B, g, ...), then taken apart."""
+        layers = self.net.modulations(self.time, z)
+        return list(zip(*(_by_step(layer) for layer in layers), strict=True))
+
+    def _guided(self, v: Tensor) -> Tensor:
+        """Velocities of the guidance rows [B, g, C] -> [B, C]."""
+        guided = (self.factors * v).sum(1)
+        if not self.renorm:
+            return guided
+        length = v[:, 0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        return guided * (length + 1e-8).clamp(0, 1)
+
+
+def _by_step(modulation: Modulation) -> list[Modulation]:
+    shift, scale, gate = (m if m is None else m.unbind() for m in modulation)
+    return [Modulation(shift[i], scale[i], gate and gate[i]) for i in range(len(shift))]

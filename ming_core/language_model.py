@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import LanguageModelConfig
 from .experts import GatedMlp, MixtureOfExperts
-from .transformer import KeyValueBuffer
+from .transformer import KeyValueBuffer, Placed
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +166,12 @@ class Rows:
         past = (q.transpose(0, 1).reshape(kv, -1, d) @ past_k.mT).view(kv, rows, -1, end).float()
         if self.bias is not None:
             past = past + self.bias
-        own = (q @ own_k.mT).float().transpose(0, 1)  # (kv, rows, group, n)
-        weights = torch.cat([past, own], dim=-1).softmax(-1).to(q.dtype)
+        own = (q @ own_k.mT).float()  # (rows, kv, group, n)
+        # the scores alone are put together and taken apart, and transposed: keys and values lie where they are
+        weights = torch.cat([past, own.transpose(0, 1)], dim=-1).softmax(-1).to(q.dtype)
         past, own = weights.split([end, own_k.shape[2]], dim=-1)
-        out = (past.reshape(kv, -1, end) @ past_v).view(kv, rows, -1, d) + own @ own_v.transpose(0, 1)
-        return out.transpose(0, 1).reshape(rows, heads, 1, d)
+        past = (past.reshape(kv, -1, end) @ past_v).view(kv, rows, -1, d).transpose(0, 1)
+        return (past + own.transpose(0, 1) @ own_v).reshape(rows, heads, 1, d)
 
 
 class RMSNorm(nn.Module):
@@ -188,7 +189,7 @@ class RMSNorm(nn.Module):
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of the rotary positions, [B, 1, T, head_dim] each."""
+    """Cosines and sines of the rotary positions, [B, 1, T, head_dim] each; the sines of the first half negated."""
 
     cos: Tensor
     sin: Tensor
@@ -199,13 +200,12 @@ class Rope(NamedTuple):
         d = config.head_dim
         exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
         angles = positions[..., None].float() * (config.rope_theta**-exponents)
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+        return cls(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
     def rotate(self, x: Tensor) -> Tensor:
         """x [B, heads, T, head_dim]; the first half of the channels is paired with the second."""
-        a, b = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat([-b, a], dim=-1) * self.sin
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, dims=-1), self.sin)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -235,8 +235,9 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, cache: Cache) -> Tensor:
         b, t, _ = x.shape
         qkv = self.query_key_value(x).view(b, t, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        out = cache.attend(self.layer, rope.rotate(q), rope.rotate(k), v)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q, k = rope.rotate(qk).split([self.heads, self.kv_heads], dim=1)
+        out = cache.attend(self.layer, q, k, v)
         return self.dense(out.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -295,7 +296,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Placed):
     """The decoder with its output layer, and the two ways to run it without gradients: `prefill` and `step`."""
 
     def __init__(
@@ -313,12 +314,20 @@ class LanguageModel(nn.Module):
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.norm.weight.device
+    def witness(self) -> Tensor:
+        return self.model.norm.weight
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+    def working_memory(self, prefix: int, rows: int, new: int) -> int:
+        """Bytes beside the weights for `rows` rows that add up to `new` tokens each to a prefix.
+
+        Keys and values are exact; what is computed at once is that of the largest prefill chunk.
+        """
+        config, size = self.config, self.dtype.itemsize
+        position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+        chunk = min(prefix, PREFILL_CHUNK)
+        scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
+        experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
+        return position * (prefix + rows * new) + scores + experts + 2 * rows * config.vocab_size * 4
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

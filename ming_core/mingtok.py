@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
-from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, SwiGLU, block_stack
+from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
@@ -139,7 +139,7 @@ class PixelDecoder(nn.Module):
         return self.head(self.norm(x))
 
 
-class MingTok(nn.Module):
+class MingTok(Placed):
     """The tokenizer: its three stages and the normalisation of the latents between the first two.
 
     `calls` counts what was run: "encode", "semantic", "decode", "preview". `fingerprint` identifies the weights that
@@ -180,12 +180,8 @@ class MingTok(nn.Module):
         return self.config.low_level_encoder.img_size
 
     @property
-    def device(self) -> torch.device:
-        return self.low_level_encoder.cls_token.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.low_level_encoder.cls_token.dtype
+    def witness(self) -> Tensor:
+        return self.low_level_encoder.cls_token
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> normalised latents, float32 [B, C, h, w].
@@ -223,6 +219,18 @@ class MingTok(nn.Module):
         patches = self.patches(tokens.to(self.device, self.dtype))
         missing = grid[0] * grid[1] - tokens.shape[1]
         return self.assemble(F.pad(patches, (0, 0, 0, 0, 0, missing)), grid).float().clamp(-1, 1)
+
+    def working_memory(self, pictures: int, patches: int) -> int:
+        """Bytes beside the weights for encoding, decoding or drawing `pictures` of `patches` each."""
+        config = self.config
+        stages = (
+            (config.low_level_encoder.embed_dim, patches),
+            (config.semantic_decoder.embed_dim, patches),
+            (config.pixel_decoder.embed_dim, patches * self.cells**2),
+        )
+        layer = max(14 * dim * n for dim, n in stages)  # the stream, normed, q, k, v, and what is inside SwiGLU
+        streamed = 2 * config.semantic_decoder.decoder_depth * config.semantic_decoder.embed_dim * patches
+        return pictures * (layer + streamed) * self.dtype.itemsize
 
     def stream(self, rows: int, capacity: int) -> SemanticStream:
         """A semantic decoder that takes the latents of `rows` pictures a few at a time, `capacity` in all."""

@@ -20,6 +20,34 @@ from .config import HEAD_DIM, swiglu_width
 LAYER_NORM_EPS = 1e-6
 
 
+class Placed(nn.Module):
+    """A model that may compute elsewhere than where its weights rest.
+
+    It computes where its weights are, unless a host that brings them over as they are needed says where: `compute_on`.
+    """
+
+    compute_device: torch.device | None = None
+
+    def compute_on(self, device: torch.device) -> None:
+        """Whatever is given to this model and its parts goes to `device`, wherever their weights rest."""
+        for module in self.modules():
+            if isinstance(module, Placed):
+                module.compute_device = device
+
+    @property
+    def device(self) -> torch.device:
+        return self.compute_device or self.witness.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.witness.dtype
+
+    @property
+    def witness(self) -> Tensor:
+        """A weight that is always in the dtype that is computed in."""
+        raise NotImplementedError
+
+
 class KeyValueBuffer:
     """Preallocated keys and values of one attention layer, for `rows` sequences that grow together.
 

@@ -26,9 +26,12 @@ from .language_model import LanguageModel
 from .mingtok import MingTok
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat
+from .transformer import Placed
+
+PROMPT_FRAME = 64  # at most so many tokens of the chat template around a prompt
 
 
-class UniVision(nn.Module):
+class UniVision(Placed):
     """One autoregressive model that looks at, draws and edits pictures.
 
     `chat` may be None for a model that is only trained or measured. `flow_hidden`: inner width of the flow head's
@@ -62,16 +65,25 @@ class UniVision(nn.Module):
         self.prefix_cache = PrefixCache()
 
     @property
-    def device(self) -> torch.device:
-        return self.language_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.language_model.dtype
+    def witness(self) -> Tensor:
+        return self.language_model.witness
 
     def project(self, tokens: Tensor) -> Tensor:
         """Semantic features [..., D] -> the language model's embeddings [..., H]."""
         return self.linear_proj(tokens.to(self.device, self.dtype))
+
+    def working_memory(
+        self, conversation: Conversation, prompt: str, features: Features | None, max_new_tokens: int, pictures: int = 0
+    ) -> int:
+        """Bytes that a round takes beside the weights, at most; `pictures` that it draws."""
+        attached = 0 if features is None else features.batch * (features.grid[0] * features.grid[1] + 3)
+        prefix = conversation.length + attached + len(prompt.encode()) + PROMPT_FRAME  # at most a token a byte
+        if not pictures:
+            return self.language_model.working_memory(prefix, 1, max_new_tokens)
+        n = self.config.llm_config.num_image_tokens_for_gen
+        # three guidance rows a picture, and the row of those that goes on to the text after it
+        drawing = self.language_model.working_memory(prefix, 4 * pictures, 2 * max_new_tokens + 1 + n)
+        return drawing + self.mingtok.working_memory(pictures, n)
 
     def understand(
         self,

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn
+from PIL import Image
+
+from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn, UniVision
 from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
 from ..ming_core.decoding import STARTS
+from ..ming_core.flow_head import METHODS
+from ..ming_core.images import to_images, to_uint8
 from . import host
 from .features import SavedFile, SavesFile, saved_as
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
 
 ADVANCED = {"advanced": True}
+PREVIEWS = 4  # of a picture while it is drawn; each costs at most one pixel decoding
 
 
-def _reporter(kind: str, total: int) -> Callable[[Progress], None]:
-    """on_token for a round whose bar counts `total` tokens of one kind; those of the other kind do not move it."""
-    report = host.progress(total)
-    reached = 0
+def _reporter(most: int, model: UniVision | None = None) -> Callable[[Progress], None]:
+    """on_token for a round of at most `most` tokens: moves the bar with each, shows the text and the picture so far.
+
+    Of several pictures the first is shown.
+    """
+    report = host.progress(most)
+    previewing = model is not None and host.previews_wanted()
+    value, total = 0, most
 
     def on_token(progress: Progress) -> None:
-        nonlocal reached
-        if progress.kind == kind:
-            reached = progress.done
-        report(reached, progress.text or None)
+        nonlocal value, total
+        value += 1
+        picture = None
+        if progress.kind == "image":
+            total = value - progress.done + progress.total + 1  # known now, but for what the model says afterwards
+            if previewing and progress.done % -(-progress.total // PREVIEWS) == 0:
+                pixels = model.mingtok.preview(progress.tokens[:1], model.config.drawing_grid)
+                picture = Image.fromarray(to_uint8(to_images(pixels)[0]))
+        report(value, progress.text or None, total=max(value, total), picture=picture)
 
     return on_token
 
@@ -75,15 +89,18 @@ class MingUnderstand:
         features: Features | None = None,
         conversation: Conversation | None = None,
     ) -> tuple[str, Conversation]:
-        turn = host.ready(model).understand(
-            conversation or Conversation(),
+        conversation = conversation or Conversation()
+        memory = model.model.working_memory(conversation, prompt, features, max_new_tokens)
+        turn: Turn = host.ready(model, memory).understand(
+            conversation,
             prompt,
             features=features,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p),
             seed=seed,
-            on_token=_reporter("text", max_new_tokens),
+            on_token=_reporter(max_new_tokens),
         )
+        host.show_text(turn.text)
         return turn.text, turn.conversation
 
 
@@ -108,7 +125,11 @@ class _Drawing:
     TEXT_GUIDANCE = number(3.0, 0.0, 20.0, 0.1, "How closely the words are followed; 1 switches it off.")
     STEPS = integer(16, 1, 64, "Steps of the flow head for every token; fewer are faster.", **ADVANCED)
     TEMPERATURE = number(1.0, 0.0, 2.0, 0.05, "Strength of the noise that each token begins as.", **ADVANCED)
-    SOLVER = combo(["euler"], "How the steps are made.", **ADVANCED)
+    SOLVER = combo(
+        list(METHODS),
+        "How the steps are made. ab2: of second order at the same cost, so that half the steps will do.",
+        **ADVANCED,
+    )
     START = combo(
         list(STARTS),
         "draw now: begin the picture at once. model decides: the model may write first, and must begin it itself.",
@@ -136,10 +157,12 @@ class _Drawing:
     ) -> tuple[list[Features], list[Conversation], list[str]]:
         conversation = conversation or Conversation()
         self.check(features, conversation)
-        loaded = host.ready(model)
+        prompt = prompt or instruction
+        memory = model.model.working_memory(conversation, prompt, features, max_new_tokens, batch_size)
+        loaded: UniVision = host.ready(model, memory)
         turns: list[Turn] = loaded.generate_images(
             conversation,
-            prompt or instruction,
+            prompt,
             seeds=[seed + k for k in range(batch_size)],
             features=features,
             guidance=Guidance(text_guidance, image_guidance),
@@ -147,7 +170,7 @@ class _Drawing:
             temperature=temperature,
             start=start,
             max_new_tokens=max_new_tokens,
-            on_token=_reporter("image", loaded.config.llm_config.num_image_tokens_for_gen),
+            on_token=_reporter(max_new_tokens + loaded.config.llm_config.num_image_tokens_for_gen, loaded),
         )
         return [t.features for t in turns], [t.conversation for t in turns], [t.text for t in turns]
 

@@ -7,9 +7,11 @@ The same interface serves without it: then models stay where they were loaded, p
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,18 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
 from ..ming_core.files import FileError
 from .filenames import numbered_path
 
 try:
+    import comfy.cli_args
     import comfy.model_management
     import comfy.model_patcher
+    import comfy.ops
+    import comfy.patcher_extension
     import comfy.utils
+    import comfy_execution.utils
     import folder_paths
 except ImportError:
-    comfy = folder_paths = None
+    if "comfy" in sys.modules:  # a ComfyUI that lacks one of these: it reports which, rather than being worked around
+        raise
+    comfy = comfy_execution = folder_paths = None
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +61,6 @@ class ManagedModel(nn.Module):
         self.model = model
         self.device = device
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """ComfyUI moves a model when it loads or unloads it: then what the model remembers of past rounds is freed."""
-        if hasattr(self.model, "prefix_cache"):
-            self.model.prefix_cache.clear()
-        return super()._apply(*args, **kwargs)
-
 
 @dataclass(eq=False)  # compared by identity, and able to be referenced weakly
 class Loaded:
@@ -69,6 +73,9 @@ class Loaded:
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}({self.name})"
+
+
+KEPT_SHARE = 0.25  # of the RAM, for models that no workflow uses at the moment
 
 
 def device() -> torch.device:
@@ -117,19 +124,112 @@ def host_memory() -> int:
     return status.total
 
 
+@functools.cache
+def operations() -> Any:
+    """The layers to build models of: ComfyUI's own, which it can leave in host memory and bring over when they run."""
+    if not comfy:
+        return nn
+
+    class Operations(comfy.ops.disable_weight_init):
+        """Weights rest in the dtype that is computed in, so a layer casts only when ComfyUI tells it to."""
+
+        class Linear(comfy.ops.disable_weight_init.Linear):
+            def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+                """Its being here makes newer versions create the parameters at once, for our loader to fill."""
+                super()._load_from_state_dict(*args, **kwargs)
+
+        class Embedding(comfy.ops.disable_weight_init.Embedding):
+            def forward(self, ids: Tensor) -> Tensor:
+                """Looked up where the table rests: a few rows travel rather than all of it."""
+                return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
+
+    return Operations
+
+
 def managed(model: nn.Module, name: str) -> Loaded:
     """Hand a loaded model to ComfyUI's memory management."""
     if not comfy:
         return Loaded(model, None, name)
-    offload = resting_device()
-    return Loaded(model, comfy.model_patcher.ModelPatcher(ManagedModel(model, offload), device(), offload), name)
+    fetching = [module for module in model.modules() if getattr(module, "fetches_weights", False)]
+    for module in fetching:
+        _may_be_left_behind(module)
+    model.compute_on(device())
+    patcher = _patcher_class(bool(fetching))(ManagedModel(model, resting_device()), device(), resting_device())
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget)
+    return Loaded(model, patcher, name)
 
 
-def ready(loaded: Loaded) -> Any:
-    """The model, on the device where it computes."""
+def _may_be_left_behind(module: nn.Module) -> None:
+    """Give a module that fetches its weights itself what ComfyUI looks for on a layer that it may leave offloaded."""
+    module.comfy_cast_weights = False
+    module.weight = module.bias = None
+    module.weight_function, module.bias_function = [], []
+
+
+def _patcher_class(has_experts: bool) -> type:
+    """ComfyUI's patcher, looked up late, since it is exchanged when the server starts.
+
+    The one for dynamic VRAM brings over whole every parameter that is not some layer's `weight` or `bias`. Stacked
+    experts are such, and the larger part of the model, so a model that has some gets the one that moves layer by layer.
+    """
+    core = comfy.model_patcher
+    if not has_experts:
+        return getattr(core, "CoreModelPatcher", core.ModelPatcher)
+
+    class DenseFirst(core.ModelPatcher):
+        def _load_list(self, *args: Any, **kwargs: Any) -> list:
+            return _DenseFirst(super()._load_list(*args, **kwargs))
+
+    return DenseFirst
+
+
+class _DenseFirst(list):
+    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which it sorts by size.
+
+    It loads from the large end as long as there is room, and unloads from the small one. The largest are the experts.
+    But a token passes all of every other layer, of the flow head even once a step, and only a few experts: they are the
+    ones to leave behind, so they go to the end that is loaded last and unloaded first.
+    """
+
+    def sort(self, *, reverse: bool = False) -> None:
+        super().sort(key=lambda item: (not getattr(item[-2], "fetches_weights", False), *item[:-2]), reverse=reverse)
+
+
+def ready(loaded: Loaded, memory: int = 0) -> Any:
+    """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load it in part."""
     if loaded.patcher is not None:
-        comfy.model_management.load_models_gpu([loaded.patcher], force_full_load=True)
+        comfy.model_management.load_models_gpu([loaded.patcher], memory_required=memory)
+        keep(loaded.owner or loaded)
     return loaded.model
+
+
+def keep(loaded: Loaded | None, coming: int = 0) -> None:
+    """Keep a model alive for as long as ComfyUI's manager has it loaded, and the RAM is not wanted for `coming` bytes.
+
+    Any other workflow makes ComfyUI's cache drop the loader's output, and a model that nobody holds would have to be
+    read again when the user comes back. So the manager's own entry, which lives until the model is unloaded, holds it.
+    Those that ran last are kept, as many as take KEPT_SHARE of the RAM together.
+    """
+    left = KEPT_SHARE * host_memory() - coming
+    entries = getattr(comfy.model_management, "current_loaded_models", ()) if comfy else ()
+    for entry in list(entries):  # the one that ran last is the first
+        if loaded is not None and entry.model is loaded.patcher:
+            entry.ming_model = loaded
+        if hasattr(entry, "ming_model"):
+            patcher = entry.ming_model.patcher
+            on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
+            left -= patcher.model_size() - on_gpu
+            if left < 0:
+                del entry.ming_model
+
+
+def forget(patcher: Any, unloaded: bool = True) -> None:
+    """When ComfyUI unloads a model, what it remembers of past rounds is freed too.
+
+    ComfyUI also calls this without unloading, whenever the model is loaded anew.
+    """
+    if unloaded and hasattr(patcher.model.model, "prefix_cache"):
+        patcher.model.model.prefix_cache.clear()
 
 
 # --- While a node runs --------------------------------------------------------------------------------------------
@@ -146,22 +246,56 @@ def listen(listener: Listener) -> Iterator[None]:
 
 
 def progress(total: int) -> Callable[..., None]:
-    """A function (value, text=None) to call after every token. It raises when the user has interrupted."""
+    """A function (value, text=None, *, total=..., picture=None) to call after every token.
+
+    It raises when the user has interrupted. `text` is all that was written so far, `picture` what was drawn so far.
+    """
     if comfy:
         bar = comfy.utils.ProgressBar(total)
 
-        def report(value: int, text: str | None = None) -> None:
+        def report(
+            value: int, text: str | None = None, *, total: int = total, picture: Image.Image | None = None
+        ) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(value, total)
+            preview = ("JPEG", picture, comfy.cli_args.args.preview_size) if picture else None
+            bar.update_absolute(value, total, preview)
+            show_text(text)
 
         return report
     listener = _listener.get()
 
-    def tell(value: int, text: str | None = None) -> None:
+    def tell(value: int, text: str | None = None, *, total: int = total, picture: Image.Image | None = None) -> None:
         if listener:
             listener(value, total, text)
 
     return tell
+
+
+def previews_wanted() -> bool:
+    """Whether anybody looks on and has previews switched on; newer versions set the option for every prompt."""
+    if not comfy or comfy.cli_args.args.preview_method == comfy.cli_args.LatentPreviewMethod.NoPreviews:
+        return False
+    return _watching() is not None
+
+
+def show_text(text: str | None) -> None:
+    """Show a text on the node that runs."""
+    if not comfy or not text:
+        return
+    client, context = _watching(), comfy_execution.utils.get_executing_context()
+    if client is not None and context is not None:
+        _server().send_progress_text(text, context.node_id, client)
+
+
+def _watching() -> str | None:
+    """The client that queued what runs, if it is still connected."""
+    client = getattr(_server(), "client_id", None)
+    return client if client in getattr(_server(), "sockets", ()) else None
+
+
+def _server() -> Any:
+    """ComfyUI's server, which is up before any pack is loaded; None where only its library is used."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 # --- Folders ------------------------------------------------------------------------------------------------------

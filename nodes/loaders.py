@@ -67,8 +67,8 @@ def state_of(folder: Path) -> tuple:
 
 def choose_precision(precision: str, values: int) -> tuple[torch.dtype, str | None]:
     """(dtype, quantization) for a precision widget. Raises ValueError, with the figures, for what cannot fit."""
-    on = host.device()
-    memory = host.total_memory(on)
+    on, rests_on = host.device(), host.resting_device()
+    memory = host.total_memory(rests_on)  # a GPU may hold less: ComfyUI then brings over a part
     half = torch.bfloat16 if host.bfloat16_works(on) else torch.float16
     quantization = precision if precision in QUANTIZED else None
     if precision == "auto" and on.type == "cpu" and values * 4 < memory / 4:
@@ -77,7 +77,7 @@ def choose_precision(precision: str, values: int) -> tuple[torch.dtype, str | No
         dtype = DTYPES.get(precision, half)
     needed = values * QUANTIZED.get(precision, dtype.itemsize)
     if needed > memory:
-        where = "this machine" if on.type == "cpu" else f"the GPU ({on})"
+        where = "this machine" if rests_on.type == "cpu" else f"the GPU ({rests_on})"
         raise ValueError(
             f"this model takes {needed / GB:.1f} GB at {quantization or str(dtype).removeprefix('torch.')}, "
             f"and {where} has {memory / GB:.1f} GB: choose a smaller precision"
@@ -93,10 +93,13 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
     key = (kind, str(folder), state_of(folder), precision)
     loaded = _live.get(key)
     if loaded is None:
-        dtype, quantization = choose_precision(precision, checkpoint_values(folder))
+        values = checkpoint_values(folder)
+        dtype, quantization = choose_precision(precision, values)
+        host.keep(None, coming=values * dtype.itemsize)
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
-        loaded = host.managed(loader(folder, device=host.resting_device(), dtype=dtype, **options), name)
+        place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}
+        loaded = host.managed(loader(folder, **place, **options), name)
         _live[key] = loaded
     return loaded
 

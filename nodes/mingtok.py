@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ming_core import Features
+from ..ming_core import Features, MingTok
 from ..ming_core.images import FITS, to_images, to_pixels
 from . import host
 from .widgets import CATEGORY, combo, socket
@@ -55,8 +55,10 @@ class MingTokEncode:
         }
 
     def encode(self, mingtok: host.Loaded, image: torch.Tensor, fit: str, detail: str) -> tuple:
-        pixels = to_pixels(image, DETAILS[detail] * mingtok.model.native_side, fit)
-        model = host.ready(mingtok)
+        tokenizer: MingTok = mingtok.model
+        pixels = to_pixels(image, DETAILS[detail] * tokenizer.native_side, fit)
+        patches = (pixels.shape[2] // tokenizer.patch_size) * (pixels.shape[3] // tokenizer.patch_size)
+        model = host.ready(mingtok, tokenizer.working_memory(len(pixels), patches))
         with torch.no_grad():
             return (latent_dict(model.encode(pixels)),)
 
@@ -80,7 +82,8 @@ class MingTokSemanticFeatures:
 
     def expand(self, mingtok: host.Loaded, latent: dict) -> tuple[Features]:
         samples = samples_of(latent)
-        model = host.ready(mingtok)
+        pictures, _, h, w = samples.shape
+        model = host.ready(mingtok, mingtok.model.working_memory(pictures, h * w))
         with torch.no_grad():
             return (model.semantic_features(samples),)
 
@@ -103,6 +106,7 @@ class MingTokDecode:
         }
 
     def decode(self, mingtok: host.Loaded, features: Features) -> tuple[torch.Tensor]:
-        model = host.ready(mingtok)
+        h, w = features.grid
+        model = host.ready(mingtok, mingtok.model.working_memory(features.batch, h * w))
         with torch.no_grad():
             return (to_images(model.decode(features)),)

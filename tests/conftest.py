@@ -27,6 +27,11 @@ def load_pack() -> None:
     spec.loader.exec_module(pack)
 
 
+if importlib.util.find_spec("comfy"):  # only where somebody has put ComfyUI on the path
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+
 if PACK not in sys.modules:
     load_pack()
 

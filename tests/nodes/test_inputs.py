@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,11 +234,28 @@ def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, m
     assert list(loaders.found("univision")) == [loaders.BUILT_IN, "sub/mine"]
 
 
+def test_a_model_that_cannot_fit_is_refused_with_the_figures(monkeypatch):
+    monkeypatch.setattr(host, "total_memory", lambda on: 30e9)
+    with pytest.raises(ValueError, match=r"37\.6 GB at bfloat16, and this machine has 30\.0 GB: choose a smaller"):
+        loaders.choose_precision("bf16", 18_800_000_000)
+
+
+def test_a_model_larger_than_the_gpu_is_taken_where_the_ram_holds_it(monkeypatch):
+    sizes = {"cuda": 24e9, "cpu": 64e9}
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(host, "bfloat16_works", lambda on: True)
+    monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
+    with pytest.raises(ValueError, match=r"the GPU \(cuda\) has 24\.0 GB"):  # without ComfyUI it all lies there
+        loaders.choose_precision("auto", 18_800_000_000)
+    monkeypatch.setattr(host, "resting_device", lambda: torch.device("cpu"))
+    assert loaders.choose_precision("auto", 18_800_000_000) == (torch.bfloat16, None)
+
+
 def test_unloading_a_model_frees_what_it_remembers_of_past_rounds(small):
     model = small[0].model
     node("MingUnderstand", model=small[0], prompt="Hello.")
     assert model.prefix_cache.bytes > 0
-    host.ManagedModel(model, torch.device("cpu")).to("cpu")  # as a patcher does it
+    host.forget(SimpleNamespace(model=host.ManagedModel(model, torch.device("cpu"))), True)  # as a patcher calls it
     assert model.prefix_cache.bytes == 0 and len(model.prefix_cache) == 0
 
 

@@ -47,9 +47,9 @@ def test_the_workflow_runs_and_encodes_and_decodes_exactly_as_often_as_it_must(n
     at_first_use = {}
     ready = host.ready
 
-    def watched(handle):
+    def watched(handle, memory=0):
         assert torch.is_inference_mode_enabled()
-        model = ready(handle)
+        model = ready(handle, memory)
         tok = model if isinstance(model, MingTok) else model.mingtok
         at_first_use.setdefault(tok, tok.calls.copy())
         return model

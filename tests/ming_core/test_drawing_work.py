@@ -1,0 +1,185 @@
+"""What drawing computes once, what it does not compute at all, and that nothing in it waits for a device."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from ming_univision.ming_core import Conversation, Solver
+from ming_univision.ming_core.config import LanguageModelConfig
+from ming_univision.ming_core.flow_head import METHODS, FlowHead, Modulation, Sampler
+from ming_univision.ming_core.language_model import PREFILL_CHUNK, LanguageModel, Rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# --- the solver ---------------------------------------------------------------------------------------------------
+
+
+class KnownFlow:
+    """dx/dt = -t * x, so that x(t = 0) = x(t = 1) * exp(1/2); stands where a velocity network does."""
+
+    def time_embed(self, t, dtype):
+        self.asked = t
+        return t.double()[:, None]
+
+    def modulations(self, time, z):
+        return (Modulation(time.expand(-1, *z.shape), time.expand(-1, *z.shape), None),)
+
+    def velocity(self, x, modulations):
+        return x.double() * modulations[0].shift
+
+
+def error(method: str, steps: int, time_shift: float) -> float:
+    sampler = Sampler(KnownFlow(), (1.0,), steps, Solver(method=method, time_shift=time_shift))
+    z, start = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1)
+    return abs(float(sampler.draw(z, start)) - float(torch.tensor(0.5).exp()))
+
+
+@pytest.mark.parametrize("time_shift", [1.0, 2.0])  # steps of one length, and of many
+@pytest.mark.parametrize(("method", "falls"), [("euler", 2), ("ab2", 4)])
+def test_the_error_falls_by_the_order_of_the_method_when_the_steps_double(method, falls, time_shift):
+    errors = [error(method, steps, time_shift) for steps in (8, 16, 32)]
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(falls, rel=0.2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_step_asks_for_one_velocity_and_none_at_the_end(method):
+    net = KnownFlow()
+    Sampler(net, (1.0,), 5, Solver(method=method))
+    assert net.asked.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_one_step_of_both_methods_is_the_same_and_more_are_not(model):
+    def latents(method, steps):
+        solver = Solver(steps, method)
+        return model.generate_image(Conversation(), "A cat.", solver=solver, max_new_tokens=1).features.latents
+
+    torch.testing.assert_close(latents("ab2", 1), latents("euler", 1))
+    assert (latents("ab2", 4) - latents("euler", 4)).abs().max() > 0.01
+
+
+def test_an_unknown_method_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"heun.*euler.*ab2"):
+        Solver(method="heun")
+
+
+# --- no avoidable work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_a_drawing_does_nothing_twice(model, picture, pictures):
+    seen: Counter[str] = Counter()
+    rows: dict[str, list[int]] = {}
+
+    def count(name, module):
+        def hook(_, inputs):
+            seen[name] += 1
+            rows.setdefault(name, []).append(inputs[0].shape[:-1].numel())
+
+        module.register_forward_pre_hook(hook)
+
+    net, language_model = model.flow_head.net, model.language_model
+    count("time", net.time_embed)
+    count("condition", net.cond_embed)
+    count("modulation", net.res_blocks[0].adaLN_modulation[1])
+    count("velocity", net.res_blocks[0].mlp)
+    count("semantic decoder", model.mingtok.semantic_decoder)
+    count("language model", language_model.model)
+    count("logits", language_model.lm_head)
+    steps, n = 3, model.config.llm_config.num_image_tokens_for_gen
+    model.generate_images(
+        Conversation(),
+        "Make it blue.",
+        features=picture,
+        seeds=range(pictures),
+        solver=Solver(steps),
+        max_new_tokens=1,
+    )
+    guidance_rows = 3 * pictures
+    assert seen == {
+        "time": 1,  # a drawing
+        "condition": n,  # a token
+        "modulation": n,
+        "velocity": n * steps,  # none for a latent after the last
+        "semantic decoder": n,
+        "language model": 1 + n + 1,  # the prompt, `<image>` with all tokens but the last, the last
+        "logits": 1,  # of the first word after the picture
+    }
+    assert set(rows["modulation"]) == {steps * guidance_rows}
+    assert set(rows["semantic decoder"]) == {pictures}
+    assert set(rows["language model"][1:-1]) == {guidance_rows} and rows["language model"][-1] == pictures
+
+
+def test_weights_that_change_between_two_drawings_are_felt(model):
+    def latents():
+        return model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.latents
+
+    before = latents()
+    model.flow_head.net.time_embed.mlp[2].bias.data.add_(1)
+    assert (latents() - before).abs().max() > 0.01
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_prefilled_without_a_square_mask():
+    n = 20_000
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    other = {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "vocab_size": 8}
+    ids = {"eos_token_id": 0, "image_patch_token": 1, "image_start_token": 2}
+    model = LanguageModel(LanguageModelConfig(**small, **other, **ids))
+    model.model.layers[0].mlp.experts.reset_parameters(torch.Generator().manual_seed(0))
+    x = torch.randn(n, 8, generator=torch.Generator().manual_seed(1))
+    with Largest() as largest:
+        prefix = model.prefix(n)
+        assert model.prefill(x, prefix).isfinite().all() and prefix.length == n
+    assert n * 8 <= largest.elements <= n * PREFILL_CHUNK
+
+
+# --- nothing waits for the device ---------------------------------------------------------------------------------
+
+
+def test_the_solver_runs_on_tensors_that_hold_no_values():
+    """On the meta device whatever would read a value back, or take a shape from one, raises."""
+    head = FlowHead(16, 4, 16, 2, device="meta")
+    for solver in (Solver(), Solver(method="ab2", renorm=True)):
+        sampler = Sampler(head.net, (3.0, -2.0), 4, solver, device="meta")
+        z = head.vis_head(torch.empty(2, 2, 16, device="meta"))
+        assert sampler.draw(z, torch.empty(2, 4, device="meta")).shape == (2, 4)
+
+
+@torch.no_grad()
+def test_attention_of_a_step_runs_on_tensors_that_hold_no_values():
+    config = LanguageModelConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        first_k_dense_replace=2,  # what the experts wait for is theirs to test
+        intermediate_size=16,
+    )
+    model = LanguageModel(config, device="meta")
+    prefix = model.prefix(6)
+    model.prefill(torch.empty(5, 16, device="meta"), prefix)
+    visible = torch.tensor([[True] * 5, [True, False, True, False, True]])
+    rows = Rows(prefix, 2, 2, visible)
+    for _ in range(2):
+        assert model.step(torch.empty(2, 16, device="meta"), rows).shape == (2, 16)
+
+
+def test_the_semantic_decoder_runs_on_tensors_that_hold_no_values(model):
+    stream = model.mingtok.to("meta").stream(2, 3)
+    for _ in range(3):
+        assert stream.append(torch.empty(2, 1, model.flow_head.net.channels, device="meta")).shape[:2] == (2, 1)

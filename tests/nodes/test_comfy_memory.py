@@ -1,0 +1,384 @@
+"""The model in ComfyUI's own memory management: loaded whole, in part, not at all, and unloaded.
+
+Runs where ComfyUI can be imported, that is, with its Python and from its folder:
+`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. There is a GPU in none of it, but a device that
+is far away: tensors "on" it compute in host memory, with real values, but say that they are on the device `meta`, and
+refuse to meet a tensor in host memory in one operation, as tensors on a GPU do; only copies cross. What this cannot
+show: speed, streams and pinned memory, the kernels of a GPU. The memory functions of newer versions' dynamic VRAM need
+a GPU too and are replaced; what its patcher and its layers do with them is the real thing.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ming_univision.ming_core import Conversation, Sampling, Solver, load_mingtok, load_univision
+from ming_univision.ming_core.experts import Experts
+from ming_univision.nodes import host
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+comfy = pytest.importorskip("comfy", reason="ComfyUI is not on the path")
+management = comfy.model_management
+
+TOLERANCE = 3e-4  # as between any two ways of computing one result
+FAR = torch.device("meta")
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+class FarTensor(torch.Tensor):
+    @staticmethod
+    def __new__(cls, near: Tensor) -> FarTensor:
+        make = {"strides": near.stride(), "dtype": near.dtype, "device": FAR}
+        return torch.Tensor._make_wrapper_subclass(cls, near.shape, requires_grad=False, **make)
+
+    def __init__(self, near: Tensor) -> None:
+        self.near = near
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return _run(func, args, kwargs or {}, [])
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, tuple):  # torch would make tensors of lists without asking the mode
+            index = tuple(FarTensor(torch.tensor(i)) if isinstance(i, list) else i for i in index)
+        return super().__getitem__(index)
+
+    is_cuda = True  # so that the ways for a GPU are taken
+
+    def tolist(self) -> list:
+        return self.near.tolist()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"FarTensor({self.near})"
+
+
+class FarDevice(TorchDispatchMode):
+    """While it is active the device exists. `brought`: shapes of the tensors that were copied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.brought: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return _run(func, args, kwargs or {}, self.brought)
+
+
+def _run(func: Any, args: tuple, kwargs: dict, brought: list) -> Any:
+    tensors: list[Tensor] = []
+    tree_map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
+    far = [isinstance(t, FarTensor) for t in tensors]
+    near_args = tree_map(lambda x: x.near if isinstance(x, FarTensor) else x, args)
+    place = kwargs.get("device")
+    to_far = any(far) if place is None else torch.device(place) == FAR
+    kwargs = {k: (torch.device("cpu") if k == "device" and v is not None else v) for k, v in kwargs.items()}
+    if func is torch.ops.aten.copy_.default:
+        if far[0] and not far[1]:
+            brought.append(tuple(tensors[1].shape))
+        func(*near_args, **kwargs)
+        return args[0]
+    if func is torch.ops.aten._to_copy.default:
+        if to_far and not far[0]:
+            brought.append(tuple(tensors[0].shape))
+    elif any(far) and not all(f or t.ndim == 0 for f, t in zip(far, tensors, strict=True)) and place is None:
+        raise RuntimeError(f"{func}: tensors far and near: {[tuple(t.shape) for t in tensors]} {far}")
+    result = func(*near_args, **tree_map(lambda x: x.near if isinstance(x, FarTensor) else x, kwargs))
+    if func in READS or not to_far:
+        return result
+    if func._schema.is_mutable and result is near_args[0]:
+        return args[0]
+    return tree_map(lambda x: FarTensor(x) if isinstance(x, Tensor) else x, result)
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    management.current_loaded_models.clear()
+    yield
+    management.unload_all_models()
+    management.current_loaded_models.clear()
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A far device with `far.free` bytes, where ComfyUI computes."""
+    device = FarDevice()
+    device.free = 1 << 40
+    monkeypatch.setattr(host, "device", lambda: FAR)
+    monkeypatch.setattr(management, "get_torch_device", lambda: FAR)
+    # 0.3.64 brings over 128 MiB at least, which is more than the small model
+    monkeypatch.setattr(management, "max", lambda *of: max(n for n in of if n != 128 << 20), raising=False)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
+    monkeypatch.setattr(management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+
+    def free(_=None, torch_free_too=False):
+        left = device.free - sum(m.model_loaded_memory() for m in management.current_loaded_models)
+        return (left, left) if torch_free_too else left
+
+    tensor = torch.tensor  # makes the tensor where it is to be without asking the mode
+    monkeypatch.setattr(torch, "tensor", lambda data, device=None, **more: tensor(data, **more).to(device or "cpu"))
+    monkeypatch.setattr(management, "get_free_memory", free)
+    with device:
+        yield device
+
+
+def load(folder, loader=load_univision) -> host.Loaded:
+    return host.managed(loader(folder, device=host.resting_device(), operations=host.operations()), "small")
+
+
+def size(loaded: host.Loaded) -> int:
+    return sum(p.nbytes for p in loaded.model.parameters())
+
+
+def a_round(model):
+    """A picture that is seen, an answer and an edit: latents and token ids."""
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    with torch.no_grad():
+        features = model.mingtok.semantic_features(model.mingtok.encode(pixels))
+        seen = model.understand(Conversation(), "What is it?", features=features, max_new_tokens=6, sampling=Sampling())
+        drawn = model.generate_image(seen.conversation, "Make it red.", solver=Solver(2), max_new_tokens=4)
+        picture = model.mingtok.decode(drawn.features)
+    return features.latents, drawn.features.latents, picture.cpu(), seen.token_ids, drawn.token_ids
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint_folder):
+    """The same round by torch.nn alone."""
+    return a_round(load_univision(checkpoint_folder))
+
+
+def check(found, expected):
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+    assert found[3:] == expected[3:]
+
+
+def test_comfyuis_layers_give_the_very_same_numbers(checkpoint_folder, expected):
+    loaded = load(checkpoint_folder)
+    found = a_round(host.ready(loaded))
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], expected[:3], strict=True))
+    assert found[3:] == expected[3:]
+    assert any(type(m).__module__.endswith("host") for m in loaded.model.modules())
+
+
+def test_dynamic_vram_leaves_the_layers_for_the_loader_to_fill(checkpoint_folder, expected, monkeypatch):
+    """Newer versions with it make layers without weights, which only their own loader of state dicts knows to fill."""
+    memory = pytest.importorskip("comfy.memory_management", reason="an older version")
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    model = load_univision(checkpoint_folder, operations=host.operations())
+    assert torch.equal(a_round(model)[1], expected[1])
+
+
+def test_each_model_gets_the_patcher_that_can_leave_parts_of_it_behind(checkpoint_folder, monkeypatch):
+    dynamic = type("ModelPatcherDynamic", (comfy.model_patcher.ModelPatcher,), {})
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic, raising=False)
+    assert type(load(checkpoint_folder, load_mingtok).patcher) is dynamic
+    patcher = load(checkpoint_folder).patcher
+    assert isinstance(patcher, comfy.model_patcher.ModelPatcher) and not isinstance(patcher, dynamic)
+
+
+class FakeVbar:
+    """Of dynamic VRAM's address space for a model, the first `room` bytes find memory; the rest is streamed."""
+
+    room = 0
+
+    def __init__(self, size: int, index: int | None) -> None:
+        self.end, self.memory = 0, {}
+
+    def alloc(self, size: int) -> tuple:
+        self.end += size
+        return self, self.end - size, size
+
+    def prioritize(self) -> None: ...
+
+    def loaded_size(self) -> int:
+        return sum(tensor.nbytes for tensor in self.memory.values())
+
+    def free_memory(self, size: int) -> int:
+        freed = self.loaded_size()
+        self.memory.clear()
+        return freed
+
+
+@pytest.fixture
+def dynamic(far, monkeypatch):
+    """Newer versions' dynamic VRAM, whose own memory functions need a GPU and are replaced here."""
+    pytest.importorskip("comfy.memory_management", reason="an older version")
+    vbar, hosts = comfy.ops.comfy_aimdo.model_vbar, comfy.model_patcher.comfy_aimdo.host_buffer
+
+    def fault(place):
+        _, begin, size = place
+        return (begin,) if begin + size <= FakeVbar.room else None
+
+    def memory(place, device):
+        model, begin, size = place
+        return model.memory.setdefault(begin, torch.empty(size, dtype=torch.uint8, device=device))
+
+    listed = comfy.model_patcher.ModelPatcher._load_list
+
+    def load_list(self, for_dynamic=False, default_device=None):
+        """It moves parameters of modules that have parts by their `data`, which knows of no far tensors."""
+        for module in self.model.modules() if for_dynamic else ():
+            if list(module.children()):
+                for name, p in module.named_parameters(recurse=False):
+                    setattr(module, name, torch.nn.Parameter(p.to(default_device), requires_grad=False))
+        return listed(self, for_dynamic)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "_load_list", load_list)
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+    monkeypatch.setattr(vbar, "ModelVBAR", FakeVbar)
+    monkeypatch.setattr(vbar, "vbar_fault", fault)
+    monkeypatch.setattr(vbar, "vbar_signature_compare", lambda a, b: a is not None and a == b)
+    monkeypatch.setattr(vbar, "vbar_unpin", lambda place: None)
+    monkeypatch.setattr(comfy.ops.comfy_aimdo.torch, "aimdo_to_tensor", memory)
+    monkeypatch.setattr(hosts, "HostBuffer", lambda *_: SimpleNamespace(size=0, truncate=lambda *_, **__: None))
+    monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda *_, **__: False)
+    return FakeVbar
+
+
+@pytest.mark.parametrize("room", [1.0, 0.5, 0.0])
+def test_a_mingtok_alone_computes_the_same_under_dynamic_vram(dynamic, checkpoint_folder, expected, monkeypatch, room):
+    loaded = load(checkpoint_folder, load_mingtok)
+    assert loaded.patcher.is_dynamic()
+    monkeypatch.setattr(dynamic, "room", int(room * 2 * size(loaded)))
+    for _ in range(2):  # what has found memory is found again
+        tok = host.ready(loaded)
+        pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+        with torch.no_grad():
+            latents = tok.encode(pixels)
+            picture = tok.decode(tok.semantic_features(expected[0]))
+        torch.testing.assert_close(latents.cpu(), expected[0], rtol=0, atol=TOLERANCE)
+    assert torch.isfinite(picture.cpu()).all()
+    assert (loaded.patcher.loaded_size() > loaded.patcher.model.model_loaded_weight_memory) == (room > 0)
+
+
+def test_a_model_with_experts_is_loaded_in_part_beside_dynamic_vram(dynamic, far, checkpoint_folder, expected):
+    tok, loaded = load(checkpoint_folder, load_mingtok), load(checkpoint_folder)
+    assert tok.patcher.is_dynamic() and not loaded.patcher.is_dynamic()
+    host.ready(tok)
+    far.free = size(loaded) // 2
+    check(a_round(host.ready(loaded)), expected)
+    assert 0 < loaded.patcher.loaded_size() < size(loaded)
+    with torch.no_grad():
+        tok = host.ready(tok)
+        assert torch.isfinite(tok.decode(tok.semantic_features(expected[0])).cpu()).all()
+
+
+@pytest.mark.parametrize("part", [1.5, 0.8, 0.5, 0.1, 0.0])
+def test_a_model_that_fits_in_part_computes_the_same(far, checkpoint_folder, expected, part):
+    loaded = load(checkpoint_folder)
+    far.free = int(part * size(loaded))
+    model = host.ready(loaded)
+    on_far = {name for name, p in model.named_parameters() if p.device == FAR}
+    everything = {name for name, _ in model.named_parameters()}
+    assert (on_far == everything) == (part > 1) and bool(on_far) == (part > 0)
+    assert sum(dict(model.named_parameters())[name].nbytes for name in on_far) <= far.free
+    assert model.device == model.mingtok.device == FAR and model.dtype == torch.float32
+    check(a_round(model), expected)
+
+
+def test_the_experts_are_what_is_left_behind_and_only_the_routed_ones_travel(far, checkpoint_folder):
+    loaded = load(checkpoint_folder)
+    stacks = [p for m in loaded.model.modules() if isinstance(m, Experts) for p in (m.gate_up, m.down)]
+    far.free = size(loaded) - sum(p.nbytes for p in stacks) // 2
+    model = host.ready(loaded)
+    left = [m for m in model.modules() if any(p.device != FAR for p in m.parameters(recurse=False))]
+    assert any(isinstance(m, Experts) for m in left)
+    assert all(isinstance(m, Experts) or not hasattr(m, "comfy_cast_weights") for m in left)
+    far.brought.clear()
+    a_round(model)
+    shapes = {tuple(p.shape) for p in stacks}
+    assert far.brought and not shapes & set(far.brought)
+    assert {shape[1:] for shape in shapes} <= set(far.brought)
+
+
+def test_more_is_loaded_when_there_is_room_and_some_given_back_when_there_is_not(far, checkpoint_folder, expected):
+    loaded = load(checkpoint_folder)
+    far.free = size(loaded) // 2
+    host.ready(loaded)
+    half = loaded.patcher.loaded_size()
+    far.free = 10 * size(loaded)
+    host.ready(loaded)
+    assert loaded.patcher.loaded_size() > half
+    far.free = size(loaded)
+    management.free_memory(size(loaded) // 2, FAR)
+    assert 0 < loaded.patcher.loaded_size() < size(loaded)
+    check(a_round(loaded.model), expected)
+
+
+def test_the_memory_that_a_round_asks_for_is_left_free(far, checkpoint_folder):
+    loaded = load(checkpoint_folder)
+    needed = loaded.model.working_memory(Conversation(), "Hello", None, 512, pictures=2)
+    far.free = needed + size(loaded) // 2
+    host.ready(loaded, needed)
+    assert 0 < loaded.patcher.loaded_size() <= size(loaded) // 2
+    host.ready(loaded)
+    assert loaded.patcher.loaded_size() > size(loaded) // 2
+
+
+def test_unloading_brings_all_back_and_frees_what_was_remembered(far, checkpoint_folder):
+    loaded = load(checkpoint_folder)
+    a_round(host.ready(loaded))
+    remembered = loaded.model.prefix_cache.bytes
+    assert remembered > 0
+    host.ready(loaded)
+    assert loaded.model.prefix_cache.bytes == remembered
+    management.unload_all_models()
+    assert loaded.model.prefix_cache.bytes == 0
+    assert all(p.device.type == "cpu" for p in loaded.model.parameters())
+    assert not management.current_loaded_models
+
+
+def test_the_tokenizer_inside_a_model_is_not_counted_twice(far, checkpoint_folder):
+    loaded = load(checkpoint_folder)
+    tok = host.Loaded(loaded.model.mingtok, loaded.patcher, "tok", owner=loaded)
+    host.ready(tok)
+    host.ready(loaded)
+    assert [m.model_loaded_memory() for m in management.current_loaded_models] == [size(loaded)]
+
+
+def test_a_mingtok_alone_is_moved_and_encodes(far, checkpoint_folder, expected):
+    loaded = load(checkpoint_folder, load_mingtok)
+    far.free = size(loaded) // 2
+    tok = host.ready(loaded)
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(tok.encode(pixels).cpu(), expected[0], rtol=0, atol=TOLERANCE)
+
+
+def test_the_model_that_ran_last_is_held_until_comfyui_unloads_it(checkpoint_folder):
+    loaded = load(checkpoint_folder)
+    a_round(host.ready(loaded))
+    model = weakref.ref(loaded.model)
+    del loaded
+    gc.collect()
+    assert model() is not None
+    management.unload_all_models()
+    gc.collect()
+    assert model() is None
+
+
+@pytest.mark.parametrize("models", [2, 1])
+def test_the_models_that_ran_last_are_held_as_far_as_a_share_of_the_ram_goes(checkpoint_folder, monkeypatch, models):
+    loaded = load(checkpoint_folder)
+    share = int((models + 0.5) * size(loaded))
+    monkeypatch.setattr(host, "host_memory", lambda: share / host.KEPT_SHARE)
+    host.ready(loaded)
+    first = weakref.ref(loaded.model)
+    loaded = load(checkpoint_folder)
+    host.ready(loaded)
+    second = weakref.ref(loaded.model)
+    del loaded
+    gc.collect()
+    assert second() is not None and (first() is not None) == (models == 2)
+    host.keep(None, coming=share)  # another one is about to be read
+    gc.collect()
+    assert first() is None and second() is None

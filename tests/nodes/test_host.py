@@ -1,0 +1,156 @@
+"""What users see while a node runs: the bar, the picture as it is drawn, the answer as it is written; and stopping."""
+
+import itertools
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ming_univision.ming_core import Conversation, Solver
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
+
+PICTURE_TOKENS = 16  # of the small checkpoint
+
+
+class Interrupted(BaseException):
+    """As ComfyUI's own: no `except Exception` stops it."""
+
+
+class FakeComfy:
+    """The parts of ComfyUI that a running node speaks to, and what they were told."""
+
+    def __init__(self):
+        self.bars, self.texts = [], []  # (value, total, preview) a call; (text, node id, client)
+        self.stop_after = None
+        self.sockets, self.client_id = {"browser": object()}, "browser"
+        fake = self
+
+        class ProgressBar:
+            def __init__(self, total):
+                fake.bars.append([])
+
+            def update_absolute(self, value, total, preview=None):
+                fake.bars[-1].append((value, total, preview))
+
+        self.utils = SimpleNamespace(ProgressBar=ProgressBar)
+        self.model_management = SimpleNamespace(throw_exception_if_processing_interrupted=self._interrupted)
+        method = SimpleNamespace(NoPreviews="none", Auto="auto")
+        self.cli_args = SimpleNamespace(
+            LatentPreviewMethod=method, args=SimpleNamespace(preview_method=method.Auto, preview_size=256)
+        )
+
+    def send_progress_text(self, text, node, client):
+        self.texts.append((text, node, client))
+
+    def _interrupted(self):
+        if self.stop_after is not None and sum(map(len, self.bars)) >= self.stop_after:
+            raise Interrupted
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    fake = FakeComfy()
+    context = SimpleNamespace(get_executing_context=lambda: SimpleNamespace(node_id="7"))
+    monkeypatch.setattr(host, "comfy", fake)
+    monkeypatch.setattr(host, "comfy_execution", SimpleNamespace(utils=context))
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=fake))
+    monkeypatch.setitem(sys.modules, "server", server)
+    return fake
+
+
+@pytest.fixture
+def loaded(model):
+    return host.Loaded(model, None, "small")
+
+
+def run(node: str, **inputs):
+    cls = NODE_CLASS_MAPPINGS[node]
+    declared = cls.INPUT_TYPES()["required"]
+    defaults = {name: o[1]["default"] for name, o in declared.items() if len(o) > 1 and "default" in o[1]}
+    with torch.inference_mode():
+        return getattr(cls(), cls.FUNCTION)(**(defaults | {"steps": 2} if "steps" in defaults else defaults) | inputs)
+
+
+def moves(bar):
+    """Checks that the bar moves with every call and never back; returns its last (value, total)."""
+    shares = [value / total for value, total, _ in bar]
+    assert [value for value, _, _ in bar] == list(range(1, len(bar) + 1))
+    assert all(a <= b for a, b in itertools.pairwise(shares)) and shares[-1] <= 1
+    return bar[-1][:2]
+
+
+def test_the_bar_moves_with_every_token_of_an_answer_and_the_answer_shows_on_the_node(comfy, loaded):
+    text, conversation = run("MingUnderstand", model=loaded, prompt="Hello.", max_new_tokens=9)
+    emitted = conversation.parts[-1].length + 1
+    assert moves(comfy.bars[0]) == (emitted, 9)
+    texts = [t for t, _, _ in comfy.texts]
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+    assert comfy.texts[-1] == (text, "7", "browser")
+
+
+def test_the_bar_moves_with_every_token_of_a_picture_and_of_the_text_after_it(comfy, loaded):
+    run("MingGenerate", model=loaded, prompt="A cat.", max_new_tokens=5)
+    value, total = moves(comfy.bars[0])
+    assert value == total and value >= PICTURE_TOKENS + 1
+    assert comfy.bars[0][0][1] == PICTURE_TOKENS + 1
+
+
+def test_the_bar_moves_with_every_token_when_the_model_decides(comfy, loaded, monkeypatch):
+    scripted = iter([4, 9, loaded.model.config.llm_config.image_start_token])
+    end = loaded.model.config.llm_config.eos_token_id
+    logits = type(loaded.model.language_model).logits
+
+    def scripted_logits(self, hidden):
+        out = torch.zeros_like(logits(self, hidden))
+        out[:, next(scripted, end)] = 1
+        return out
+
+    monkeypatch.setattr(type(loaded.model.language_model), "logits", scripted_logits)
+    run("MingGenerate", model=loaded, prompt="A cat.", start="model decides", max_new_tokens=8)
+    assert moves(comfy.bars[0]) == (3 + PICTURE_TOKENS + 1,) * 2
+
+
+def test_the_picture_shows_as_it_is_drawn_grey_where_nothing_is_yet(comfy, loaded):
+    mingtok = loaded.model.mingtok
+    decodes = mingtok.calls["decode"]
+    features, _, _ = run("MingGenerate", model=loaded, prompt="A cat.", batch_size=2, max_new_tokens=1)
+    shown = [(value, preview) for value, _, preview in comfy.bars[0] if preview]
+    assert [value for value, _ in shown] == [4, 8, 12, 16] and mingtok.calls["preview"] == 4
+    assert mingtok.calls["decode"] == decodes
+    kind, first, side = shown[0][1]
+    assert (kind, side, first.size, first.mode) == ("JPEG", 256, (32, 32), "RGB")
+    assert first.getpixel((31, 31)) in ((127,) * 3, (128,) * 3) and len(first.crop((0, 0, 32, 8)).getcolors()) > 1
+    with torch.no_grad():
+        whole = mingtok.decode(features[0])[0]
+    last = torch.from_numpy(np.array(shown[-1][1][1])).permute(2, 0, 1)
+    assert (last - (whole * 127.5 + 127.5)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("reason", ["switched off", "nobody", "gone"])
+def test_no_preview_is_made_when_it_is_switched_off_or_nobody_looks(comfy, loaded, reason):
+    if reason == "switched off":
+        comfy.cli_args.args.preview_method = comfy.cli_args.LatentPreviewMethod.NoPreviews
+    elif reason == "nobody":
+        comfy.client_id = None
+    else:
+        comfy.sockets.clear()
+    run("MingGenerate", model=loaded, prompt="A cat.", max_new_tokens=1)
+    assert loaded.model.mingtok.calls["preview"] == 0
+    assert not any(preview for _, _, preview in comfy.bars[0])
+    assert comfy.texts == [] or reason == "switched off"
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_an_interrupt_stops_at_the_next_token_and_leaves_everything_as_it_was(comfy, loaded, after):
+    model = loaded.model
+    before = model.understand(Conversation(), "Hello.", max_new_tokens=4).conversation
+    expected = model.generate_image(before, "A cat.", solver=Solver(2), max_new_tokens=4)
+    model.prefix_cache.clear()
+    comfy.stop_after = after
+    with pytest.raises(Interrupted):
+        run("MingGenerate", model=loaded, prompt="A cat.", conversation=before, max_new_tokens=4)
+    assert len(comfy.bars[-1]) == after
+    comfy.stop_after = None
+    features, _, _ = run("MingGenerate", model=loaded, prompt="A cat.", conversation=before, max_new_tokens=4)
+    torch.testing.assert_close(features[0].latents, expected.features.latents, rtol=0, atol=3e-4)
