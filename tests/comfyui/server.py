@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -124,15 +125,21 @@ class Server:
         limit = time.monotonic() + START_LIMIT
         while True:
             if self.process.poll() is not None:
-                missing = "ModuleNotFoundError" in self.log or "ImportError" in self.log
-                what_to_do = remedy(self.python, self.checkout) if missing else ""
-                raise ServerError(f"ComfyUI stopped while it started. {what_to_do}\n{self.log[-3000:]}")
+                raise ServerError(f"ComfyUI stopped while it started. {self.what_to_do()}\n{self.log[-3000:]}")
             with contextlib.suppress(OSError):
                 self.get("/object_info")
                 return
             if time.monotonic() > limit:
                 raise ServerError(f"ComfyUI does not answer after {START_LIMIT} s.\n{self.log[-3000:]}")
             time.sleep(0.3)
+
+    def what_to_do(self) -> str:
+        """About a module that is missing: among ComfyUI's requirements, or once brought by one of them."""
+        missing = re.search(r"No module named '(\w+)", self.log)
+        if not missing:
+            return ""
+        by_itself = f"If it is still missing after that: {self.python} -m pip install {missing[1]}"
+        return f"It lacks the module {missing[1]}. {remedy(self.python, self.checkout)}\n{by_itself}"
 
     def stop(self) -> None:
         self.process.terminate()
