@@ -32,8 +32,15 @@ USED = pytest.StashKey[list]()  # what the checks ran on, for the table's head
 DOWN = pytest.StashKey[bool]()  # whether a server did not start
 
 
+def checkout_of(config: pytest.Config) -> Path | None:
+    try:
+        return find_checkout(config.getoption("comfyui"))
+    except NotFound as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    return None if find_checkout(config.getoption("comfyui")) else True
+    return None if checkout_of(config) else True
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,7 +75,7 @@ def folder(config: pytest.Config, name: str) -> Iterator[Path]:
 
 @contextmanager
 def started(config: pytest.Config, *flags: str) -> Iterator[Server]:
-    checkout = find_checkout(config.getoption("comfyui"))
+    checkout = checkout_of(config)
     python = find_python(checkout, config.getoption("comfyui_python"))
     with folder(config, "comfyui") as base, ExitStack() as stack:
         try:
@@ -145,7 +152,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"\n{'result':9}{'seconds':>8}  check")
         for nodeid, phases in checks.items():
             terminalreporter.write_line(table_line(nodeid, phases))
-    elif not find_checkout(config.getoption("comfyui")):
+    elif not checkout_of(config):
         terminalreporter.write_line(f"Left out: the end-to-end checks in ComfyUI; {NO_CHECKOUT}")
 
 
