@@ -2,6 +2,7 @@
 
     python quickstart.py demo [--image FILE] [--output DIR]
     python quickstart.py run WORKFLOW.json [--set NODE.INPUT=VALUE ...] [--image FILE] [--output DIR]
+    python quickstart.py download [NAME] [--to DIR]
     python quickstart.py test [what pytest takes]
     python quickstart.py comfyui [--dir CHECKOUT] [--python FILE] [--browser FILE]
 
@@ -35,6 +36,8 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "quickstart.json"
 DEMO = ROOT / "workflows" / "api" / "multi_round_edit.json"
 GOLDEN = ROOT.parent / "shared" / "golden"  # the full set of recorded numbers, where it lies beside the project
+
+MODELS = ("Ming-UniVision-16B-A3B", "MingTok-Vision")
 
 TORCH = "torch==2.13.0"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
@@ -101,6 +104,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run = commands.add_parser("run", parents=[common], help="run a workflow in the API format")
     run.add_argument("workflow", metavar="WORKFLOW.json", type=existing_file)
     run.set_defaults(command=run_workflow)
+    download = commands.add_parser("download", help="fetch a published model, or go on fetching it, and check it")
+    names = " or ".join(MODELS)
+    download.add_argument("name", metavar="NAME", nargs="?", choices=MODELS, default=MODELS[0], help=names)
+    download.add_argument(
+        "--to",
+        metavar="DIR",
+        type=Path,
+        help="the folder that the model's own folder goes into (default: ComfyUI/models/ming when this pack lies in "
+        "custom_nodes, else models/ beside this file)",
+    )
+    download.set_defaults(command=download_model)
     test = commands.add_parser("test", add_help=False, help="run the tests; further arguments go to pytest")
     test.set_defaults(command=run_tests)
     comfyui = commands.add_parser("comfyui", help="check the pack in a real ComfyUI server and a real browser")
@@ -127,6 +141,11 @@ def run_workflow(options: argparse.Namespace) -> int:
     cli = importlib.import_module("ming_univision.nodes.headless_cli")
     settings = [setting for group in options.settings for setting in group]
     return cli.main(options.workflow, settings=settings, image=options.image, output=options.output)
+
+
+def download_model(options: argparse.Namespace) -> int:
+    load_pack()
+    return importlib.import_module("ming_univision.nodes.download").main(options.name, to=options.to)
 
 
 def run_tests(options: argparse.Namespace) -> int:

@@ -91,18 +91,16 @@ def token_error(head: FlowHead, drawn: list[Drawn], solver: Solver) -> tuple[flo
     return float(distance.median()), float(distance.square().mean().sqrt())
 
 
-def quality(examiner: Examiner, solver: Solver) -> tuple[Score, list[float]]:
+def quality(examiner: Examiner) -> tuple[Score, list[float]]:
     """Share of drawings with every asked object right; share of objects of which each attribute is."""
     right: list[bool] = []
     attributes: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    for seed, dialogue in enumerate(examiner.dialogues(["generate"])):
-        asked = dialogue.rounds[0]
-        turn = examiner.drawn(asked, seed, solver=solver)
-        found = compare(read_scene(examiner.pixels(turn.features)), asked.target_scene)
+    asked = examiner.rounds(["generate"])
+    for turn, result in zip(asked, examiner.drawn(asked), strict=True):
+        found = compare(read_scene(examiner.pixels(result.features)), turn.target_scene)
         right.append(found.things_right)
         for name, hits in attributes.items():
             hits += getattr(found, name)
-        examiner.model.prefix_cache.clear()
     return share("right", right, ""), [statistics.fmean(hits) for hits in attributes.values()]
 
 
@@ -153,12 +151,14 @@ def main() -> None:
     model = load_univision(options.model)
     drawn: list[Drawn] = []
     with recording(drawn):
-        quality(Examiner(model, min(REFERENCE_SCENES, options.scenes)), REFERENCE)
-    examiner, results = Examiner(model, options.scenes), []
+        quality(Examiner(model, min(REFERENCE_SCENES, options.scenes), solver=REFERENCE))
+    results = []
     for evaluations in EVALUATIONS:
         for method in METHODS:
             solver = Solver(evaluations, method)  # both take one evaluation a step
-            results.append(Result(solver, token_error(model.flow_head, drawn, solver), *quality(examiner, solver)))
+            found = quality(Examiner(model, options.scenes, solver=solver))
+            model.prefix_cache.clear()
+            results.append(Result(solver, token_error(model.flow_head, drawn, solver), *found))
             print(results[-1].row(), flush=True)
     print("\n" + table(results, options.scenes))
     if options.out:

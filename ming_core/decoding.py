@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -120,13 +120,13 @@ def understand(
 ) -> Turn:
     """See UniVision.understand."""
     with torch.no_grad():
-        opened = _open_round(model, conversation, prompt, features, room=max_new_tokens, max_new_tokens=max_new_tokens)
+        opened = open_round(model, conversation, prompt, features, room=max_new_tokens, max_new_tokens=max_new_tokens)
         rows = Rows(opened.prefix, capacity=max_new_tokens)
         generator = _generator(seed, "text", opened.noise_round)
         writer = _Writer(model, max_new_tokens, sampling, generator, on_token, return_logits)
         written = writer.write(rows, opened.hidden[None], forbidden=model.chat.image_open_id)[0]
-        segments = _answer(model, written.ids[:-1])
-        grown = _close_round(model, opened, segments, rows, 0)
+        segments = answer_segments(model, written.ids[:-1])
+        grown = close_round(model, opened, segments, rows, 0)
         text = model.chat.decode(written.ids)
         return Turn(text, written.ids, None, grown, opened.prefilled, written.stacked_logits())
 
@@ -155,10 +155,10 @@ def draw(
         raise ValueError(f"temperature is {temperature}: give a number of 0 or more")
     n = model.config.llm_config.num_image_tokens_for_gen
     with torch.no_grad():
-        opened = _open_round(
+        opened = open_round(
             model, conversation, prompt, features, room=max_new_tokens + 1 + n, max_new_tokens=max_new_tokens
         )
-        noise = _noise(model, seeds, noise, opened.noise_round) * temperature
+        noise = seeded_noise(model, seeds, noise, opened.noise_round) * temperature
         writer = _Writer(model, max_new_tokens, Sampling(), None, on_token, return_logits)
 
         single, before = _begin_picture(model, opened, start, writer)
@@ -169,8 +169,12 @@ def draw(
 
         turns = []
         for row, (picture, said) in enumerate(zip(pictures, after, strict=True)):
-            segments = [*_answer(model, before.ids), Picture(picture, drawn=True), *_answer(model, said.ids[:-1])]
-            grown = _close_round(model, opened, segments, rows, row)
+            segments = [
+                *answer_segments(model, before.ids),
+                Picture(picture, drawn=True),
+                *answer_segments(model, said.ids[:-1]),
+            ]
+            grown = close_round(model, opened, segments, rows, row)
             ids = before.ids + said.ids
             logits = torch.stack(before.logits + said.logits) if return_logits else None
             turns.append(Turn(model.chat.decode(ids), ids, picture, grown, opened.prefilled, logits))
@@ -189,7 +193,7 @@ class _Written:
 
 
 @dataclass
-class _Round:
+class Round:
     """A round whose prompt has been prefilled."""
 
     conversation: Conversation  # with the prompt, without the answer
@@ -200,7 +204,7 @@ class _Round:
     depth: int  # of what is in view
 
 
-def _open_round(
+def open_round(
     model: Model,
     conversation: Conversation,
     prompt: str,
@@ -208,7 +212,7 @@ def _open_round(
     *,
     room: int,
     max_new_tokens: int,
-) -> _Round:
+) -> Round:
     """Check everything, attach pictures, add the prompt, and prefill what the prefix cache does not know."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("the prompt is empty: write what the model is to do")
@@ -230,7 +234,7 @@ def _open_round(
             "max_new_tokens, or begin a new conversation"
         )
     prefix, hidden, prefilled = _prefill(model, grown)
-    return _Round(grown, prefix, hidden, prefilled, conversation.rounds + grown.depth, grown.depth)
+    return Round(grown, prefix, hidden, prefilled, conversation.rounds + grown.depth, grown.depth)
 
 
 def _attached(model: Model, conversation: Conversation, features: Features | None) -> list[Picture]:
@@ -288,14 +292,14 @@ def _remember(
     model.prefix_cache.store(keys, entries)
 
 
-def _close_round(model: Model, opened: _Round, segments: list, rows: Rows, row: int) -> Conversation:
+def close_round(model: Model, opened: Round, segments: list, rows: Rows, row: int) -> Conversation:
     """The conversation with the generated part, whose keys and values one of the rows holds."""
     grown = opened.conversation.extended(Part(True, tuple(segments)), model.fingerprint)
     _remember(model, segment_keys(grown.segments), segments, 0, lambda a, b: rows.slice(row, a, b))
     return grown
 
 
-def _answer(model: Model, ids: list[int]) -> list[Text]:
+def answer_segments(model: Model, ids: list[int]) -> list[Text]:
     return [model.chat.answer(ids)] if ids else []
 
 
@@ -356,7 +360,7 @@ class _Writer:
         return order.gather(1, torch.multinomial(odds, 1, generator=self.generator))[:, 0].tolist()
 
 
-def _begin_picture(model: Model, opened: _Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
+def _begin_picture(model: Model, opened: Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
     """A single row that stands before its `<image>`, and what it emitted, `<image>` included."""
     image = model.config.llm_config.image_start_token
     single = Rows(opened.prefix, capacity=writer.limit)
@@ -374,7 +378,7 @@ def _begin_picture(model: Model, opened: _Round, start: str, writer: _Writer) ->
 
 def _draw_pictures(
     model: Model,
-    opened: _Round,
+    opened: Round,
     single: Rows,
     noise: Tensor,
     guidance: Guidance,
@@ -382,48 +386,77 @@ def _draw_pictures(
     on_token: OnToken,
     max_new_tokens: int,
 ) -> tuple[list[Features], Rows, Tensor]:
-    """The image loop. noise [B, N, C].
+    """The pictures of one prompt. noise [B, N, C].
 
-    Returns the pictures, the rows that saw everything (one a picture, ready to go on), and their hidden states [B, H]
-    after the last image token.
+    Returns them, the rows that saw everything (one a picture, ready to go on), and their hidden states [B, H] after the
+    last image token.
+    """
+    batch, n, _ = noise.shape
+    views = guidance_views(opened.conversation.parts)
+    guided = Guided.by(guidance, len(views))
+    rows = single.fork(batch * guided.rows, single.length + n, views[guided.used].repeat(batch, 1))
+    latents, tokens, x = draw_latents(model, rows, guided, noise, solver, on_token)
+    rows = rows.select([b * guided.rows for b in range(batch)], rows.length + 1 + max_new_tokens)
+    hidden = model.language_model.step(x[:: guided.rows], rows)  # the conditional rows alone write the text to come
+    return drawn_features(model, latents, tokens, opened.depth), rows, hidden
+
+
+class Guided(NamedTuple):
+    """Which guidance rows a drawing runs: those whose factor is not 0, and the first, which goes on to the text."""
+
+    used: list[int]  # of [c], [c, u] or [c, u, t]
+    asked: list[int]  # of the used ones, those whose velocity counts
+    factors: tuple[float, ...]  # of the velocities of those
+
+    @classmethod
+    def by(cls, guidance: Guidance, views: int) -> Guided:
+        factors = guidance.factors(views)
+        used = [i for i, f in enumerate(factors) if i == 0 or f != 0]
+        asked = [i for i, j in enumerate(used) if factors[j] != 0]
+        return cls(used, asked, tuple(f for f in factors if f != 0))
+
+    @property
+    def rows(self) -> int:
+        return len(self.used)
+
+
+def draw_latents(
+    model: Model, rows: Rows, guided: Guided, noise: Tensor, solver: Solver, on_token: OnToken = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The image loop. noise [B, N, C]; `rows` stand before `<image>`, guided.rows of them a picture.
+
+    Returns normalised latents [B, N, C], semantic tokens [B, N, D], and the embedding of the last token in every row
+    [B * guided.rows, H], which was not forwarded.
     """
     language_model, flow_head = model.language_model, model.flow_head
-    llm, batch, n = model.config.llm_config, len(noise), noise.shape[1]
-    views = guidance_views(opened.conversation.parts)
-    factors = guidance.factors(len(views))
-    used = [i for i, f in enumerate(factors) if i == 0 or f != 0]  # the conditional row always goes on to the text
-    asked = [i for i, j in enumerate(used) if factors[j] != 0]  # ... but its velocity may not be wanted
-    g, weights = len(used), tuple(f for f in factors if f != 0)
-    rows = single.fork(batch * g, single.length + n, views[used].repeat(batch, 1))
+    llm, (batch, n, _) = model.config.llm_config, noise.shape
     stream = model.mingtok.stream(batch, n)
     steps = solver.steps or model.config.vishead_diffloss_config.steps
-    sampler = Sampler(flow_head.net, weights, steps, solver, device=model.device, dtype=language_model.dtype)
+    make = {"device": model.device, "dtype": language_model.dtype}
+    sampler = Sampler(flow_head.net, guided.factors, steps, solver, **make)
 
     noise = noise.to(model.device)
     latents = torch.empty_like(noise)
     tokens = noise.new_empty(batch, n, model.mingtok.config.semantic_decoder.embed_dim)
-    x = language_model.embed(torch.full((batch * g,), llm.image_start_token, device=model.device))
+    x = language_model.embed(torch.full((batch * guided.rows,), llm.image_start_token, device=model.device))
     for i in range(n):
         hidden = language_model.step(x, rows)
-        z = flow_head.vis_head(hidden).unflatten(0, (batch, g))[:, asked]
+        z = flow_head.vis_head(hidden).unflatten(0, (batch, guided.rows))[:, guided.asked]
         latents[:, i] = sampler.draw(z, noise[:, i])
         expanded = stream.append(latents[:, i : i + 1])
         tokens[:, i] = expanded[:, 0]
-        x = model.project(expanded[:, 0]).repeat_interleave(g, dim=0)
+        x = model.project(expanded[:, 0]).repeat_interleave(guided.rows, dim=0)
         if on_token:
             on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
-    rows = rows.select([b * g for b in range(batch)], rows.length + 1 + max_new_tokens)
-    hidden = language_model.step(x[::g], rows)  # what comes next is text, which the conditional rows alone write
+    return latents, tokens, x
 
+
+def drawn_features(model: Model, latents: Tensor, tokens: Tensor, depth: int) -> list[Features]:
+    """What was drawn, [B, N, C] and [B, N, D], as pictures; `depth`: that of what was in view."""
     grid = model.config.drawing_grid
-    everything = Features(
-        tokens.float().cpu(),
-        to_grid(latents.cpu(), grid).contiguous(),
-        grid,
-        model.mingtok.fingerprint,
-        opened.depth + 1,
-    )
-    return [_own(picture) for picture in everything.pictures()], rows, hidden
+    latents = to_grid(latents.cpu(), grid).contiguous()
+    everything = Features(tokens.float().cpu(), latents, grid, model.mingtok.fingerprint, depth + 1)
+    return [_own(picture) for picture in everything.pictures()]
 
 
 def _own(features: Features) -> Features:
@@ -431,7 +464,7 @@ def _own(features: Features) -> Features:
     return features._replace(tokens=features.tokens.clone(), latents=features.latents.clone())
 
 
-def _noise(model: Model, seeds: list[int], given: Tensor | None, noise_round: int) -> Tensor:
+def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, noise_round: int) -> Tensor:
     """float32 [B, N, C] on the CPU: the given noise, checked, or that of (seed, round)."""
     n = model.config.llm_config.num_image_tokens_for_gen
     channels = model.flow_head.net.channels

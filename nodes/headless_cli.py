@@ -50,15 +50,15 @@ def main(
         graph = with_settings(graph, settings, known_node_classes())
         run_workflow(graph, output_dir=folder, on_event=terminal)
     except WorkflowError as error:
-        terminal.say(f"Refused: {error}")
+        terminal.close(f"Refused: {error}")
         return 2
     except NodeError as error:
-        terminal.say(f"Failed: {error}")
+        terminal.close(f"Failed: {error}")
         if not isinstance(error.__cause__, (ValueError, OSError)):  # not a message meant for the user: show where
             terminal.say("".join(traceback.format_exception(error.__cause__)).rstrip())
         return 1
     except KeyboardInterrupt:
-        terminal.say("Stopped. What was saved before stays.")
+        terminal.close("Stopped. What was saved before stays.")
         return 130
     finally:
         logging.getLogger().removeHandler(log)
@@ -94,6 +94,11 @@ class Terminal:
         self._draw("")
         print(text, file=self.stream, flush=True)
         self._draw(live)
+
+    def close(self, text: str) -> None:
+        """Prints `text` in the place of the line that is being redrawn: the node that ran will not go on."""
+        self._draw("")
+        self.say(text)
 
     def _start(self, event: NodeStarted) -> None:
         if event.number == 1:

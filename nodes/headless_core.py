@@ -106,7 +106,12 @@ class SaveImage:
     def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None) -> dict[str, Any]:
         root = self.root()
         folder, name, number = numbered_path(filename_prefix, root, images.shape[2], images.shape[1])
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot make the folder {folder} ({error.strerror}): choose another output folder"
+            ) from error
         notes = PngInfo()
         for key, value in {"prompt": prompt, **(extra_pnginfo or {})}.items():
             if value is not None:

@@ -333,7 +333,14 @@ def model_folders() -> list[Path]:
     """The folders that checkpoint folders lie in."""
     if folder_paths:
         return [Path(p) for p in folder_paths.get_folder_paths(MODEL_FOLDER)]
-    return [PACK / "models"]
+    return list(dict.fromkeys([own_model_folder(), PACK / "models"]))
+
+
+def own_model_folder() -> Path:
+    """Where checkpoints go without ComfyUI: its models/ming if the pack lies in its custom_nodes, else models/ here."""
+    if PACK.parent.name == "custom_nodes":
+        return PACK.parent.parent / "models" / MODEL_FOLDER
+    return PACK / "models"
 
 
 def save_path(prefix: str, suffix: str) -> Path:

@@ -50,12 +50,14 @@ def found(kind: str) -> dict[str, Path]:
 def absent(name: str, kind: str) -> str:
     """What to do about a model that is not there."""
     repository, size = PUBLISHED[kind]
-    places = " or ".join(str(p) for p in host.model_folders())
+    published = repository.split("/")[1]
+    places = host.model_folders()
     return (
-        f'the model "{name}" is not there. Put its folder (config.json, *.safetensors, tokenizer files) into {places}. '
-        f"The published one is {repository} ({size}), at https://huggingface.co/{repository} and "
-        f"https://modelscope.cn/models/{repository}; nothing is downloaded while a graph runs. "
-        f'"{BUILT_IN}" works without any download.'
+        f'the model "{name}" is not there. Put its folder (config.json, *.safetensors, tokenizer files) into '
+        f"{' or '.join(map(str, places))}. The published one is {repository} ({size}), at "
+        f"https://huggingface.co/{repository} and https://modelscope.cn/models/{repository}; it belongs into "
+        f'{places[0] / published}, and python "{host.PACK / "quickstart.py"}" download {published} --to "{places[0]}" '
+        f'puts it there. Nothing is downloaded while a graph runs; "{BUILT_IN}" works without any download.'
     )
 
 
@@ -124,6 +126,7 @@ class MingTokLoader(_Loader):
     RETURN_TYPES, RETURN_NAMES = ("MINGTOK",), ("mingtok",)
     OUTPUT_TOOLTIPS = ("The tokenizer, for the MingTok nodes.",)
     FUNCTION = "load"
+    SEARCH_ALIASES = ("tokenizer loader", "load tokenizer", "mingtok checkpoint")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -149,6 +152,7 @@ class MingUniVisionLoader(_Loader):
     RETURN_TYPES, RETURN_NAMES = ("MING_UNIVISION", "MINGTOK"), ("model", "mingtok")
     OUTPUT_TOOLTIPS = ("The model, for Ming Understand, Generate and Edit.", "Its tokenizer, for the MingTok nodes.")
     FUNCTION = "load"
+    SEARCH_ALIASES = ("checkpoint loader", "load model", "unified multimodal model", "vlm loader")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:

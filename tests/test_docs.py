@@ -24,6 +24,50 @@ def test_every_node_has_a_help_page_that_names_each_input_and_output_and_no_othe
         assert set(re.findall(r"`(\w+)`", sentence)) <= workflows
 
 
+SECTIONS = {
+    "en": ["Inputs", "Outputs", "Example", "Common mistakes"],
+    "zh": ["输入", "输出", "示例", "常见错误"],
+}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("node_id", NODE_CLASS_MAPPINGS)
+def test_a_help_page_says_what_the_node_does_its_inputs_an_example_and_mistakes(node_id, language):
+    page = (PACK / "web" / "docs" / node_id / f"{language}.md").read_text(encoding="utf-8")
+    texts = json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    title, *sections = re.split(r"^#+ (?=.+$)", page, flags=re.MULTILINE)[1:]
+    name, _, about = title.partition("\n")
+    assert name == texts[node_id]["display_name"] and len(about.strip()) > 5
+    outputs = NODE_CLASS_MAPPINGS[node_id].RETURN_TYPES
+    heads = [s.split("\n")[0] for s in sections]
+    assert heads == [head for head in SECTIONS[language] if outputs or head != SECTIONS[language][1]]
+    for section in sections:
+        assert section.partition("\n")[2].strip(), section
+    names = {entry["display_name"] for entry in texts.values()}
+    assert set(re.findall(r"「(.+?)」", page)) <= names
+    assert {n for n in re.findall(r"\*\*(Ming(?:Tok)? [A-Z][\w ]+)\*\*", page) if language == "en"} <= names
+
+
+@pytest.mark.parametrize("node_id", NODE_CLASS_MAPPINGS)
+def test_both_languages_name_the_same_mistakes(node_id):
+    quoted, counts = [], []
+    for language, head in (("en", "## Common mistakes"), ("zh", "## 常见错误")):
+        page = (PACK / "web" / "docs" / node_id / f"{language}.md").read_text(encoding="utf-8")
+        mistakes = page.partition(head)[2]
+        quoted.append(re.findall(r'\*"(.+?)"\*', mistakes))
+        counts.append(len(re.findall(r"^- ", mistakes, re.MULTILINE)))
+    assert quoted[0] == quoted[1] and counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_category_has_a_name(language):
+    names = json.loads((PACK / "locales" / language / "main.json").read_text(encoding="utf-8"))["nodeCategories"]
+    parts = {part for node in NODE_CLASS_MAPPINGS.values() for part in node.CATEGORY.split("/")}
+    assert set(names) == parts and all(names.values())
+    if language == "en":
+        assert all(name == part for part, name in names.items())
+
+
 def test_there_is_no_page_without_a_node():
     assert {p.name for p in (PACK / "web" / "docs").iterdir()} == set(NODE_CLASS_MAPPINGS)
 
@@ -51,7 +95,7 @@ def test_translations_cover_every_text_of_every_node(language):
 
 def test_the_readme_gives_the_commands_and_names_every_node_and_workflow():
     readme = (PACK / "README.md").read_text(encoding="utf-8")
-    for command in ("demo", "run", "test", "comfyui"):
+    for command in ("demo", "run", "download", "test", "comfyui"):
         assert f"python quickstart.py {command}" in readme
     said = readme.replace("Save / Load", "Save").replace("\n", " ")
     for name in NODE_DISPLAY_NAME_MAPPINGS.values():

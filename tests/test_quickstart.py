@@ -86,6 +86,25 @@ def test_demo_and_run_take_a_picture_an_output_folder_and_settings(quickstart, t
     assert run.settings == [["1.a=1", "2.b=x y"], ["3.c=-1"]]
 
 
+def test_download_takes_a_published_name_and_a_folder(quickstart, monkeypatch):
+    calls = []
+
+    class Download:
+        def main(self, name, **options):
+            calls.append((name, options))
+            return 4
+
+    monkeypatch.setattr(quickstart, "load_pack", lambda: None)
+    monkeypatch.setattr(quickstart.importlib, "import_module", {"ming_univision.nodes.download": Download()}.get)
+    for argv in (["download"], ["download", "MingTok-Vision", "--to", "there"]):
+        options = quickstart.parse(argv)
+        assert options.command(options) == 4
+    assert calls == [("Ming-UniVision-16B-A3B", {"to": None}), ("MingTok-Vision", {"to": Path("there")})]
+    from ming_univision.nodes.loaders import PUBLISHED
+
+    assert {f"inclusionAI/{name}" for name in quickstart.MODELS} == {repository for repository, _ in PUBLISHED.values()}
+
+
 def test_everything_after_test_goes_to_pytest(quickstart):
     options = quickstart.parse(["test", "-k", "a or b", "--golden", "there", "-x"])
     assert options.command is quickstart.run_tests
@@ -102,6 +121,7 @@ def test_everything_after_test_goes_to_pytest(quickstart):
         (["run", "absent.json"], "there is no file absent.json"),
         (["demo", "--image", "absent.png"], "there is no file absent.png"),
         (["comfyui", "--dri", "x"], "--dri"),
+        (["download", "GPT"], "Ming-UniVision-16B-A3B"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, capsys, argv, said):

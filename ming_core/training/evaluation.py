@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .. import Conversation, Features, Turn, UniVision, load_univision
+from .. import Conversation, Features, Solver, Turn, UniVision, load_univision
 from ..features import change
 from ..images import psnr, to_images, to_pixels
 from ..shapes import (
@@ -35,6 +36,7 @@ from ..shapes import (
     read_region,
     read_scene,
 )
+from .many import Wish, draw_many
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ CHAIN_ROUNDS = 5
 CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
 PIXEL_CHANGED = 24  # levels of 255
 COMPARE_THRESHOLD = 0.3  # the default of MingFeaturesCompare
+SHOWN = 48  # pictures between two lines of progress
 
 
 @dataclass
@@ -85,14 +88,16 @@ class Examiner:
     scenes: int
     things: tuple[int, int] = (1, 3)
     seed: int = 20_260_101
+    solver: Solver = field(default_factory=Solver)
 
-    def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> Iterator[Dialogue]:
+    def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> list[Dialogue]:
         """Unseen ones, the same at every call."""
         rng = np.random.default_rng([self.seed, *map(ord, "/".join(tasks))])
-        for i in range(self.scenes):
-            if i and i % 50 == 0:
-                log.info("  %d of %d", i, self.scenes)
-            yield random_dialogue(rng, tasks, things or self.things, "eval", rounds)
+        return [random_dialogue(rng, tasks, things or self.things, "eval", rounds) for _ in range(self.scenes)]
+
+    def rounds(self, tasks: list[str], things: tuple[int, int] | None = None) -> list[Round]:
+        """The rounds of dialogues of one round."""
+        return [dialogue.rounds[0] for dialogue in self.dialogues(tasks, things=things)]
 
     @torch.no_grad()
     def features(self, pixels: np.ndarray) -> Features:
@@ -111,30 +116,45 @@ class Examiner:
         said = self.model.understand(Conversation(), turn.prompt, features=attached, max_new_tokens=128)
         return said.text.strip()
 
-    def drawn(self, turn: Round, seed: int, conversation: Conversation | None = None, **options: object) -> Turn:
-        attached = None if turn.attached is None else self.features(turn.attached)
-        return self.model.generate_image(
-            conversation or Conversation(), turn.prompt, features=attached, seed=seed, max_new_tokens=16, **options
-        )
+    def drawn(
+        self, turns: list[Round], before: list[Turn] | None = None, noises: list[Tensor] | None = None
+    ) -> list[Turn]:
+        """The rounds' pictures, each with its number as the seed; `before`: the turns that they follow."""
+        wishes = [
+            Wish(
+                turn.prompt,
+                seed,
+                before[seed].conversation if before else Conversation(),
+                None if turn.attached is None else self.features(turn.attached),
+                noises[seed] if noises else None,
+            )
+            for seed, turn in enumerate(turns)
+        ]
+        return self.draw(wishes)
+
+    def draw(self, wishes: list[Wish]) -> list[Turn]:
+        done: list[Turn] = []
+        while len(done) < len(wishes):
+            done += draw_many(self.model, wishes[len(done) : len(done) + SHOWN], self.solver)
+            log.info("  %d of %d drawn", len(done), len(wishes))
+        return done
 
 
 def reconstruction(examiner: Examiner) -> Iterator[Score]:
     values = []
-    for dialogue in examiner.dialogues(["describe"]):
-        picture = dialogue.rounds[0].attached
-        found = examiner.pixels(examiner.features(picture))
-        values.append(psnr(torch.from_numpy(found), torch.from_numpy(picture / 255.0)))
+    for turn in examiner.rounds(["describe"]):
+        found = examiner.pixels(examiner.features(turn.attached))
+        values.append(psnr(torch.from_numpy(found), torch.from_numpy(turn.attached / 255.0)))
     yield mean("reconstruction, PSNR", values, "32 dB", "dB")
 
 
 def questions(examiner: Examiner) -> Iterator[Score]:
-    asked = (dialogue.rounds[0] for dialogue in examiner.dialogues(["question"]))
-    yield share("questions answered exactly", [examiner.answer(turn) == turn.answer for turn in asked], "95 %")
+    hits = [examiner.answer(turn) == turn.answer for turn in examiner.rounds(["question"])]
+    yield share("questions answered exactly", hits, "95 %")
 
 
 def descriptions(examiner: Examiner) -> Iterator[Score]:
-    asked = (dialogue.rounds[0] for dialogue in examiner.dialogues(["describe"]))
-    hits = [_things(examiner.answer(turn)) == _things(turn.answer) for turn in asked]
+    hits = [_things(examiner.answer(turn)) == _things(turn.answer) for turn in examiner.rounds(["describe"])]
     yield share("descriptions with every object right", hits, "85 %")
 
 
@@ -142,13 +162,13 @@ def drawings(examiner: Examiner) -> Iterator[Score]:
     """Pictures from words; then the model's own description of each, asked in the same conversation."""
     for name, things, aim in (("drawings", examiner.things, "90 %"), ("drawings of one object", (1, 1), "95 %")):
         right, agrees = [], []
-        for seed, dialogue in enumerate(examiner.dialogues(["generate"], things=things)):
-            turn = examiner.drawn(dialogue.rounds[0], seed)
-            reading = read_scene(examiner.pixels(turn.features))
-            right.append(compare(reading, dialogue.rounds[0].target_scene).things_right)
+        asked = examiner.rounds(["generate"], things=things)
+        for turn, result in zip(asked, examiner.drawn(asked), strict=True):
+            reading = read_scene(examiner.pixels(result.features))
+            right.append(compare(reading, turn.target_scene).things_right)
             if things == examiner.things:
                 said = examiner.model.understand(
-                    turn.conversation, "Please describe the picture in detail.", max_new_tokens=128
+                    result.conversation, "Please describe the picture in detail.", max_new_tokens=128
                 )
                 agrees.append(_things(said.text) == {(t.shape, t.color, t.position) for t in reading.things})
         yield share(f"{name} with every asked object right", right, aim)
@@ -159,9 +179,8 @@ def drawings(examiner: Examiner) -> Iterator[Score]:
 def edits(examiner: Examiner) -> Iterator[Score]:
     """Edits of an attached picture, and what MingFeaturesCompare reads off them."""
     done, kept, masks = [], [], []
-    for seed, dialogue in enumerate(examiner.dialogues(["edit"])):
-        turn = dialogue.rounds[0]
-        result = examiner.drawn(turn, seed)
+    asked = examiner.rounds(["edit"])
+    for turn, result in zip(asked, examiner.drawn(asked), strict=True):
         seen = compare(read_scene(examiner.pixels(result.features)), turn.target_scene)
         untouched = [thing in turn.source_scene.things for thing in turn.target_scene.things]
         changed = [ok for ok, same in zip(seen.right, untouched, strict=True) if not same]
@@ -177,22 +196,22 @@ def edits(examiner: Examiner) -> Iterator[Score]:
 
 
 def regions(examiner: Examiner) -> Iterator[Score]:
-    values = []
-    for seed, dialogue in enumerate(examiner.dialogues(["identify region"])):
-        turn = dialogue.rounds[0]
-        found = read_region(examiner.pixels(examiner.drawn(turn, seed).features))
-        values.append(_overlap(found, read_region(turn.target)))
+    asked = examiner.rounds(["identify region"])
+    values = [
+        _overlap(read_region(examiner.pixels(result.features)), read_region(turn.target))
+        for turn, result in zip(asked, examiner.drawn(asked), strict=True)
+    ]
     yield mean("drawn region, intersection over union", values, "0.7", "")
 
 
 def enhancements(examiner: Examiner) -> Iterator[Score]:
     for task in ("super-resolution", "denoise", "colorize"):
         gains = []
-        for seed, dialogue in enumerate(examiner.dialogues([task])):
-            turn = dialogue.rounds[0]
+        asked = examiner.rounds([task])
+        for turn, result in zip(asked, examiner.drawn(asked), strict=True):
             target = torch.from_numpy(turn.target / 255.0)
             before = psnr(torch.from_numpy(turn.attached / 255.0), target)
-            after = psnr(torch.from_numpy(examiner.pixels(examiner.drawn(turn, seed).features)), target)
+            after = psnr(torch.from_numpy(examiner.pixels(result.features)), target)
             gains.append(after - before)
         yield mean(f"{task}, PSNR gained over the input", gains, "3 dB", "dB")
 
@@ -204,60 +223,69 @@ class Chain:
     name: str
     right: list[list[bool]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
     untouched: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
-    seconds: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
+    seconds: list[float] = field(default_factory=list)  # a picture, drawn side by side with those of the other chains
 
     def table(self) -> dict[str, list[float]]:
         return {
             "right": [statistics.fmean(r) for r in self.right],
             "untouched": [statistics.fmean(r) if r else math.nan for r in self.untouched],
-            "seconds": [statistics.median(r) for r in self.seconds],
+            "seconds": self.seconds,
         }
+
+
+Way = Callable[[Examiner, list[Round], "list[Turn] | None"], "list[Turn]"]
 
 
 def chains(examiner: Examiner) -> list[Chain]:
     """The same chains feature to feature, through pixels between the rounds, and with one noise in every round."""
-    ways: dict[str, Callable[[Examiner, Round, Turn | None, int], Turn]] = {
-        "feature to feature": _next_by_features,
-        "through pixels": _next_through_pixels,
-        "one noise in every round": _next_with_one_noise,
-    }
+    dialogues = examiner.dialogues(["edit"], rounds=CHAIN_ROUNDS)
     results = []
-    for name, step in ways.items():
+    for name, step in WAYS.items():
         log.info("chains: %s", name)
-        chain = Chain(name)
-        for seed, dialogue in enumerate(examiner.dialogues(["edit"], rounds=CHAIN_ROUNDS)):
-            first, turn = dialogue.rounds[0].attached, None
-            for k, asked in enumerate(dialogue.rounds):
-                started = time.perf_counter()
-                turn = step(examiner, asked, turn, seed)
-                chain.seconds[k].append(time.perf_counter() - started)
-                picture = examiner.pixels(turn.features)
-                chain.right[k].append(compare(read_scene(picture), asked.target_scene).all_right)
-                same = (first == asked.target).all(-1)
+        chain, turns = Chain(name), None
+        for k in range(CHAIN_ROUNDS):
+            asked = [dialogue.rounds[k] for dialogue in dialogues]
+            started = time.perf_counter()
+            turns = step(examiner, asked, turns)
+            chain.seconds.append((time.perf_counter() - started) / len(turns))
+            for dialogue, turn, result in zip(dialogues, asked, turns, strict=True):
+                picture = examiner.pixels(result.features)
+                chain.right[k].append(compare(read_scene(picture), turn.target_scene).all_right)
+                same = (dialogue.rounds[0].attached == turn.target).all(-1)
                 if same.any():  # a new background leaves nothing untouched
-                    error = np.square(picture - asked.target / 255.0)[same].mean()
+                    error = np.square(picture - turn.target / 255.0)[same].mean()
                     chain.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
         results.append(chain)
     return results
 
 
-def _next_by_features(examiner: Examiner, asked: Round, before: Turn | None, seed: int) -> Turn:
-    return examiner.drawn(asked, seed, before and before.conversation)
+def _by_features(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
+    return examiner.drawn(asked, before)
 
 
-def _next_through_pixels(examiner: Examiner, asked: Round, before: Turn | None, seed: int) -> Turn:
+def _through_pixels(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
+    """Every round begins a new conversation, with the picture of the one before decoded and encoded again."""
     if before is None:
-        return examiner.drawn(asked, seed)
-    picture = np.rint(examiner.pixels(before.features) * 255).astype(np.uint8)
-    features = examiner.features(picture)._replace(depth=before.features.depth)
-    return examiner.model.generate_image(Conversation(), asked.prompt, features=features, seed=seed, max_new_tokens=16)
+        return examiner.drawn(asked)
+    wishes = []
+    for seed, (turn, result) in enumerate(zip(asked, before, strict=True)):
+        picture = np.rint(examiner.pixels(result.features) * 255).astype(np.uint8)
+        features = examiner.features(picture)._replace(depth=result.features.depth)
+        wishes.append(Wish(turn.prompt, seed, features=features))
+    return examiner.draw(wishes)
 
 
-def _next_with_one_noise(examiner: Examiner, asked: Round, before: Turn | None, seed: int) -> Turn:
-    model = examiner.model
-    shape = (model.config.llm_config.num_image_tokens_for_gen, model.flow_head.net.channels)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return examiner.drawn(asked, seed, before and before.conversation, noise=noise)
+def _with_one_noise(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
+    shape = (examiner.model.config.llm_config.num_image_tokens_for_gen, examiner.model.flow_head.net.channels)
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(asked))]
+    return examiner.drawn(asked, before, noises)
+
+
+WAYS: dict[str, Way] = {
+    "feature to feature": _by_features,
+    "through pixels": _through_pixels,
+    "one noise in every round": _with_one_noise,
+}
 
 
 def _things(description: str) -> set[tuple[str, str, str]] | None:

@@ -220,8 +220,8 @@ def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, pictur
 def test_no_two_rounds_share_noise_and_the_depth_counts_when_features_travel_alone(model, picture, monkeypatch):
     from ming_univision.ming_core import decoding
 
-    rounds, exact = [], decoding._noise
-    monkeypatch.setattr(decoding, "_noise", lambda m, s, g, r: rounds.append(r) or exact(m, s, g, r))
+    rounds, exact = [], decoding.seeded_noise
+    monkeypatch.setattr(decoding, "seeded_noise", lambda m, s, g, r: rounds.append(r) or exact(m, s, g, r))
     _, second, third = three_rounds(model, picture)
     alone = picture
     for _ in range(3):  # features handed on without a conversation

@@ -537,6 +537,14 @@ def test_on_a_terminal_the_bar_moves_with_every_token_and_leaves_one_line_a_node
     assert screen[3] == "      True"
 
 
+@pytest.mark.parametrize(("kind", "said"), [("Broken", "Failed: "), ("Interrupted", "Stopped.")])
+def test_what_stops_a_node_is_the_last_thing_on_the_screen(command, kind, said):
+    _, console = command({"1": node(kind, "Long Work", source="x")}, is_terminal=True)
+    lines = [line for line in console.screen() if line]
+    assert any(line.startswith(said) for line in lines[1:])
+    assert not any(line.startswith("[1/1]") for line in lines)
+
+
 def test_a_log_warning_is_printed_above_the_line_that_is_redrawn():
     console = Console(True)
     terminal = headless_cli.Terminal(console, "")

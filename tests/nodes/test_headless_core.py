@@ -156,6 +156,13 @@ def test_pictures_saved_before_a_failure_stay(tmp_path):
     assert (tmp_path / "output" / "kept_00001_.png").is_file()
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "ming").write_text("in the way")
+    with pytest.raises(OSError, match="choose another output folder"):
+        SaveImage().save_images(batch(), "ming/x")
+
+
 def test_previews_go_to_a_folder_of_their_own(tmp_path):
     shown = PreviewImage().save_images(batch())["ui"]["images"]
     assert shown == [{"filename": "preview_00001_.png", "subfolder": "", "type": "temp"}]

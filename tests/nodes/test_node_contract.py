@@ -248,6 +248,18 @@ def test_rare_widgets_are_folded_away_and_seeds_change_only_where_a_picture_is_d
 
 
 @pytest.mark.parametrize("node_id", NODES)
+def test_every_node_is_found_by_other_words_too(node_id):
+    aliases = NODE_CLASS_MAPPINGS[node_id].SEARCH_ALIASES
+    assert aliases and len(set(aliases)) == len(aliases)
+    assert NODES[node_id][0].lower() not in aliases  # found without an alias
+
+
+def test_loaded_models_have_a_short_repr():
+    model, mingtok = NODE_CLASS_MAPPINGS["MingUniVisionLoader"]().load(BUILT_IN, "fp32")
+    assert repr(model) == f"UniVision({BUILT_IN})" and repr(mingtok) == f"MingTok({BUILT_IN}: MingTok)"
+
+
+@pytest.mark.parametrize("node_id", NODES)
 def test_prompts_are_taken_literally(node_id):
     for _, options in NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()["required"].values():
         if options.get("multiline"):

@@ -1,0 +1,41 @@
+"""Draws icon.png, the pack's picture in the registry: a scene of the built-in model's world, half of it still tokens.
+
+python docs/icon.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE, TOKENS, SCALE = 400, 8, 2  # pixels and tokens along a side; drawn SCALE times as large, for smooth corners
+SCENE = "a large yellow star at the centre on a navy background"
+
+
+def icon() -> Image.Image:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from ming_core.shapes import draw, parse_scene
+
+    side = SIDE * SCALE
+    around = Image.fromarray(draw(parse_scene(SCENE), 2 * side))
+    picture = around.crop((side // 2, side // 2, side // 2 + side, side // 2 + side))
+    tokens = np.asarray(picture.resize((TOKENS, TOKENS), Image.Resampling.BOX))
+    canvas = ImageDraw.Draw(picture)
+    cell, gap = side // TOKENS, side // 100
+    for row in range(TOKENS):
+        for column in range(TOKENS - row):  # above the diagonal
+            x, y = column * cell, row * cell
+            canvas.rectangle((x, y, x + cell, y + cell), fill=(16, 20, 44))
+            box = (x + gap, y + gap, x + cell - gap, y + cell - gap)
+            canvas.rounded_rectangle(box, radius=2 * gap, fill=tuple(int(v) for v in tokens[row, column]))
+    corners = Image.new("L", (side, side))
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, side - 1, side - 1), radius=side // 8, fill=255)
+    picture.putalpha(corners)
+    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+if __name__ == "__main__":
+    icon().save(Path(__file__).with_name("icon.png"), optimize=True)
