@@ -1,9 +1,10 @@
-"""Sets up an environment for this pack and uses it without ComfyUI.
+"""Sets up an environment for this pack, uses it without ComfyUI, and tests it, also in a real ComfyUI.
 
     python quickstart.py demo [--image FILE] [--output DIR]
     python quickstart.py run WORKFLOW.json [--set NODE.INPUT=VALUE ...] [--image FILE] [--output DIR]
     python quickstart.py download [NAME] [--to DIR]
     python quickstart.py test [what pytest takes]
+    python quickstart.py comfyui [--dir CHECKOUT] [--python FILE] [--browser FILE]
 
 The first call makes `.venv` beside this file; a stamp in it tells later calls that it is finished, so that they start
 at once, and an interrupted installation is done anew. PyTorch is not downloaded where the calling Python can import
@@ -25,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +117,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     download.set_defaults(command=download_model)
     test = commands.add_parser("test", add_help=False, help="run the tests; further arguments go to pytest")
     test.set_defaults(command=run_tests)
+    comfyui = commands.add_parser("comfyui", help="check the pack in a real ComfyUI server and a real browser")
+    comfyui.add_argument("--dir", metavar="CHECKOUT", help="the ComfyUI to use (default: the one that is found)")
+    comfyui.add_argument("--python", metavar="FILE", help="the Python that has ComfyUI's requirements")
+    comfyui.add_argument("--browser", metavar="FILE", help="a Chromium, Chrome or Edge")
+    comfyui.add_argument("--only", metavar="WORDS", help="only the checks that these fit, as pytest -k takes them")
+    comfyui.add_argument("--keep", action="store_true", help="keep the temporary folders, with the server's log")
+    comfyui.set_defaults(command=run_comfyui)
     if argv[:1] == ["test"]:
         return argparse.Namespace(command=run_tests, pytest_arguments=argv[1:])
     return parser.parse_args(argv)
@@ -144,7 +153,36 @@ def run_tests(options: argparse.Namespace) -> int:
     if GOLDEN.is_dir() and not any(argument.split("=")[0] == "--golden" for argument in arguments):
         # One word: pytest reads a path of its own as a place of tests, before it knows of the option.
         arguments.append(f"--golden={GOLDEN}")
-    return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=str(ROOT))
+    return run_pytest(arguments)
+
+
+def run_comfyui(options: argparse.Namespace) -> int:
+    """The same checks are a part of `test` where a ComfyUI is found; here they must run."""
+    load_pack()
+    finding = importlib.import_module("ming_univision.tests.comfyui.finding")
+    try:
+        checkout = finding.find_checkout(options.dir)
+        if checkout is None:
+            raise SetupError(finding.NO_CHECKOUT)
+        found = {"comfyui": checkout, "comfyui-python": finding.find_python(checkout, options.python)}
+        finding.has_gpu(found["comfyui-python"], checkout)  # says so if there is no PyTorch at all
+        if options.browser:
+            found["comfyui-browser"] = finding.find_browser(options.browser)
+    except finding.NotFound as error:
+        raise SetupError(str(error)) from error
+    arguments = [f"--{name}={path}" for name, path in found.items()]  # one word each, as with --golden
+    arguments += ["--comfyui-keep"] * options.keep + ["-k", options.only] * bool(options.only)
+    return run_pytest(["tests/comfyui", "-rN", *arguments])  # the suite prints a summary of its own
+
+
+def run_pytest(arguments: list[str]) -> int:
+    """Its exit status. It is let finish in every case, so that it stops what it has started."""
+    with subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=str(ROOT)) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return outcome(child)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def load_pack() -> None:
@@ -160,15 +198,21 @@ def load_pack() -> None:
 def run_again(argv: list[str]) -> int:
     """Runs this file with the environment's Python, in the place of this process where the system can do that."""
     command = [str(environment_python()), str(Path(__file__).resolve()), *argv]
+    os.environ["QUICKSTART_CALLER"] = sys.executable  # it may be the one that has ComfyUI's requirements
     sys.stdout.flush()
     if os.name != "nt":
         os.execv(command[0], command)
     with subprocess.Popen(command) as child:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:  # the child was told as well, and stops by itself
-                continue
+        return outcome(child)
+
+
+def outcome(child: subprocess.Popen) -> int:
+    """Its exit status, when it has come to its end. Ctrl-C tells the child as well, and it stops by itself."""
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 # --- The environment ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..ming_core.decoding import STARTS
 from ..ming_core.flow_head import METHODS
 from ..ming_core.images import to_images, to_uint8
 from . import host
-from .features import SavedFile, saved_as
+from .features import SavedFile, SavesFile, saved_as
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
 
 ADVANCED = {"advanced": True}
@@ -205,6 +205,13 @@ class MingGenerate(_Drawing):
         }
 
 
+ABSENT = object()
+NO_PICTURE = (
+    "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a conversation "
+    "that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
+)
+
+
 class MingEdit(_Drawing):
     DESCRIPTION = (
         "Draws the picture in view anew, as the instruction says. Feature to feature: a chain of edits is decoded to "
@@ -244,15 +251,17 @@ class MingEdit(_Drawing):
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, model: None, features: None = ABSENT, conversation: None = ABSENT) -> bool | str:
+        """What is linked comes as None. ComfyUI heeds the verdict only when it passes an input: hence model."""
+        return NO_PICTURE if features is conversation is ABSENT else True
+
     def check(self, features: Features | None, conversation: Conversation) -> None:
         if features is None and not conversation.pictures:
-            raise ValueError(
-                "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a "
-                "conversation that shows one; to draw from words alone, use MingGenerate (Ming Generate)"
-            )
+            raise ValueError(NO_PICTURE)
 
 
-class MingSaveConversation:
+class MingSaveConversation(SavesFile):
     DESCRIPTION = "Saves a conversation to output/ming, in kilobytes: token ids and latents."
     CATEGORY = TOOLS
     RETURN_TYPES: tuple = ()

@@ -14,6 +14,7 @@ from ..ming_core import load_features as read_features
 from ..ming_core import save_features as write_features
 from ..ming_core.features import change, principal_colours
 from . import host
+from .filenames import check_prefix
 from .mingtok import latent_dict
 from .widgets import FEATURES, file_name, number, socket
 
@@ -31,6 +32,19 @@ def saved_as(prefix: str, write: Callable[[Path], None]) -> dict:
     path = host.save_path(prefix, ".safetensors")
     write(path)
     return {"ui": {"text": [str(path)]}}
+
+
+class SavesFile:
+    """A node with a `filename_prefix` widget, whose file goes below output/ming."""
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        try:
+            if filename_prefix is not None:  # None: it is linked, and checked when it is known
+                check_prefix(filename_prefix, host.output_directory() / "ming")
+        except ValueError as error:
+            return str(error)
+        return True
 
 
 class SavedFile:
@@ -114,7 +128,7 @@ class MingFeaturesToLatent:
         return (latent_dict(features.latents),)
 
 
-class MingSaveFeatures:
+class MingSaveFeatures(SavesFile):
     DESCRIPTION = "Saves features to output/ming, without a loss, to go on with them another day."
     CATEGORY = FEATURES
     RETURN_TYPES: tuple = ()

@@ -35,6 +35,15 @@ class MingExampleScene:
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, scene: str | None = None) -> bool | str:
+        try:
+            if scene and scene.strip():  # None: the words are linked, and read when they are known
+                parse_scene(scene)
+        except ValueError as error:
+            return str(error)
+        return True
+
     def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:
         wanted = parse_scene(scene) if scene.strip() else scene_from_seed(seed)
         pixels = spoil(draw(wanted, size), degrade, seed)

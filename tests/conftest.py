@@ -47,6 +47,11 @@ class Case(NamedTuple):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), help="folder of the recorded cases")
+    comfyui = parser.getgroup("comfyui", "end-to-end checks in a real ComfyUI")
+    comfyui.addoption("--comfyui", metavar="DIR", help="its checkout (default: the one that is found)")
+    comfyui.addoption("--comfyui-python", metavar="FILE", help="the Python that has its requirements")
+    comfyui.addoption("--comfyui-browser", metavar="FILE", help="a Chromium, Chrome or Edge")
+    comfyui.addoption("--comfyui-keep", action="store_true", help="keep the temporary folders of servers and browsers")
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,11 @@ Nothing is installed here: pip and venv are stood in for.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -119,8 +121,9 @@ def test_everything_after_test_goes_to_pytest(quickstart):
         (["run"], "WORKFLOW.json"),
         (["run", "absent.json"], "there is no file absent.json"),
         (["demo", "--image", "absent.png"], "there is no file absent.png"),
+        (["comfyui", "--dri", "x"], "--dri"),
+        (["download", "GPT"], "Ming-UniVision-16B-A3B"),
     ],
-)
 def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, capsys, argv, said):
     with pytest.raises(SystemExit) as caught:
         quickstart.main(argv)
@@ -128,20 +131,95 @@ def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, 
     assert not quickstart.VENV.exists()
 
 
+class Child:
+    """Stands in for a process: notes how it was started, and gives these outcomes when it is waited for."""
+
+    def __init__(self, *outcomes) -> None:
+        self.started, self.outcomes = [], list(outcomes)
+
+    def __call__(self, command, **options) -> Child:
+        self.started.append((command, options))
+        return self
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def wait(self) -> int:
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
 def test_pytest_runs_in_the_project_with_the_fuller_golden_set_where_there_is_one(quickstart, monkeypatch):
-    calls = []
-    monkeypatch.setattr(quickstart.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 5)
+    child = Child(5, 0, 0)
+    monkeypatch.setattr(quickstart.subprocess, "Popen", child)
     base = [sys.executable, "-m", "pytest"]
     assert quickstart.run_tests(quickstart.parse(["test", "-x"])) == 5
     quickstart.GOLDEN.mkdir(parents=True)
     quickstart.run_tests(quickstart.parse(["test", "-x"]))
     quickstart.run_tests(quickstart.parse(["test", "--golden=mine"]))
-    assert [command for command, _ in calls] == [
+    assert [command for command, _ in child.started] == [
         [*base, "-x"],
         [*base, "-x", f"--golden={quickstart.GOLDEN}"],
         [*base, "--golden=mine"],
     ]
-    assert {cwd for _, cwd in calls} == {str(quickstart.ROOT)}
+    assert all(options == {"cwd": str(quickstart.ROOT)} for _, options in child.started)
+
+
+def test_ctrl_c_lets_pytest_stop_what_it_has_started(quickstart, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    child = Child(KeyboardInterrupt(), KeyboardInterrupt(), 2)
+    monkeypatch.setattr(quickstart.subprocess, "Popen", child)
+    assert quickstart.run_tests(quickstart.parse(["test"])) == 2 and not child.outcomes
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def finding(quickstart, monkeypatch):
+    """What looks for ComfyUI, on a machine that has one."""
+    module = importlib.import_module("ming_univision.tests.comfyui.finding")
+    monkeypatch.setattr(quickstart, "load_pack", lambda: None)
+    monkeypatch.setattr(module, "find_checkout", lambda given: Path(given or "found"))
+    monkeypatch.setattr(module, "find_python", lambda checkout, given: Path(given or checkout / "python"))
+    monkeypatch.setattr(module, "find_browser", lambda given: Path(given))
+    monkeypatch.setattr(module, "has_gpu", lambda python, checkout: False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], [f"--comfyui={Path('found')}", f"--comfyui-python={Path('found/python')}"]),
+        (
+            ["--dir", "x", "--python", "p", "--browser", "b", "--keep", "--only", "page or memory"],
+            ["--comfyui=x", "--comfyui-python=p", "--comfyui-browser=b", "--comfyui-keep", "-k", "page or memory"],
+        ),
+    ],
+)
+def test_comfyui_runs_the_end_to_end_checks_on_what_was_named_or_found(quickstart, finding, monkeypatch, argv, said):
+    child = Child(1)
+    monkeypatch.setattr(quickstart.subprocess, "Popen", child)
+    assert quickstart.run_comfyui(quickstart.parse(["comfyui", *argv])) == 1
+    ((command, _),) = child.started
+    assert command == [sys.executable, "-m", "pytest", "tests/comfyui", "-rN", *said]
+
+
+def test_comfyui_without_a_checkout_or_with_a_broken_one_says_what_to_do(quickstart, finding, monkeypatch):
+    def broken(*_):
+        raise finding.NotFound("Install it with: that command")
+
+    monkeypatch.setattr(finding, "find_checkout", lambda given: None)
+    with pytest.raises(quickstart.SetupError, match="COMFYUI_DIR"):
+        quickstart.run_comfyui(quickstart.parse(["comfyui"]))
+    for name in ("has_gpu", "find_python", "find_checkout"):
+        monkeypatch.setattr(finding, "find_checkout", lambda given: Path("found"))
+        monkeypatch.setattr(finding, name, broken)
+        with pytest.raises(quickstart.SetupError, match="that command"):
+            quickstart.run_comfyui(quickstart.parse(["comfyui"]))
 
 
 def test_a_workflow_runs_in_the_loaded_pack(quickstart, monkeypatch):
@@ -209,12 +287,14 @@ def test_the_second_start_uses_the_environments_python(quickstart, monkeypatch):
     if os.name == "nt":
         pytest.skip("Windows cannot replace a process")
     calls = []
+    monkeypatch.setenv("QUICKSTART_CALLER", "")  # put back afterwards
     monkeypatch.setattr(quickstart.os, "execv", lambda file, command: calls.append((file, command)))
     monkeypatch.setattr(quickstart.subprocess, "Popen", None)
     with pytest.raises(TypeError):  # execv does not return in earnest; here the Windows branch is reached
         quickstart.run_again(["test", "-x"])
     python = str(quickstart.VENV / "bin" / "python")
     assert calls == [(python, [python, str(FILE), "test", "-x"])]
+    assert os.environ["QUICKSTART_CALLER"] == sys.executable
 
 
 def test_ctrl_c_gives_130_and_says_so(quickstart, monkeypatch, capsys):
