@@ -122,8 +122,8 @@ def test_everything_after_test_goes_to_pytest(quickstart):
         (["run", "absent.json"], "there is no file absent.json"),
         (["demo", "--image", "absent.png"], "there is no file absent.png"),
         (["comfyui", "--dri", "x"], "--dri"),
-        (["download", "GPT"], "Ming-UniVision-16B-A3B"),
     ],
+)
 def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, capsys, argv, said):
     with pytest.raises(SystemExit) as caught:
         quickstart.main(argv)
