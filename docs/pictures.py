@@ -1,0 +1,150 @@
+"""Makes the pictures of the README and the templates' thumbnails anew, from what the built-in model really gives.
+
+    python docs/pictures.py [NAME ...]
+
+NAME: "reconstruction", "rounds", or a workflow; all of them by default. A thumbnail shows the scene that a workflow
+starts from, what each of its drawing nodes drew (decoded for the thumbnail alone), and what was answered.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = ROOT / "workflows"
+SIDE, GAP, LINE = 512, 8, 26  # of a thumbnail, between pictures, and of a line of text, in pixels
+GROUND, INK = (32, 35, 39), (255, 255, 255)
+SCENES = (3, 5, 8, 12, 13, 21, 34)  # seeds of unseen scenes for the reconstructions
+DRAWING = ("MingGenerate", "MingEdit")
+
+
+def pack() -> Any:
+    """This folder, imported as a package as quickstart.py does it."""
+    sys.path.insert(0, str(ROOT))
+    import quickstart
+
+    quickstart.load_pack()
+    from ming_univision.nodes import headless, headless_workflow
+
+    return headless, headless_workflow
+
+
+def results(name: str) -> tuple[list[Image.Image], list[str], list[str]]:
+    """Pictures in their order (the scene first, if any), the drawing nodes' titles, and the answers."""
+    headless, reader = pack()
+    workflow = reader.read_workflow(WORKFLOWS / "api" / f"{name}.json")
+    found = headless.run_workflow(workflow, output_dir=ROOT / "output", input_dir=ROOT / "input")
+    pictures, titles, answers = [], [], []
+    for node, result in found.items():
+        kind, outputs = workflow[node]["class_type"], result.outputs
+        if kind == "MingExampleScene":
+            pictures.append(picture(outputs[0][0]))
+        elif kind in DRAWING:
+            loaded = next(
+                r.outputs[1][0] for n, r in found.items() if workflow[n]["class_type"] == "MingUniVisionLoader"
+            )
+            pictures += [decoded(loaded.model, features) for features in outputs[0]]
+            titles += [words(workflow, found, node)] * len(outputs[0])
+        elif kind == "MingUnderstand":
+            answers.append(outputs[0][0])
+        elif kind == "MingTokDecode" and name == "reconstruct":
+            pictures.append(picture(outputs[0][0]))
+    return pictures, titles, answers
+
+
+def words(workflow: dict, found: dict, node: str) -> str:
+    """What a drawing node was told."""
+    told = workflow[node]["inputs"].get("instruction", workflow[node]["inputs"].get("prompt"))
+    return found[told[0]].outputs[told[1]][0] if isinstance(told, list) else told
+
+
+def picture(image: torch.Tensor) -> Image.Image:
+    """The first of an IMAGE."""
+    return Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
+
+
+@torch.no_grad()
+def decoded(mingtok: Any, features: Any) -> Image.Image:
+    from ming_univision.ming_core.images import to_images
+
+    return picture(to_images(mingtok.decode(features)))
+
+
+def row(pictures: list[Image.Image], side: int, ground: tuple = GROUND) -> Image.Image:
+    canvas = Image.new("RGB", (len(pictures) * (side + GAP) - GAP, side), ground)
+    for i, each in enumerate(pictures):
+        canvas.paste(each.resize((side, side), Image.Resampling.LANCZOS), (i * (side + GAP), 0))
+    return canvas
+
+
+def thumbnail(name: str) -> None:
+    pictures, _, answers = results(name)
+    canvas = Image.new("RGB", (SIDE, SIDE), GROUND)
+    across = 1 if len(pictures) == 1 else 2
+    side = (SIDE - (across + 1) * GAP) // across
+    lines = [line for answer in answers for line in textwrap.wrap(answer, 46)]
+    down = -(-len(pictures) // across)
+    if lines and down * (side + GAP) + len(lines) * LINE > SIDE:
+        side = (SIDE - len(lines) * LINE - (down + 2) * GAP) // down
+    height = down * (side + GAP) + len(lines) * LINE
+    top = (SIDE - height) // 2
+    for i in range(0, len(pictures), across):
+        strip = row(pictures[i : i + across], side)
+        canvas.paste(strip, ((SIDE - strip.width) // 2, top))
+        top += side + GAP
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=19)
+    for line in lines:
+        pen.text((2 * GAP, top), line, fill=INK, font=font)
+        top += LINE
+    canvas.save(WORKFLOWS / f"{name}.jpg", quality=88)
+
+
+def rounds() -> None:
+    """The demo's rounds, with what was said."""
+    pictures, titles, answers = results("multi_round_edit")
+    side, font = 384, ImageFont.load_default(size=19)
+    strip = row(pictures, side, INK)
+    canvas = Image.new("RGB", (strip.width, side + 5 * LINE), INK)
+    canvas.paste(strip)
+    pen = ImageDraw.Draw(canvas)
+    for i, title in enumerate([f'The scene. "{answers[0]}"', *titles]):
+        for k, line in enumerate(textwrap.wrap(title, 38)):
+            pen.text((i * (side + GAP) + GAP, side + GAP + k * LINE), line, fill=(0, 0, 0), font=font)
+    canvas.save(ROOT / "docs" / "rounds.png", optimize=True)
+
+
+def reconstruction() -> None:
+    """Unseen scenes above, what comes back from the tokenizer below."""
+    pack()
+    from ming_univision.ming_core import load_mingtok
+    from ming_univision.ming_core.shapes import draw, scene_from_seed
+
+    mingtok = load_mingtok(ROOT / "models" / "tiny-shapes")
+    above = [draw(scene_from_seed(seed, split="eval")) for seed in SCENES]
+    pixels = torch.from_numpy(np.stack(above)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        features = mingtok.semantic_features(mingtok.encode(pixels))
+    below = [decoded(mingtok, each) for each in features.pictures()]
+    strips = [row(pictures, 160, INK) for pictures in ([Image.fromarray(a) for a in above], below)]
+    canvas = Image.new("RGB", (strips[0].width, 2 * 160 + GAP), INK)
+    for i, strip in enumerate(strips):
+        canvas.paste(strip, (0, i * (160 + GAP)))
+    canvas.save(ROOT / "docs" / "reconstruction.png", optimize=True)
+
+
+def main(names: list[str]) -> None:
+    workflows = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    for name in names or ["reconstruction", "rounds", *workflows]:
+        print(name, flush=True)
+        {"reconstruction": reconstruction, "rounds": rounds}.get(name, lambda name=name: thumbnail(name))()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
