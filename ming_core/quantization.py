@@ -123,14 +123,15 @@ def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
     if packed:
         out = _int4_product(flat, values, scale)
     elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
-        out = torch._weight_int8pack_mm(flat, values, scale)
+        aligned = flat if flat.data_ptr() % 32 == 0 else flat.clone()  # the same goes for its input
+        out = torch._weight_int8pack_mm(aligned, values, scale)
     else:
         return F.linear(x, dequantize(values, scale).to(x.dtype))
     return out.view(*x.shape[:-1], -1)
 
 
 def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
-    """The kernel reads 16 weights at a time and checks nothing: others than these crash the process."""
+    """The kernel reads 16 weights at a time, at whole multiples of 16, and checks nothing: others crash the process."""
     whole = values.shape[-1] % 16 == 0 and values.data_ptr() % 16 == 0
     return values.dtype == torch.int8 and len(x) <= KERNEL_ROWS and whole
 

@@ -3,7 +3,7 @@
     python -m ming_core.quantize Ming-UniVision-16B-A3B Ming-UniVision-16B-A3B-int4 --format int4
 
 The new folder loads like any other one, faster and into less memory, and has its original's fingerprint: conversations
-and features of either go on with the other.
+and features of either go on with the other. Making it takes as much memory as the quantised model, and some 3 GB more.
 """
 
 from __future__ import annotations
