@@ -59,7 +59,8 @@ class Stage:
     """One stage of training. It ends after `steps` steps or `hours` hours, whichever is first; 0 is no limit.
 
     name       names its folder, too
-    trains     "mingtok", or "joint": the language model, flow head and projection around a frozen MingTok
+    trains     "mingtok"; "pixel decoder": that part of it alone; or "joint": the language model, flow head and
+               projection around a frozen MingTok
     batch      pictures, or dialogues, a step
     lr         peak learning rate of Muon and AdamW alike
     warmup     steps until the peak
@@ -82,7 +83,7 @@ class Stage:
     things: tuple[int, int] = (1, 3)
     tasks: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
-    checkpoint_minutes: float = 12.0
+    checkpoint_minutes: float = 20.0
     seed: int = 0
 
 
@@ -136,5 +137,6 @@ RECIPE = (
         },
         seed=2,
     ),
-    Stage("everything", "joint", batch=24, lr=1.5e-3, hours=10.0, settle=0.3, average=0.998, seed=1),
+    Stage("everything", "joint", batch=24, lr=1.5e-3, hours=10.0, settle=0.5, average=0.995, seed=1),
+    Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )

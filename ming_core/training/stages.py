@@ -1,4 +1,4 @@
-"""The two kinds of stages: MingTok alone, and everything else around it."""
+"""The kinds of stages: MingTok alone, its pixel decoder alone, and everything else around a MingTok."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config import MingTokConfig
 from ..mingtok import MingTok
 from ..prompts import ChatFormat
 from ..univision import UniVision
-from .objectives import JointLoss, TokenizerLoss, initialise, psnr, to_pixels
+from .objectives import JointLoss, TokenizerLoss, TokenizerWeights, initialise, psnr, to_pixels
 from .pictures import picture_batch
 from .probe import probe
 from .recipe import MINGTOK, VOCABULARY, Stage, univision_config
@@ -22,14 +22,17 @@ from .sequences import Batch, DialogueData
 from .tokenizer import TOKENIZER_FILES, make_tokenizer
 
 UNSEEN = 96  # evaluation pictures of each kind
+PIXEL_NOISE = 0.2  # on the latents while the pixel decoder is trained alone: about what drawn ones are wrong by
 SAMPLE = 256  # pictures that mean and scaling factor of the latents are measured on
 
 
-def objective(stage: Stage, start: Path | None, device: torch.device | str = "cpu") -> MingTokStage | JointStage:
+def objective(
+    stage: Stage, start: Path | None, device: torch.device | str = "cpu"
+) -> MingTokStage | PixelStage | JointStage:
     """What a stage trains, from the weights in the folder `start`; None: from nothing.
 
     A joint stage takes its MingTok from `start`, and the rest too where the folder has it. Raises ValueError for a
-    joint stage without a folder.
+    stage that needs a folder and has none.
     """
     generator = torch.Generator().manual_seed(stage.seed)
     if stage.trains == "mingtok":
@@ -39,9 +42,18 @@ def objective(stage: Stage, start: Path | None, device: torch.device | str = "cp
         return MingTokStage(stage, mingtok, device)
     if start is None:
         raise ValueError(f"stage {stage.name!r} needs a MingTok: train the first stage, or name a folder to start from")
-    if checkpoint_kind(start) == "univision":
+    whole = checkpoint_kind(start) == "univision"
+    if whole:
         tokenizer = {name: (start / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
-        return JointStage(stage, load_univision(start), tokenizer, device)
+        model = load_univision(start)
+    if stage.trains == "pixel decoder":
+        return (
+            PixelStage(stage, model.mingtok, device, model, tokenizer)
+            if whole
+            else PixelStage(stage, load_mingtok(start), device)
+        )
+    if whole:
+        return JointStage(stage, model, tokenizer, device)
     tokenizer = make_tokenizer(VOCABULARY)
     chat, mingtok = ChatFormat(tokenizer["tokenizer.json"]), load_mingtok(start)
     model = UniVision(univision_config(mingtok.config, chat, VOCABULARY), chat)
@@ -113,6 +125,42 @@ class MingTokStage:
         pictures = torch.from_numpy(picture_batch(np.random.default_rng(2), SAMPLE, (1, 3), kind="scene")[0])
         raw = torch.cat([tok.low_level_encoder(to_pixels(p).to(self.device))[:, :-1] for p in pictures.split(32)])
         return replace(tok.config, mean=float(raw.mean()), scaling_factor=float(raw.std()))
+
+
+class PixelStage(MingTokStage):
+    """Trains the pixel decoder of a MingTok on the features that it is given, which stay as they are.
+
+    So latents, features and a language model that was taught on them keep their meaning: pictures only become sharper.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        mingtok: MingTok,
+        device: torch.device | str = "cpu",
+        whole: UniVision | None = None,
+        tokenizer: dict[str, str] | None = None,
+    ) -> None:
+        self.whole, self.tokenizer, config = whole, tokenizer, mingtok.config
+        super().__init__(stage, mingtok, device)
+        self.config = config
+        self.module.weights = TokenizerWeights(labels=0.0, size=0.0, noise=PIXEL_NOISE, masked=0.0)
+        for frozen in (mingtok.low_level_encoder, mingtok.semantic_decoder, self.module.reader):
+            frozen.requires_grad_(False)
+
+    def measured(self) -> MingTokConfig:
+        return self.config
+
+    def publish(self, folder: Path) -> None:
+        if self.whole is None:
+            super().publish(folder)
+        else:
+            raw_config = self.whole.mingtok.config
+            try:
+                self.whole.mingtok.config = self.config
+                save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
+            finally:
+                self.whole.mingtok.config = raw_config
 
 
 class JointStage:
