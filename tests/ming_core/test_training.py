@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ming_univision.ming_core import load_mingtok, load_univision
+from ming_univision.ming_core.checkpoint import save_mingtok, save_univision
 from ming_univision.ming_core.config import (
     FlowHeadConfig,
     LanguageModelConfig,
@@ -42,7 +43,7 @@ from ming_univision.ming_core.training.sequences import (
     spell,
     token_weights,
 )
-from ming_univision.ming_core.training.stages import JointStage, MingTokStage
+from ming_univision.ming_core.training.stages import JointStage, MingTokStage, objective
 from ming_univision.ming_core.training.tokenizer import SPECIAL_TOKENS, make_tokenizer
 from ming_univision.ming_core.univision import UniVision
 
@@ -262,6 +263,25 @@ def test_a_joint_stage_from_a_mingtok_keeps_it_frozen(tokenizer, chat, tmp_path,
     before = {name: value.clone() for name, value in load_mingtok(tmp_path).state_dict().items()}
     Run(JOINT_STAGE, objective, tmp_path / "run").update(make_batch(objective.data, 0, 0))
     assert all(torch.equal(value, before[name]) for name, value in objective.module.model.mingtok.state_dict().items())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside a whole model", "alone"])
+def test_a_pixel_stage_changes_the_pixel_decoder_and_nothing_else(inside, tokenizer, chat, tmp_path):
+    whole = tiny_univision(chat)
+    if inside:
+        save_univision(whole, tmp_path / "start", tokenizer, dtype=torch.float16)
+    else:
+        save_mingtok(whole.mingtok, tmp_path / "start")
+    load = load_univision if inside else load_mingtok
+    trained = objective(dataclasses.replace(MINGTOK_STAGE, trains="pixel decoder"), tmp_path / "start")
+    run = Run(MINGTOK_STAGE, without_looking(trained), tmp_path / "run")
+    run.update(make_batch(trained.data, 0, 0))
+    run.checkpoint()
+    before, after = load(tmp_path / "start"), load(tmp_path / "run" / "model")
+    changed = {name for name, value in after.state_dict().items() if not value.equal(before.state_dict()[name])}
+    assert changed and all("pixel_decoder" in name or "sem_to_pix" in name for name in changed)
+    old, new = (model.mingtok if inside else model for model in (before, after))
+    assert old.config == new.config and old.fingerprint == new.fingerprint
 
 
 def test_a_joint_stage_without_a_mingtok_says_what_to_do():
