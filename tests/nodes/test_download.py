@@ -190,7 +190,8 @@ def test_a_part_of_another_revision_or_with_too_many_bytes_is_not_gone_on_with(h
 def test_ctrl_c_keeps_what_has_arrived_and_the_next_run_goes_on_there(hub, run, folder):
     hub.stall[SHARDS[1]] = len(hub.files[SHARDS[1]]) // 2
     code = (
-        "import importlib, importlib.util, sys\n"
+        "import importlib, importlib.util, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it\n"
         "root, to = sys.argv[1:]\n"
         "import huggingface_hub.constants\n"
         "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # of 10 MB, more than the whole file here\n"
