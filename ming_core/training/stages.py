@@ -42,18 +42,14 @@ def objective(
         return MingTokStage(stage, mingtok, device)
     if start is None:
         raise ValueError(f"stage {stage.name!r} needs a MingTok: train the first stage, or name a folder to start from")
-    whole = checkpoint_kind(start) == "univision"
-    if whole:
+    if checkpoint_kind(start) == "univision":
         tokenizer = {name: (start / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
         model = load_univision(start)
-    if stage.trains == "pixel decoder":
-        return (
-            PixelStage(stage, model.mingtok, device, model, tokenizer)
-            if whole
-            else PixelStage(stage, load_mingtok(start), device)
-        )
-    if whole:
+        if stage.trains == "pixel decoder":
+            return PixelStage(stage, model.mingtok, device, model, tokenizer)
         return JointStage(stage, model, tokenizer, device)
+    if stage.trains == "pixel decoder":
+        return PixelStage(stage, load_mingtok(start), device)
     tokenizer = make_tokenizer(VOCABULARY)
     chat, mingtok = ChatFormat(tokenizer["tokenizer.json"]), load_mingtok(start)
     model = UniVision(univision_config(mingtok.config, chat, VOCABULARY), chat)
@@ -143,24 +139,19 @@ class PixelStage(MingTokStage):
     ) -> None:
         self.whole, self.tokenizer, config = whole, tokenizer, mingtok.config
         super().__init__(stage, mingtok, device)
-        self.config = config
+        mingtok.config = config  # how latents are normalised stays as it is, too
         self.module.weights = TokenizerWeights(labels=0.0, size=0.0, noise=PIXEL_NOISE, masked=0.0)
         for frozen in (mingtok.low_level_encoder, mingtok.semantic_decoder, self.module.reader):
             frozen.requires_grad_(False)
 
     def measured(self) -> MingTokConfig:
-        return self.config
+        return self.module.mingtok.config
 
     def publish(self, folder: Path) -> None:
         if self.whole is None:
             super().publish(folder)
         else:
-            raw_config = self.whole.mingtok.config
-            try:
-                self.whole.mingtok.config = self.config
-                save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
-            finally:
-                self.whole.mingtok.config = raw_config
+            save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
 
 
 class JointStage:
