@@ -8,6 +8,7 @@ starts from, what each of its drawing nodes drew (decoded for the thumbnail alon
 
 from __future__ import annotations
 
+import functools
 import sys
 import textwrap
 from pathlib import Path
@@ -25,6 +26,7 @@ SCENES = (3, 5, 8, 12, 13, 21, 34)  # seeds of unseen scenes for the reconstruct
 DRAWING = ("MingGenerate", "MingEdit")
 
 
+@functools.cache
 def pack() -> Any:
     """This folder, imported as a package as quickstart.py does it."""
     sys.path.insert(0, str(ROOT))
@@ -67,7 +69,9 @@ def words(workflow: dict, found: dict, node: str) -> str:
 
 def picture(image: torch.Tensor) -> Image.Image:
     """The first of an IMAGE."""
-    return Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
+    from ming_univision.ming_core.images import to_uint8
+
+    return Image.fromarray(to_uint8(image[0]))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,3 +101,20 @@ def picture(model):
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
         return model.mingtok.semantic_features(model.mingtok.encode(pixels))
+
+
+@pytest.fixture
+def tensors_alive(monkeypatch):
+    """Counts, while checkpoints are loaded: [tensors read, most of them that were alive at once]."""
+    from ming_univision.ming_core import checkpoint
+
+    alive, counts, read = [], [0, 0], checkpoint._Reader.read
+
+    def watched(self, stored):
+        tensor = read(self, stored)
+        alive.append(weakref.ref(tensor))
+        counts[:] = len(alive), max(counts[1], sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(checkpoint._Reader, "read", watched)
+    return counts

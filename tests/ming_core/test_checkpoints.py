@@ -247,24 +247,11 @@ def test_a_saved_model_is_a_published_folder_that_loads_the_same(folder, tmp_pat
     assert checkpoint_bytes(tmp_path / "saved", "univision", torch.bfloat16) == 2 * values
 
 
-def test_loading_holds_the_model_and_no_second_copy(folder, monkeypatch):
+def test_loading_holds_the_model_and_no_second_copy(folder, tensors_alive):
     """No more than one tensor is read before the one before it has found its place."""
-    from ming_univision.ming_core import checkpoint
-
-    alive, most, read = [], 0, checkpoint._Reader.read
-
-    def watched(self, stored):
-        nonlocal most
-        import weakref
-
-        tensor = read(self, stored)
-        alive.append(weakref.ref(tensor))
-        most = max(most, sum(ref() is not None for ref in alive))
-        return tensor
-
-    monkeypatch.setattr(checkpoint._Reader, "read", watched)
     load_univision(folder, dtype=torch.bfloat16)
-    assert len(alive) > 100 and most == 1
+    read, most = tensors_alive
+    assert read > 100 and most == 1
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
