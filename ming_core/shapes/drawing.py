@@ -48,7 +48,7 @@ def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "triangle":
         return (v <= 0.8) & (np.abs(u) <= (v + 0.95) * 0.57)
     if shape == "diamond":
-        return np.abs(u) / 0.8 + np.abs(v) <= 1.0
+        return np.abs(u) / 0.88 + np.abs(v) <= 1.0
     if shape == "cross":
         narrow, wide = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
         return (narrow <= 0.32) & (wide <= 0.94)

@@ -22,7 +22,7 @@ from PIL import Image
 from .drawing import inside
 from .scenes import BACKGROUNDS, CANVAS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
 
-_SMALLEST = 50  # pixels; a small star has 156, so a third of one is a speck, not a thing
+_SMALLEST = 50  # pixels; a small star has 170, so a third of one is a speck, not a thing
 _LARGEST = 36.0  # radius, pixels of the canvas: what is twice a large thing is none
 _LEAST_MATCH = 0.6  # overlap below which a region is no shape
 _HALO = 3  # pixels around a region that still count as its soft edge

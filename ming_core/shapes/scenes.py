@@ -46,23 +46,24 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
 )
 
 CANVAS = 128
-JITTER = 2  # pixels of the canvas; a large thing still keeps 1 pixel from the border of its share of the canvas
+JITTER = 1  # pixels of the canvas
 
-# Radius of the circle around the thing, in pixels of the canvas.
-SIZES: Mapping[str, float] = MappingProxyType({"small": 11.0, "large": 18.0})
+# Radius of the circle around the thing, in pixels of the canvas. With its jitter a large one just fits its cell.
+SIZES: Mapping[str, float] = MappingProxyType({"small": 11.5, "large": 15.0})
 
-# Centre of each cell (x, y), in pixels of the canvas, in reading order.
+# Centre of each cell (x, y), in pixels of the canvas, in reading order. Cells are 32 pixels wide and meet the grid of
+# the tokenizer's patches of 16: every thing is seen as four quarters, wherever it stands.
 POSITIONS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
-        "top left": (22.0, 22.0),
-        "top": (64.0, 22.0),
-        "top right": (106.0, 22.0),
-        "left": (22.0, 64.0),
+        "top left": (16.0, 16.0),
+        "top": (64.0, 16.0),
+        "top right": (112.0, 16.0),
+        "left": (16.0, 64.0),
         "centre": (64.0, 64.0),
-        "right": (106.0, 64.0),
-        "bottom left": (22.0, 106.0),
-        "bottom": (64.0, 106.0),
-        "bottom right": (106.0, 106.0),
+        "right": (112.0, 64.0),
+        "bottom left": (16.0, 112.0),
+        "bottom": (64.0, 112.0),
+        "bottom right": (112.0, 112.0),
     }
 )
 

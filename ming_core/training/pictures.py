@@ -11,6 +11,7 @@ import numpy as np
 from ..shapes import (
     CANVAS,
     EDIT_KINDS,
+    POSITIONS,
     Scene,
     degrade,
     draw,
@@ -89,7 +90,7 @@ def _region(scene: Scene, rng: np.random.Generator, kind: str) -> np.ndarray:
     # Only one edit in many leads from an evaluation scene to another one: there any will do.
     split = "train" if split_of(scene) == "train" else None
     while True:
-        edit = random_edit(rng, scene, EDIT_KINDS[rng.integers(len(EDIT_KINDS))], split=split)
+        edit = random_edit(rng, scene, EDIT_KINDS[rng.integers(len(EDIT_KINDS))], (1, len(POSITIONS)), split)
         if edit is not None:
             return region_picture(scene, edit.apply(scene))
 

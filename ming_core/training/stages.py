@@ -31,9 +31,17 @@ def objective(
 ) -> MingTokStage | PixelStage | JointStage:
     """What a stage trains, from the weights in the folder `start`; None: from nothing.
 
-    A joint stage takes its MingTok from `start`, and the rest too where the folder has it. Raises ValueError for a
-    stage that needs a folder and has none.
+    A joint stage takes its MingTok from `start`, and the rest too where the folder has it. The other stages keep that
+    rest beside what they train; after a new MingTok it must be taught again. Raises ValueError for a stage that needs a
+    folder and has none.
     """
+    if start is not None and checkpoint_kind(start) == "univision":
+        tokenizer = {name: (start / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+        model = load_univision(start)
+        if stage.trains == "joint":
+            return JointStage(stage, model, tokenizer, device)
+        kind = PixelStage if stage.trains == "pixel decoder" else MingTokStage
+        return kind(stage, model.mingtok, device, model, tokenizer)
     generator = torch.Generator().manual_seed(stage.seed)
     if stage.trains == "mingtok":
         mingtok = MingTok(MINGTOK) if start is None else load_mingtok(start)
@@ -42,16 +50,11 @@ def objective(
         return MingTokStage(stage, mingtok, device)
     if start is None:
         raise ValueError(f"stage {stage.name!r} needs a MingTok: train the first stage, or name a folder to start from")
-    if checkpoint_kind(start) == "univision":
-        tokenizer = {name: (start / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
-        model = load_univision(start)
-        if stage.trains == "pixel decoder":
-            return PixelStage(stage, model.mingtok, device, model, tokenizer)
-        return JointStage(stage, model, tokenizer, device)
+    mingtok = load_mingtok(start)
     if stage.trains == "pixel decoder":
-        return PixelStage(stage, load_mingtok(start), device)
+        return PixelStage(stage, mingtok, device)
     tokenizer = make_tokenizer(VOCABULARY)
-    chat, mingtok = ChatFormat(tokenizer["tokenizer.json"]), load_mingtok(start)
+    chat = ChatFormat(tokenizer["tokenizer.json"])
     model = UniVision(univision_config(mingtok.config, chat, VOCABULARY), chat)
     initialise(model, generator)
     model.mingtok = mingtok
@@ -72,9 +75,17 @@ class PictureData:
 
 
 class MingTokStage:
-    """Trains a MingTok on pictures."""
+    """Trains a MingTok on pictures; `whole`: the model that it is part of, with its tokenizer files, if it is."""
 
-    def __init__(self, stage: Stage, mingtok: MingTok, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        mingtok: MingTok,
+        device: torch.device | str = "cpu",
+        whole: UniVision | None = None,
+        tokenizer: dict[str, str] | None = None,
+    ) -> None:
+        self.whole, self.tokenizer = whole, tokenizer
         self.grid = mingtok.config.low_level_encoder.grid
         self.data = PictureData(stage.batch, stage.things, self.grid)
         self.device = device
@@ -105,12 +116,16 @@ class MingTokStage:
         return figures
 
     def publish(self, folder: Path) -> None:
-        """The folder in float32: stages to come train on it; the built-in model is written in half of it."""
+        """A MingTok alone in float32: stages to come train on it; a whole model in half of it, as it is committed."""
         tok = self.module.mingtok
         raw_config = tok.config
         try:
             tok.config = self.measured()
-            save_mingtok(tok, folder)
+            if self.whole is None:
+                save_mingtok(tok, folder)
+            else:
+                self.whole.config = replace(self.whole.config, mingtok_config=tok.config)
+                save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
         finally:
             tok.config = raw_config
 
@@ -137,8 +152,8 @@ class PixelStage(MingTokStage):
         whole: UniVision | None = None,
         tokenizer: dict[str, str] | None = None,
     ) -> None:
-        self.whole, self.tokenizer, config = whole, tokenizer, mingtok.config
-        super().__init__(stage, mingtok, device)
+        config = mingtok.config
+        super().__init__(stage, mingtok, device, whole, tokenizer)
         mingtok.config = config  # how latents are normalised stays as it is, too
         self.module.weights = TokenizerWeights(labels=0.0, size=0.0, noise=PIXEL_NOISE, masked=0.0)
         for frozen in (mingtok.low_level_encoder, mingtok.semantic_decoder, self.module.reader):
@@ -146,12 +161,6 @@ class PixelStage(MingTokStage):
 
     def measured(self) -> MingTokConfig:
         return self.module.mingtok.config
-
-    def publish(self, folder: Path) -> None:
-        if self.whole is None:
-            super().publish(folder)
-        else:
-            save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
 
 
 class JointStage:

@@ -64,7 +64,7 @@ def test_a_drawing_is_background_and_paint_mixed_by_the_mask():
     assert np.abs(expected - draw(scene)).max() <= 0.51
 
 
-@pytest.mark.parametrize("jitter", [-2.0, 0.0, 1.3, 2.0])
+@pytest.mark.parametrize("jitter", [-1.0, 0.0, 0.7, 1.0])
 def test_nine_large_things_neither_touch_nor_leave_the_canvas(jitter):
     for shape in SHAPES:
         things = (

@@ -17,18 +17,18 @@ from ming_univision.ming_core.shapes import (
     split_of,
 )
 
-STAR, CROSS = Thing("star", "red", "large", "left", 1.0, -2.0), Thing("cross", "blue", "small", "top right")
+STAR, CROSS = Thing("star", "red", "large", "left", 1.0, -1.0), Thing("cross", "blue", "small", "top right")
 SCENE = Scene((STAR, CROSS), "white")
 
 
 def test_each_edit_does_what_it_says():
     assert Edit("recolor", STAR, "green").apply(SCENE).things == (
         CROSS,
-        Thing("star", "green", "large", "left", 1.0, -2.0),
+        Thing("star", "green", "large", "left", 1.0, -1.0),
     )
     assert Edit("move", STAR, "centre").apply(SCENE).things == (
         CROSS,
-        Thing("star", "red", "large", "centre", 1.0, -2.0),
+        Thing("star", "red", "large", "centre", 1.0, -1.0),
     )
     assert Edit("remove", STAR).apply(SCENE) == Scene((CROSS,), "white")
     assert Edit("background", None, "black").apply(SCENE) == Scene((STAR, CROSS), "black")
