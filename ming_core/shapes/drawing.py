@@ -19,16 +19,18 @@ from .scenes import BACKGROUNDS, CANVAS, COLORS, SHAPES, SIZES, Scene, Thing
 
 PARTS = 9  # a shape seen as 3x3 parts, in reading order
 
-# Number of classes of each array of `patch_labels`; class 0 of the first three is "no thing here".
+# Number of classes of each array of `patch_labels`; class 0 of all but the background is "no thing here".
 LABEL_CLASSES = {
     "shape": 1 + len(SHAPES),
     "color": 1 + len(COLORS),
+    "size": 1 + len(SIZES),
     "part": 1 + PARTS,
     "background": len(BACKGROUNDS),
 }
 
 _COLOR_INDEX = {color: index + 1 for index, color in enumerate(COLORS)}
 _SHAPE_INDEX = {shape: index + 1 for index, shape in enumerate(SHAPES)}
+_SIZE_INDEX = {size: index + 1 for index, size in enumerate(SIZES)}
 _BACKGROUND_INDEX = {background: index for index, background in enumerate(BACKGROUNDS)}
 
 # Sampling points along a pixel's side. 8 gives 64 levels of coverage, finer than the eye sees on an edge.
@@ -140,12 +142,12 @@ def masks(scene: Scene, size: int = CANVAS) -> np.ndarray:
 def patch_labels(scene: Scene, patches: int = 8) -> dict[str, np.ndarray]:
     """What each patch of a `patches` x `patches` grid shows: a dict of int64 [patches, patches].
 
-    "shape" and "color" are 0 where no thing covers a sixteenth of the patch, else 1 + the index in `SHAPES`, `COLORS`.
-    "part" is 0 there too, else 1..9: where in the thing the middle of the patch lies, in thirds of the thing's width
-    and height, in reading order. "background" is the index in `BACKGROUNDS`, in every patch. `LABEL_CLASSES` has the
-    number of classes of each.
+    "shape", "color" and "size" are 0 where no thing covers a sixteenth of the patch, else 1 + the index in `SHAPES`,
+    `COLORS`, `SIZES`. "part" is 0 there too, else 1..9: where in the thing the middle of the patch lies, in thirds of
+    the thing's width and height, in reading order. "background" is the index in `BACKGROUNDS`, in every patch.
+    `LABEL_CLASSES` has the number of classes of each.
     """
-    labels = {name: np.zeros((patches, patches), dtype=np.int64) for name in ("shape", "color", "part")}
+    labels = {name: np.zeros((patches, patches), dtype=np.int64) for name in ("shape", "color", "size", "part")}
     most = np.full((patches, patches), _VISIBLE, dtype=np.float32)
     for thing in scene.things:
         covered, part = _patch_view(thing.shape, thing.size, thing.center, patches)
@@ -153,6 +155,7 @@ def patch_labels(scene: Scene, patches: int = 8) -> dict[str, np.ndarray]:
         most = np.where(here, covered, most)
         labels["shape"][here] = _SHAPE_INDEX[thing.shape]
         labels["color"][here] = _COLOR_INDEX[thing.color]
+        labels["size"][here] = _SIZE_INDEX[thing.size]
         labels["part"][here] = part[here]
     labels["background"] = np.full((patches, patches), _BACKGROUND_INDEX[scene.background], dtype=np.int64)
     return labels

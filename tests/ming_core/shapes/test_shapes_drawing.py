@@ -89,8 +89,9 @@ def test_patch_labels_name_what_covers_a_patch():
         here = share > 0.08
         assert (labels["shape"][here] == 1 + SHAPES.index(thing.shape)).all()
         assert (labels["color"][here] == 1 + list(COLORS).index(thing.color)).all()
+        assert (labels["size"][here] == 1 + list(SIZES).index(thing.size)).all()
     nothing = cover.sum(axis=0) < 0.05
-    assert all((labels[name][nothing] == 0).all() for name in ("shape", "color", "part"))
+    assert all((labels[name][nothing] == 0).all() for name in ("shape", "color", "size", "part"))
     assert (labels["background"] == list(BACKGROUNDS).index("navy")).all()
 
 
