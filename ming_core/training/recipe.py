@@ -138,6 +138,6 @@ RECIPE = (
         },
         seed=2,
     ),
-    Stage("everything", "joint", batch=24, lr=1.5e-3, hours=10.0, settle=0.5, average=0.995, seed=1),
+    Stage("everything", "joint", batch=24, lr=2e-3, hours=10.0, settle=0.6, average=0.995, seed=1),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )
