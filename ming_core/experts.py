@@ -19,6 +19,7 @@ from .config import LanguageModelConfig
 log = logging.getLogger(__name__)
 
 GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU gathers the experts' weights rather than sorting tokens
+GROUP_FROM = 4  # pairs an expert from which on it pays to bring all experts over for one product
 
 
 class GatedMlp(nn.Module):
@@ -43,10 +44,10 @@ class Experts(nn.Module):
     gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
     down     [E, H, I]
 
-    They may rest on another device than the one that is computed on: then only those of the routed experts are copied.
+    They may rest on another device than the one that is computed on: then only those of the routed experts are copied,
+    unless there are so many tokens that all experts are wanted.
     """
 
-    dense = True  # the weights lie as they are multiplied
     fetches_weights = True  # a host may leave them where they rest
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
@@ -79,12 +80,16 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        few, here = chosen.numel() <= GATHER_LIMIT, self.resident(x)
-        if grouped_product_serves(x) and (not few or (here and self.dense)):
-            out = self._grouped(x, chosen)
-        else:
-            out = self._gathered(x, chosen) if few and here and x.is_cuda else self._sorted(x, chosen)
-        return (out.float() * weights[..., None]).sum(1).to(x.dtype)
+        return (self.products(x, chosen).float() * weights[..., None]).sum(1).to(x.dtype)
+
+    def products(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, H] through each of its chosen experts [T, k] -> [T, k, H]."""
+        pairs, here = chosen.numel(), self.resident(x)
+        if grouped_product_serves(x) and (here or pairs >= GROUP_FROM * self.count):
+            return self._grouped(x, chosen)
+        if here and x.is_cuda and pairs <= GATHER_LIMIT:
+            return self._gathered(x, chosen)
+        return self._sorted(x, chosen)
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""
@@ -103,7 +108,7 @@ class Experts(nn.Module):
         return grouped_product(F.silu(gate) * up, down, ends)[restored].unflatten(0, chosen.shape)
 
     def _sorted(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Tokens sorted by expert, one product an expert that has any. -> [T, k, H]."""
+        """Tokens sorted by expert, one product an expert that has any; a GPU is waited for. -> [T, k, H]."""
         order, restored = _by_expert(chosen)
         counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
         groups = x[order // chosen.shape[1]].split(counts)
@@ -133,8 +138,9 @@ def grouped_product_serves(x: Tensor) -> bool:
 
 @functools.cache
 def _grouped_product_works(device: torch.device) -> bool:
-    """On Hopper and its successors torch has a kernel, elsewhere a loop that waits; tried once on a small product."""
-    if torch.cuda.get_device_capability(device)[0] < 9:
+    """torch has a kernel for Hopper and for data centre Blackwell (compute capability 9 and 10), elsewhere, with ROCm
+    too, a loop that waits. Tried once on a small product."""
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
     generator = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(s, generator=generator).to(device, torch.bfloat16) for s in ((5, 64), (3, 32, 64)))
