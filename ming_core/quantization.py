@@ -24,7 +24,6 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
