@@ -126,7 +126,9 @@ class JointLoss(nn.Module):
         ).flatten(0, 1)
         asked = batch.labels.flatten() != IGNORE
         logits = language_model.logits(hidden[asked])
-        parts = {"text": F.cross_entropy(logits, batch.labels.flatten()[asked])}
+        wrong = F.cross_entropy(logits, batch.labels.flatten()[asked], reduction="none")
+        counts = batch.counts.flatten()[asked]
+        parts = {"text": (counts * wrong).sum() / counts.sum().clamp_min(1.0)}
         # each token is drawn from the hidden state of the one before it
         before = hidden[places[batch.drawn].flatten() - 1]
         parts["flow"] = flow_loss(

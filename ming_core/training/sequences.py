@@ -24,6 +24,8 @@ from ..shapes import LABEL_CLASSES, Dialogue, Round, draw, patch_labels, random_
 
 IGNORE = -100  # a label that asks for nothing
 OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
+SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
+SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the ground
 
 UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees everything
@@ -48,6 +50,7 @@ class Sequence:
 
     ids        token ids; the patch token where a picture's features go
     labels     what each position must predict next, or IGNORE
+    counts     how much that counts
     positions  as rotary embedding counts them
     pictures   in order
     hidden     bool [n]: of the first n tokens those that the others, the tokens from n on, do not see
@@ -55,6 +58,7 @@ class Sequence:
 
     ids: list[int]
     labels: list[int]
+    counts: list[float]
     positions: list[int]
     pictures: tuple[Placed, ...]
     hidden: np.ndarray
@@ -71,6 +75,7 @@ class Batch(NamedTuple):
     """Sequences packed into R rows of L tokens; every sequence sees only itself.
 
     ids, labels, positions  int64 [R, L]
+    counts                  float32 [R, L], weights of the labels
     mask                    bool [R, L, L]
     pictures                uint8 [P, H, W, 3], all pictures of all sequences
     drawn                   bool [P]
@@ -82,6 +87,7 @@ class Batch(NamedTuple):
     ids: Tensor
     labels: Tensor
     positions: Tensor
+    counts: Tensor
     mask: Tensor
     pictures: Tensor
     drawn: Tensor
@@ -104,6 +110,7 @@ def spell(
     """
     ids: list[int] = []
     labels: list[int] = []
+    counts: list[float] = []
     placed: list[Placed] = []
     talk = Conversation()
     hidden = np.zeros(0, dtype=bool)
@@ -125,10 +132,14 @@ def spell(
             labels += [*ids[begin + 1 :], chat.end_id]
             if turn.target is not None:
                 labels[begin:-1] = [IGNORE] * (len(labels) - 1 - begin)
+        short = turn.answer is not None and len(labels) - begin <= SHORT_ANSWER
+        counts += [1.0] * (begin - 1 - len(counts))  # the answer's first token is predicted from here on
+        counts += [SHORT_WEIGHT if short else 1.0] * (len(labels) - len(counts))
     labels += [IGNORE] * (len(ids) - len(labels))
+    counts += [1.0] * (len(ids) - len(counts))
     n = len(hidden)
     positions = [*range(n), *range(n - int(hidden.sum()), len(ids) - int(hidden.sum()))]
-    return Sequence(ids, labels, positions, tuple(placed), hidden)
+    return Sequence(ids, labels, counts, positions, tuple(placed), hidden)
 
 
 def _estranged(turn: Round, stranger: Round, row: int) -> Round:
@@ -216,6 +227,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         room[row] -= len(sequence.ids)
     ids, positions = np.zeros((2, len(rows), length), dtype=np.int64)
     labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    counts = np.ones((len(rows), length), dtype=np.float32)
     mask = np.zeros((len(rows), length, length), dtype=bool)
     mask[:, range(length), range(length)] = True  # padding sees itself: a softmax over nothing is NaN
     pictures, slots = [], []
@@ -224,13 +236,13 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         for sequence in row:
             end = begin + len(sequence.ids)
             ids[i, begin:end], labels[i, begin:end] = sequence.ids, sequence.labels
-            positions[i, begin:end] = sequence.positions
+            positions[i, begin:end], counts[i, begin:end] = sequence.positions, sequence.counts
             mask[i, begin:end, begin:end] = sequence.mask()
             pictures += sequence.pictures
             slots += [i * length + begin + picture.start for picture in sequence.pictures]
             begin = end
     return Batch(
-        *(torch.from_numpy(array) for array in (ids, labels, positions, mask)),
+        *(torch.from_numpy(array) for array in (ids, labels, positions, counts, mask)),
         torch.from_numpy(np.stack([p.pixels for p in pictures]))
         if pictures
         else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
