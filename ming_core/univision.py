@@ -78,7 +78,8 @@ class UniVision(Placed):
     ) -> int:
         """Bytes that a round takes beside the weights, at most; `pictures` that it draws."""
         attached = 0 if features is None else features.batch * (features.grid[0] * features.grid[1] + 3)
-        prefix = conversation.length + attached + len(prompt.encode()) + PROMPT_FRAME  # at most a token a byte
+        written = len(prompt.encode(errors="surrogatepass"))  # at most a token a byte
+        prefix = conversation.length + attached + written + PROMPT_FRAME
         if not pictures:
             return self.language_model.working_memory(prefix, 1, max_new_tokens)
         n = self.config.llm_config.num_image_tokens_for_gen
