@@ -349,6 +349,8 @@ def test_a_folder_without_weights_or_tokenizer_or_config_is_refused(folder):
         ({"llm_config__hidden_act": "gelu"}, ["hidden_act 'gelu'", "'silu'"]),
         ({"llm_config__num_experts_per_tok": 99}, ["num_experts_per_tok 99"]),
         ({"llm_config__hidden_size": "wide"}, ["llm_config.hidden_size is 'wide'"]),
+        ({"llm_config__hidden_size": float("inf")}, ["llm_config.hidden_size is inf"]),
+        ({"mingtok_config__mean": float("nan")}, ["mingtok_config.mean is nan", "finite"]),
         ({"llm_config__rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn"]),
         ({"llm_config__eos_token_id": 12}, ["eos_token_id is 12", "tokenizer.json says 90"]),
         ({"llm_config__num_image_tokens_for_gen": 15}, []),

@@ -1,9 +1,11 @@
 """Rounds on one another: what is the same, whatever the cache, the branch, the batch or the file in between."""
 
+import os
 import random
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from ming_univision.ming_core import (
     Conversation,
@@ -17,6 +19,7 @@ from ming_univision.ming_core import (
 )
 from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Part, Picture, Text, guidance_views, prompt_views
 from ming_univision.ming_core.features import Features, load_features, save_features
+from ming_univision.ming_core.files import read_tensors, write_tensors
 
 SAME = 3e-4  # latents, float32, on this small model
 SHORT = {"max_new_tokens": 6}
@@ -384,8 +387,6 @@ def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tm
     elif damage == "no file":
         path.unlink()
     else:
-        from ming_univision.ming_core.files import read_tensors, write_tensors
-
         tensors, about = read_tensors(path, "ming conversation 1")
         write_tensors(path, {"ids": tensors["ids"]}, about)
     with pytest.raises(FileError, match=r"talk\.safetensors"):
@@ -393,6 +394,29 @@ def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tm
     if damage != "other kind":
         with pytest.raises(FileError, match=r"talk\.safetensors"):
             load_features(path)
+
+
+@pytest.mark.parametrize("damage", ["unknown id", "negative length", "depth", "latents", "no model", "a list"])
+def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage):
+    path = tmp_path / "talk.safetensors"
+    save_conversation(model.understand(Conversation(), "What?", features=picture, **SHORT).conversation, path)
+    tensors, about = read_tensors(path, "ming conversation 1")
+    segments = about["parts"][0]["segments"]
+    if damage == "unknown id":
+        tensors["ids"][2] = model.config.llm_config.vocab_size
+    elif damage == "negative length":
+        segments[0]["length"] = -1
+    elif damage == "depth":
+        next(s for s in segments if "depth" in s)["depth"] = "deep"
+    elif damage == "latents":
+        tensors["latents.0"] = tensors["latents.0"][:-1]
+    elif damage == "no model":
+        del about["model"]
+    write_tensors(path, tensors, about)
+    if damage == "a list":
+        path.write_bytes(safetensors.torch.save(tensors, {"ming": "[]"}))
+    with pytest.raises(FileError, match=r"talk\.safetensors"):
+        load_conversation(path, model)
 
 
 def test_saved_features_come_back_without_a_loss_and_without_a_model(model, picture, tmp_path):
@@ -414,3 +438,10 @@ def test_a_failed_save_leaves_the_folder_as_it_was(model, picture, tmp_path, mon
         save_features(picture._replace(depth=4), tmp_path / "f.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
     assert (tmp_path / "f.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+def test_a_saved_file_may_be_read_by_whom_the_umask_lets(picture, tmp_path):
+    save_features(picture, tmp_path / "f.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "f.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
