@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,27 @@ def write_whole(path: str | Path, data: bytes) -> None:
             file.write(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise FileError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # it is gone if all went well
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which move to `folder` once all are written; on failure none does.
+
+    Raises FileError.
+    """
+    fresh = folder / f".new.{secrets.token_hex(8)}"
+    try:
+        yield fresh
+        for path in sorted(fresh.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -65,3 +81,7 @@ def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path}: damaged or not a safetensors file ({error}); save it again") from None
+
+
+def _unwritable(path: Path, error: OSError) -> FileError:
+    return FileError(f"cannot write {path}: {error.strerror or error}; choose a folder that can be written")
