@@ -108,7 +108,7 @@ class UniVision(Placed):
         return_logits  keep a row of logits for every emitted token
 
         Raises ValueError for a blank prompt, pictures or a conversation of another model, or a transcript that would
-        outgrow the model's positions.
+        outgrow the model's positions; RuntimeError where fp16 is too narrow for the model.
         """
         return decoding.understand(
             self, conversation, prompt, features, max_new_tokens, sampling or Sampling(), seed, on_token, return_logits

@@ -214,6 +214,14 @@ def test_a_guidance_row_whose_factor_is_zero_is_not_needed(model, picture, guida
     assert_same_turn(lean, full)
 
 
+def test_guidance_without_text_is_held_to_the_length_of_the_conditional_velocity(model, picture, monkeypatch):
+    options = {"features": picture, "guidance": Guidance(0.0, 2.0), "solver": Solver(renorm=True), **SHORT}
+    lean = model.generate_image(Conversation(), "Make it blue.", **options)
+    exact = Guidance.factors
+    monkeypatch.setattr(Guidance, "factors", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
+    assert_same_turn(lean, model.generate_image(Conversation(), "Make it blue.", **options))
+
+
 def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, picture):
     calls = model.mingtok.calls.copy()
     three_rounds(model, picture)
@@ -252,6 +260,24 @@ def test_noise_may_be_given_with_or_without_the_row_that_is_ignored(model):
     assert torch.equal(a.features.latents, b.features.latents)
     with pytest.raises(ValueError, match=rf"give \({n}, {c}\)"):
         model.generate_image(Conversation(), "A cat.", noise=noise[:3])
+    with pytest.raises(ValueError, match="noise is given for 1 pictures: give that of 2"):
+        model.generate_images(Conversation(), "A cat.", seeds=[0, 1], noise=noise[None])
+
+
+@pytest.mark.parametrize("spoilt", ["language_model.model.layers.0.attention.dense", "flow_head.vis_head.0"])
+def test_a_drawing_that_outgrows_fp16_ends_in_an_error_and_leaves_nothing_in_the_cache(checkpoint_folder, spoilt):
+    model = load_univision(checkpoint_folder, dtype=torch.float16)
+    said = model.understand(Conversation(), "Hello.", **SHORT).conversation
+    model.prefix_cache.clear()
+    weight = model.get_submodule(spoilt).weight.data
+    whole = weight.clone()
+    weight.fill_(60000)
+    with pytest.raises(RuntimeError, match=r"float16: choose fp32 \(or bf16\)"):
+        model.generate_image(said, "A cat.", **SHORT)
+    weight.copy_(whole)
+    after = model.generate_image(said, "A cat.", **SHORT)
+    model.prefix_cache.clear()
+    assert_same_turn(after, model.generate_image(said, "A cat.", **SHORT))
 
 
 def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monkeypatch):
@@ -308,6 +334,14 @@ def test_text_is_greedy_at_temperature_zero_and_follows_the_seed_above(model):
     assert ask(seed=1, **warm) == ask(seed=1, **warm)
     assert len({tuple(ask(seed=s, **warm)) for s in range(4)}) > 1
     assert ask(sampling=Sampling(1.5, top_p=0.01)) == ask()  # only the most likely token is left
+    assert ask(sampling=Sampling(1e-39)) == ask(sampling=Sampling(1e-99)) == ask()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_of_no_numbers_is_refused(model, temperature):
+    model.language_model.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(RuntimeError, match="float32: the weights are damaged"):
+        model.understand(Conversation(), "What is it?", sampling=Sampling(temperature), **SHORT)
 
 
 def test_an_answer_ends_at_the_end_token_or_at_the_limit_and_its_last_token_is_not_in_the_conversation(model):
