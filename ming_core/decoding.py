@@ -361,7 +361,7 @@ class _Writer:
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
-            # drawn on the CPU, so that a seed means the same everywhere
+            # drawn on the CPU, so that a seed means the same everywhere; rows of no numbers are drawn from too, for now
             best = best.cpu()
             warmth = max(self.sampling.temperature, COLDEST)
             odds = ((logits.cpu() - best) / warmth).softmax(-1).nan_to_num(1)

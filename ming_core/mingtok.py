@@ -225,7 +225,7 @@ class MingTok(Placed):
         tokens = self.semantic_decoder(raw.to(self.dtype)).float().cpu()
         if not tokens.isfinite().all():
             raise out_of_range(self.dtype)
-        own = latents.to("cpu", copy=True)  # the caller may write to his
+        own = latents.to("cpu", copy=True)  # the caller may write to theirs
         return Features(tokens, own, tuple(latents.shape[2:]), self.fingerprint)
 
     def decode(self, features: Features) -> Tensor:
