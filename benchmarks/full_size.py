@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import ming_core  # noqa: E402 - found through the line above
 from ming_core import Conversation, UniVision  # noqa: E402
 from ming_core.checkpoint import INDEX, published_slots  # noqa: E402
-from ming_core.config import MingTokConfig, UniVisionConfig, write_config  # noqa: E402
+from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config  # noqa: E402
 
 GB = 1e9
 SHARD = 2e9  # bytes
@@ -156,6 +156,10 @@ class Enough(Exception):
 
 
 def run_on_cpu(folder: Path, precision: str, tokens: int) -> None:
+    config = read_config(UniVisionConfig, json.loads((folder / "config.json").read_text()))
+    most = config.llm_config.num_image_tokens_for_gen
+    if not 2 <= tokens <= most:  # the first one has the prompt's time in it
+        raise SystemExit(f"--tokens {tokens}: give 2 to {most}")
     with MemoryWatch() as loading:
         started = time.perf_counter()
         model = load(folder, precision, "cpu")
@@ -184,7 +188,8 @@ def run_on_cpu(folder: Path, precision: str, tokens: int) -> None:
 
 
 def run_on_gpu(folder: Path, precisions: list[str]) -> None:
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {copy_bandwidth() / GB:.0f} GB/s\n")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {bandwidth / GB:.0f} GB/s\n")
     print("| precision | pictures | rows | seconds | floor, s | ratio |\n|---|---|---|---|---|---|")
     for precision in precisions:
         model = load(folder, precision, "cuda")
@@ -192,7 +197,7 @@ def run_on_gpu(folder: Path, precisions: list[str]) -> None:
         for pictures in (1, 4):
             for rows, before in ((2, Conversation()), (3, drawn.conversation)):
                 seconds = drawing_time(model, before, pictures)
-                floor = image_bytes(model, pictures, rows) / copy_bandwidth()
+                floor = image_bytes(model, pictures, rows) / bandwidth
                 found = f"{seconds:.2f} | {floor:.2f} | {seconds / floor:.2f}"
                 print(f"| {precision} | {pictures} | {rows} | {found} |", flush=True)
         del model, drawn
@@ -212,7 +217,7 @@ def drawing_time(model: UniVision, before: Conversation, pictures: int) -> float
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that the GPU reads and writes when it copies 2 GB."""
+    """Bytes a second that the GPU reads and writes when it copies 2 GB; measured while no model is there."""
     source = torch.empty(int(2e9), dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
     for _ in range(5):
@@ -221,7 +226,10 @@ def copy_bandwidth() -> float:
         target.copy_(source)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return 2 * source.nbytes / min(times)
+    moved = 2 * source.nbytes
+    del source, target
+    torch.cuda.empty_cache()
+    return moved / min(times)
 
 
 def image_bytes(model: UniVision, pictures: int, rows: int) -> float:

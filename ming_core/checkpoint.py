@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import ConfigError, MingTokConfig, UniVisionConfig, read_config, write_config
-from .files import write_whole
+from .files import write_whole, written_together
 from .mingtok import MingTok
 from .prompts import ChatFormat
 from .quantization import FORMATS, Quantized, arrange_plainly, quantize
@@ -144,8 +145,8 @@ def load_univision(
 
 
 def save_mingtok(model: MingTok, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a MingTok as a published folder."""
-    _save(model, write_config(model.config), Path(folder), dtype)
+    """Write a MingTok as a published folder. Raises FileError; what was in the folder before is whole then."""
+    _save(model, write_config(model.config), {}, Path(folder), dtype)
 
 
 def save_univision(
@@ -153,16 +154,15 @@ def save_univision(
 ) -> None:
     """Write a UniVision as a published folder. tokenizer: file name -> content, tokenizer.json among them.
 
-    dtype is that of the weights that are not quantised. A quantised model makes a quantised folder.
+    dtype is that of the weights that are not quantised. A quantised model makes a quantised folder. Raises FileError;
+    what was in the folder before is whole then.
     """
-    for name, content in tokenizer.items():
-        write_whole(Path(folder) / name, content.encode())
     config = dataclasses.replace(model.config, mingtok_config=model.mingtok.config)
     entries = {"model_type": "mingunivision", **write_config(config)}
     if model.quantization:
         origin = Origin(model.quantization, model.fingerprint, model.mingtok.fingerprint)
         entries["quantization_config"] = {"quant_method": QUANT_METHOD, **origin._asdict()}
-    _save(model, entries, Path(folder), dtype)
+    _save(model, entries, tokenizer, Path(folder), dtype)
 
 
 def checkpoint_kind(folder: str | Path) -> str | None:
@@ -270,10 +270,12 @@ class CheckpointFiles:
             index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
                 raise TypeError("weight_map")
+        except OSError as error:
+            raise _unreadable(path, error) from None
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}): {AGAIN}") from None
         for name in index.values():
-            if Path(name).name != name:
+            if name in ("", "..") or Path(name).name != name:
                 raise CheckpointError(f"{path} names a shard outside the folder ({name}): {AGAIN}")
         return index
 
@@ -353,17 +355,17 @@ class CheckpointFiles:
 
     def _fingerprint(self, tensors: Mapping[str, Stored], more: bytes) -> str:
         digests = {}
-        for file in self.files:
+        in_place = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].begin))
+        for file, tensors_there in itertools.groupby(in_place, key=lambda item: item[1].file):
             with open(file, "rb") as stream:
-                for key, stored in sorted(tensors.items(), key=lambda item: item[1].begin):
-                    if stored.file == file:
-                        stream.seek(stored.begin)
-                        head = stream.read(min(FINGERPRINT_BYTES, stored.end - stored.begin))
-                        stream.seek(max(stored.begin, stored.end - FINGERPRINT_BYTES))
-                        tail = stream.read(stored.end - stream.tell())
-                        name = key.removeprefix("vision.")
-                        about = f"{name}|{','.join(map(str, stored.shape))}|".encode()
-                        digests[name] = hashlib.sha256(about + head + tail).digest()
+                for key, stored in tensors_there:
+                    stream.seek(stored.begin)
+                    head = stream.read(min(FINGERPRINT_BYTES, stored.end - stored.begin))
+                    stream.seek(max(stored.begin, stored.end - FINGERPRINT_BYTES))
+                    tail = stream.read(stored.end - stream.tell())
+                    name = key.removeprefix("vision.")
+                    about = f"{name}|{','.join(map(str, stored.shape))}|".encode()
+                    digests[name] = hashlib.sha256(about + head + tail).digest()
         return hashlib.sha256(more + b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
@@ -416,6 +418,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
         }
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: {AGAIN}") from None
+    except OSError as error:
+        raise _unreadable(file, error) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -489,7 +493,7 @@ def _univision_config(folder: Path, files: CheckpointFiles) -> tuple[UniVisionCo
 def _sibling_mingtok(folder: Path) -> MingTokConfig | None:
     """The config of a MingTok checkpoint that lies beside this folder."""
     for other in sorted(folder.resolve().parent.iterdir()):
-        if "mingtok" in other.name.lower() and (other / "config.json").is_file():
+        if "mingtok" in other.name.lower() and checkpoint_kind(other) == "mingtok":
             return _config(MingTokConfig, other)
     return None
 
@@ -504,6 +508,8 @@ def _config(cls: type, folder: Path) -> Any:
         return read_config(cls, values)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {AGAIN}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
@@ -512,8 +518,8 @@ def _config(cls: type, folder: Path) -> Any:
         raise CheckpointError(f"{path} is no JSON ({error}): {AGAIN}") from None
 
 
-def _save(model: nn.Module, config: dict, folder: Path, dtype: torch.dtype) -> None:
-    """Tensors and config; in shards if they are many, so that only one shard is in memory twice."""
+def _save(model: nn.Module, config: dict, others: Mapping[str, str], folder: Path, dtype: torch.dtype) -> None:
+    """Tensors, config and other files; in shards if they are many, so that only one shard is in memory twice."""
     arrange_plainly(model)
     parameters = dict(model.named_parameters())
     slots = published_slots(model)
@@ -522,20 +528,22 @@ def _save(model: nn.Module, config: dict, folder: Path, dtype: torch.dtype) -> N
     }
     shards = list(_in_shards(sizes))
     weight_map = {}
-    (folder / INDEX).unlink(missing_ok=True)  # of what was there before
-    for i, keys in enumerate(shards):
-        name = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for key in keys:
-            slot = slots[key]
-            value = parameters[slot.parameter][slot.index].detach()
-            tensors[key] = value.to("cpu", _stored_dtype(key, slot, parameters, dtype)).contiguous()
-        write_whole(folder / name, save(tensors, {"format": "pt"}))
-        weight_map |= dict.fromkeys(keys, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_whole(folder / INDEX, json.dumps(index, indent=1).encode())
-    write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
+    with written_together(folder) as fresh:
+        for i, keys in enumerate(shards):
+            name = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for key in keys:
+                slot = slots[key]
+                value = parameters[slot.parameter][slot.index].detach()
+                tensors[key] = value.to("cpu", _stored_dtype(key, slot, parameters, dtype)).contiguous()
+            write_whole(fresh / name, save(tensors, {"format": "pt"}))
+            weight_map |= dict.fromkeys(keys, name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            write_whole(fresh / INDEX, json.dumps(index, indent=1).encode())
+        for name, content in {**others, "config.json": json.dumps(config, indent=2)}.items():
+            write_whole(fresh / name, content.encode())
+        (folder / INDEX).unlink(missing_ok=True)  # of what was there before
 
 
 def _stored_dtype(key: str, slot: Slot, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
@@ -555,6 +563,10 @@ def _in_shards(sizes: Mapping[str, int]) -> Iterable[list[str]]:
         keys.append(key)
         filled += size
     yield keys
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error.strerror or error}): see that it is a file you may read")
 
 
 def _and_more(names: list[str]) -> str:

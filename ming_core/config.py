@@ -9,6 +9,7 @@ something not implemented here is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -263,6 +264,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return read_config(hint, value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not abs(value) <= sys.float_info.max:  # JSON readers take NaN and Infinity
+        raise ConfigError(f"{where} is {value!r}, not a finite number")
     if hint is float and number:
         return float(value)
     if hint is int and number and value == int(value):

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .config import UniVisionConfig
 from .features import Features, tensor_digest
 from .files import FileError, read_tensors, write_tensors
 from .mingtok import MingTok
@@ -236,6 +237,7 @@ def save_conversation(conversation: Conversation, path: str | Path) -> None:
 class Reader(Protocol):
     """What is needed of a UniVision to read a conversation."""
 
+    config: UniVisionConfig
     fingerprint: str
     mingtok: MingTok
 
@@ -246,21 +248,25 @@ def load_conversation(path: str | Path, model: Reader) -> Conversation:
     Raises FileError for a damaged file, and ValueError for the file of another model.
     """
     tensors, about = read_tensors(path, FILE_FORMAT)
+    other = about.get("model", "")
+    if other not in ("", model.fingerprint):
+        raise ValueError(
+            f"{path} was saved with another model ({str(other)[:12]}) than this one ({model.fingerprint[:12]}): "
+            "load that model to go on with it"
+        )
+    vocabulary = model.config.llm_config.vocab_size
     try:
-        fingerprint, listed = str(about["model"]), about["parts"]
-        if fingerprint not in ("", model.fingerprint):
-            raise ValueError(
-                f"{path} was saved with another model ({fingerprint[:12]}) than this one ({model.fingerprint[:12]}): "
-                "load that model to go on with it"
-            )
         ids, latents = tensors["ids"].tolist(), iter(tensors[f"latents.{i}"] for i in range(len(tensors) - 1))
+        for i in ids:
+            if not (isinstance(i, int) and 0 <= i < vocabulary):
+                raise ValueError(f"token {i} is not in the vocabulary of {vocabulary}")
         parts = []
-        for part in listed:
+        for part in about["parts"]:
             segments: list[Segment] = []
             for entry in part["segments"]:
                 if "kind" in entry:
                     n = entry["length"]
-                    if n > len(ids) or entry["kind"] not in (ROLE, MARK, PROMPT, ANSWER):
+                    if not 0 <= n <= len(ids) or entry["kind"] not in (ROLE, MARK, PROMPT, ANSWER):
                         raise KeyError("ids")
                     segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
                     del ids[:n]
@@ -269,9 +275,9 @@ def load_conversation(path: str | Path, model: Reader) -> Conversation:
             parts.append(Part(bool(part["generated"]), tuple(segments)))
         if ids or next(latents, None) is not None:
             raise KeyError("parts")
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        return Conversation(tuple(parts), about["model"])
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, StopIteration) as error:
         raise FileError(f"{path}: not a whole conversation file ({error!r}); save the conversation again") from None
-    return Conversation(tuple(parts), fingerprint)
 
 
 def _restore(model: Reader, latents: Tensor, entry: dict) -> Picture:

@@ -28,10 +28,13 @@ from .language_model import KeyValues, LanguageModel, Prefix, Rows
 from .mingtok import MingTok
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat, TextStream
+from .transformer import out_of_range
 
 log = logging.getLogger(__name__)
 
 STARTS = ("draw now", "model decides")
+COLDEST = 1e-30  # a temperature below is taken as this one: in float32 it would be 0
+NO_TOKEN = -1  # chosen where the logits are no numbers
 
 
 class Model(Protocol):
@@ -93,7 +96,7 @@ class Turn:
     features      the drawn picture (batch 1), None for a round of text
     conversation  the conversation with this round
     prefilled     positions that were forwarded before the first token could be emitted
-    logits        float32 [len(token_ids), vocabulary], when asked for
+    logits        float32 [len(token_ids), vocabulary] in host memory, when asked for
     """
 
     text: str
@@ -268,6 +271,8 @@ def _prefill(model: Model, conversation: Conversation) -> tuple[Prefix, Tensor, 
     gate = [isinstance(s, Picture) and not s.drawn for s in new for _ in range(s.length)]
     image_gate = torch.tensor(gate, device=embeddings.device) if any(gate) else None
     hidden = model.language_model.prefill(embeddings, prefix, image_gate)
+    if not hidden.isfinite().all():
+        raise out_of_range(hidden.dtype)
     _remember(model, keys, new, begin, prefix.slice)
     return prefix, hidden, len(embeddings)
 
@@ -337,7 +342,7 @@ class _Writer:
             for row in sorted(open_rows):
                 out[row].ids.append(chosen[row])
                 if self.keep_logits:
-                    out[row].logits.append(logits[row])
+                    out[row].logits.append(logits[row].cpu())
                 if chosen[row] in ends:
                     open_rows.discard(row)
             if stream:
@@ -352,12 +357,21 @@ class _Writer:
         if forbidden is not None:
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
+        best = logits.amax(-1, keepdim=True)
         if self.sampling.temperature == 0:
-            return logits.argmax(-1).tolist()
-        # drawn on the CPU, so that a seed means the same everywhere
-        odds, order = (logits.cpu() / self.sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
-        odds[odds.cumsum(-1) - odds >= self.sampling.top_p] = 0
-        return order.gather(1, torch.multinomial(odds, 1, generator=self.generator))[:, 0].tolist()
+            chosen = logits.argmax(-1, keepdim=True)
+        else:
+            # drawn on the CPU, so that a seed means the same everywhere; rows of no numbers are drawn from too, for now
+            best = best.cpu()
+            warmth = max(self.sampling.temperature, COLDEST)
+            odds = ((logits.cpu() - best) / warmth).softmax(-1).nan_to_num(1)
+            odds, order = odds.sort(dim=-1, descending=True)
+            odds[odds.cumsum(-1) - odds >= self.sampling.top_p] = 0
+            chosen = order.gather(1, torch.multinomial(odds, 1, generator=self.generator))
+        ids = chosen.where(best.isfinite(), NO_TOKEN)[:, 0].tolist()
+        if NO_TOKEN in ids:
+            raise out_of_range(self.model.language_model.dtype)
+        return ids
 
 
 def _begin_picture(model: Model, opened: Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
@@ -365,7 +379,7 @@ def _begin_picture(model: Model, opened: Round, start: str, writer: _Writer) -> 
     image = model.config.llm_config.image_start_token
     single = Rows(opened.prefix, capacity=writer.limit)
     if start == "draw now":
-        logits = [model.language_model.logits(opened.hidden)] if writer.keep_logits else []
+        logits = [model.language_model.logits(opened.hidden).cpu()] if writer.keep_logits else []
         return single, _Written([image], logits)
     before = writer.write(single, opened.hidden[None], stop=image)[0]
     if before.ids[-1] != image:
@@ -393,7 +407,7 @@ def _draw_pictures(
     """
     batch, n, _ = noise.shape
     views = guidance_views(opened.conversation.parts)
-    guided = Guided.by(guidance, len(views))
+    guided = Guided.by(guidance, len(views), solver.renorm)
     rows = single.fork(batch * guided.rows, single.length + n, views[guided.used].repeat(batch, 1))
     latents, tokens, x = draw_latents(model, rows, guided, noise, solver, on_token)
     rows = rows.select([b * guided.rows for b in range(batch)], rows.length + 1 + max_new_tokens)
@@ -405,13 +419,14 @@ class Guided(NamedTuple):
     """Which guidance rows a drawing runs: those whose factor is not 0, and the first, which goes on to the text."""
 
     used: list[int]  # of [c], [c, u] or [c, u, t]
-    factors: tuple[float, ...]  # of the last ones' velocities: one of 0 is left out, and only the first row's can be
+    factors: tuple[float, ...]  # of the last ones' velocities: only the first row's may be left out, being 0
 
     @classmethod
-    def by(cls, guidance: Guidance, views: int) -> Guided:
+    def by(cls, guidance: Guidance, views: int, renorm: bool = False) -> Guided:
+        """`renorm`: the solver needs the first row's velocity, even one that counts 0 times."""
         factors = guidance.factors(views)
         used = [i for i, f in enumerate(factors) if i == 0 or f != 0]
-        return cls(used, tuple(f for f in factors if f != 0))
+        return cls(used, tuple(factors[i] for i in used if factors[i] != 0 or renorm))
 
     @property
     def rows(self) -> int:
@@ -452,8 +467,10 @@ def draw_latents(
 def drawn_features(model: Model, latents: Tensor, tokens: Tensor, depth: int) -> list[Features]:
     """What was drawn, [B, N, C] and [B, N, D], as pictures; `depth`: that of what was in view."""
     grid = model.config.drawing_grid
-    latents = to_grid(latents.cpu(), grid).contiguous()
-    everything = Features(tokens.float().cpu(), latents, grid, model.mingtok.fingerprint, depth + 1)
+    latents, tokens = to_grid(latents.cpu(), grid).contiguous(), tokens.float().cpu()
+    if not (latents.isfinite().all() and tokens.isfinite().all()):
+        raise out_of_range(model.language_model.dtype)
+    everything = Features(tokens, latents, grid, model.mingtok.fingerprint, depth + 1)
     return [_own(picture) for picture in everything.pictures()]
 
 
@@ -469,7 +486,9 @@ def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, noise_rou
     if given is None:
         draws = [torch.randn(n, channels, generator=_generator(seed, "image", noise_round)) for seed in seeds]
         return torch.stack(draws)
-    if given.shape[0] != len(seeds) or given.shape[1] not in (n, n + 1) or given.shape[2:] != (channels,):
+    if given.shape[0] != len(seeds):
+        raise ValueError(f"noise is given for {given.shape[0]} pictures: give that of {len(seeds)}, one a seed")
+    if given.ndim != 3 or given.shape[1] not in (n, n + 1) or given.shape[2] != channels:
         raise ValueError(f"noise is {tuple(given.shape[1:])} a picture: give ({n}, {channels})")
     return given[:, :n].float().cpu()
 

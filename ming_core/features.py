@@ -129,5 +129,5 @@ def load_features(path: str | Path) -> Features:
         if (b, n) != (b2, h * w) or not (torch.isfinite(tokens).all() and torch.isfinite(latents).all()):
             raise ValueError(f"tokens {tuple(tokens.shape)} do not belong to latents {tuple(latents.shape)}")
         return Features(tokens, latents, (h, w), str(about["tokenizer"]), int(about["depth"]))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise FileError(f"{path}: not a whole features file ({error}); save the features again") from None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,34 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 def write_whole(path: str | Path, data: bytes) -> None:
     """Put `data` at `path` in one step, making its folder. Raises FileError; nothing half-written is left."""
     path = Path(path)
-    temporary = None
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise FileError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which move to `folder` once all are written; on failure none does.
+
+    Raises FileError.
+    """
+    fresh = folder / f".new.{secrets.token_hex(8)}"
+    try:
+        yield fresh
+        for path in sorted(fresh.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,8 +69,9 @@ def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
     try:
         with safe_open(str(path), framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            if about.get("format") != file_format:
-                kind = about.get("format") or "something else"
+            kind = about.get("format") if isinstance(about, dict) else None
+            if kind != file_format:
+                kind = kind or "something else"
                 raise FileError(f'{path}: this is a file of "{kind}", not of "{file_format}"')
             # cloned: a mapped tensor would keep the file open, and change with it
             return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
@@ -69,7 +83,5 @@ def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
         raise FileError(f"{path}: damaged or not a safetensors file ({error}); save it again") from None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _unwritable(path: Path, error: OSError) -> FileError:
+    return FileError(f"cannot write {path}: {error.strerror or error}; choose a folder that can be written")

@@ -69,6 +69,7 @@ class Prefix:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.length = 0
+        self.mask: Tensor | None = None  # of the chunk that is forwarded; the first layer makes it for all
 
     def extend(self, known: KeyValues) -> None:
         """Take over positions that were computed before."""
@@ -89,12 +90,11 @@ class Prefix:
         # each key/value head serves a group of query heads: (kv, group, ., d), without a copy
         q = q.reshape(k.shape[1], -1, n, q.shape[3])
         k, v = (x[layer, :, None, :end].expand(-1, q.shape[1], -1, -1) for x in (self.keys, self.values))
-        mask = None
-        if self.length and n > 1:
-            mask = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(self.length)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not self.length)
+        if layer == 0 and self.length and n > 1:
+            self.mask = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(self.length)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=not self.length)
         if layer == len(self.keys) - 1:
-            self.length = end
+            self.length, self.mask = end, None
         return out.flatten(0, 1)[None]
 
 

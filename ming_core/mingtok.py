@@ -15,13 +15,27 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
-from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack
+from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack, out_of_range
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
+
+
+def as_finely(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), computed as finely as x is where the weights are stored with fewer bits.
+
+    Weights that rest on another device are left to their layers, which bring them over in the dtype of their input.
+    """
+    coarse = {
+        name: p.to(x)
+        for name, p in module.named_parameters()
+        if p.device == x.device and p.dtype.itemsize < x.dtype.itemsize
+    }
+    return functional_call(module, coarse, (x,)) if coarse else module(x)
 
 
 class PatchEmbed(nn.Module):
@@ -32,7 +46,12 @@ class PatchEmbed(nn.Module):
         self.proj = operations.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return to_tokens(self.proj(pixels))
+        # Not as a convolution, which rounds float32 to TF32 on a GPU unless a global switch says otherwise. Colour is
+        # the fastest axis, so that the sums are in the order of the convolution that the numbers were recorded with.
+        p = self.proj.kernel_size[0]
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+        weight, bias = self.proj.weight.to(patches), self.proj.bias.to(patches)  # they may rest elsewhere
+        return F.linear(patches, rearrange(weight, "d c p q -> d (p q c)"), bias)
 
 
 class LowLevelEncoder(nn.Module):
@@ -135,8 +154,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks[0]:
-            x = block(x)
-        return self.head(self.norm(x))
+            x = as_finely(block, x)
+        return as_finely(self.head, as_finely(self.norm, x))
 
 
 class MingTok(Placed):
@@ -195,25 +214,35 @@ class MingTok(Placed):
         return to_grid(self.normalise(raw), grid)
 
     def semantic_features(self, latents: Tensor) -> Features:
-        """Normalised latents [B, C, h, w] -> Features, in host memory. Raises ValueError."""
+        """Normalised latents [B, C, h, w] -> Features, in host memory.
+
+        Raises ValueError, and RuntimeError where fp16 is too narrow for the model.
+        """
         self._check_latents(latents)
         self.calls["semantic"] += 1
         latents = latents.float()
         raw = self.denormalise(to_tokens(latents).to(self.device))
-        tokens = self.semantic_decoder(raw.to(self.dtype))
-        return Features(tokens.float().cpu(), latents.cpu(), tuple(latents.shape[2:]), self.fingerprint)
+        tokens = self.semantic_decoder(raw.to(self.dtype)).float().cpu()
+        if not tokens.isfinite().all():
+            raise out_of_range(self.dtype)
+        own = latents.to("cpu", copy=True)  # the caller may write to theirs
+        return Features(tokens, own, tuple(latents.shape[2:]), self.fingerprint)
 
     def decode(self, features: Features) -> Tensor:
-        """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features."""
+        """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features.
+
+        Computed in float32 whatever the dtype of the weights, as published.
+        """
         self.check(features)
         self.calls["decode"] += 1
-        patches = self.patches(features.tokens.to(self.device, self.dtype))
+        patches = self.patches(features.tokens.to(self.device, torch.float32))
         return self.assemble(patches, features.grid).float().clamp(-1, 1)
 
     def preview(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The picture so far: the first n semantic tokens [B, n, D] -> pixels [B, 3, H, W], mid grey where none is yet.
 
-        Cheap, since the pixel decoder knows no positions and takes just the tokens that are there.
+        Cheap, since the pixel decoder knows no positions and takes just the tokens that are there, and computes in the
+        dtype of the weights here.
         """
         self.calls["preview"] += 1
         patches = self.patches(tokens.to(self.device, self.dtype))
@@ -223,14 +252,16 @@ class MingTok(Placed):
     def working_memory(self, pictures: int, patches: int) -> int:
         """Bytes beside the weights for encoding, decoding or drawing `pictures` of `patches` each."""
         config = self.config
+        size, pixel = self.dtype.itemsize, config.pixel_decoder.embed_dim
         stages = (
-            (config.low_level_encoder.embed_dim, patches),
-            (config.semantic_decoder.embed_dim, patches),
-            (config.pixel_decoder.embed_dim, patches * self.cells**2),
+            config.low_level_encoder.embed_dim * patches * size,
+            config.semantic_decoder.embed_dim * patches * size,
+            pixel * patches * self.cells**2 * 4,  # in float32
         )
-        layer = max(14 * dim * n for dim, n in stages)  # the stream, normed, q, k, v, and what is inside SwiGLU
-        streamed = 2 * config.semantic_decoder.decoder_depth * config.semantic_decoder.embed_dim * patches
-        return pictures * (layer + streamed) * self.dtype.itemsize
+        layer = 14 * max(stages)  # the stream, normed, q, k, v, and what is inside SwiGLU
+        streamed = 2 * config.semantic_decoder.decoder_depth * config.semantic_decoder.embed_dim * patches * size
+        block = 12 * pixel**2 * 4 if size < 4 else 0  # of the pixel decoder, its weights in float32
+        return pictures * (layer + streamed) + block
 
     def stream(self, rows: int, capacity: int) -> SemanticStream:
         """A semantic decoder that takes the latents of `rows` pictures a few at a time, `capacity` in all."""
@@ -243,8 +274,8 @@ class MingTok(Placed):
         return latents * self.config.scaling_factor + self.config.mean
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """Semantic tokens [B, N, D] -> patches [B, N, cells*cells, p*p*3], not clamped."""
-        x = rearrange(self.sem_to_pix(tokens), "b n (cell d) -> b (n cell) d", cell=self.cells**2)
+        """Semantic tokens [B, N, D] -> patches [B, N, cells*cells, p*p*3], not clamped; float32 tokens in float32."""
+        x = rearrange(as_finely(self.sem_to_pix, tokens), "b n (cell d) -> b (n cell) d", cell=self.cells**2)
         return self.pixel_decoder(x).unflatten(1, (-1, self.cells**2))
 
     def assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:

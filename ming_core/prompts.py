@@ -2,7 +2,7 @@
 
 A prompt is `<role>HUMAN</role>` + pictures and text + `<role>ASSISTANT</role>`; a picture is `<image>`, its patches,
 `</image>` and a line break. Special tokens are placed by this file alone: what a user types is encoded by a
-tokenizer that does not know them, so `<image>` in a prompt is seven characters.
+tokenizer that takes them for plain text, so `<image>` in a prompt is seven characters.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ class ChatFormat:
     def __init__(self, tokenizer_json: str) -> None:
         content = json.loads(tokenizer_json)
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        added = content.get("added_tokens", [])
-        self._special_ids = {t["content"]: t["id"] for t in added if t["special"]}
-        content["added_tokens"] = [t for t in added if not t["special"]]
-        self._plain = Tokenizer.from_str(json.dumps(content))
+        self._special_ids = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
+        self._plain = Tokenizer.from_str(tokenizer_json)  # left whole: without some tokens, others change their ids
+        self._plain.encode_special_tokens = True  # as the text that they are
         self.end_id = self._special(END)
         self.role_open_id, self.role_close_id = self._special(ROLE_OPEN), self._special(ROLE_CLOSE)
         self.image_open_id, self.image_close_id = self._special(IMAGE_OPEN), self._special(IMAGE_CLOSE)
@@ -52,7 +51,7 @@ class ChatFormat:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, none of them special whatever the text says."""
-        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        return tuple(self._plain.encode(whole_characters(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
@@ -104,7 +103,13 @@ class ChatFormat:
         return Text((self.role_open_id, *self.encode(role), self.role_close_id), ROLE, f"<role>{role}</role>")
 
     def _text(self, text: str) -> list[Text]:
+        text = whole_characters(text)
         return [Text(self.encode(text), PROMPT, text)] if text else []
+
+
+def whole_characters(text: str) -> str:
+    """The text with its halves of characters (lone surrogates) replaced: no tokenizer and no file takes them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TextStream:

@@ -20,6 +20,12 @@ from .config import HEAD_DIM, swiglu_width
 LAYER_NORM_EPS = 1e-6
 
 
+def out_of_range(dtype: torch.dtype) -> RuntimeError:
+    """What to raise where what was computed is no number: in fp16 it may have outgrown the format."""
+    remedy = "choose fp32 (or bf16)" if dtype == torch.float16 else "the weights are damaged, download them again"
+    return RuntimeError(f"the model computed NaN or infinite values in {str(dtype).removeprefix('torch.')}: {remedy}")
+
+
 class Placed(nn.Module):
     """A model that may compute elsewhere than where its weights rest.
 

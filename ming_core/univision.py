@@ -78,7 +78,8 @@ class UniVision(Placed):
     ) -> int:
         """Bytes that a round takes beside the weights, at most; `pictures` that it draws."""
         attached = 0 if features is None else features.batch * (features.grid[0] * features.grid[1] + 3)
-        prefix = conversation.length + attached + len(prompt.encode()) + PROMPT_FRAME  # at most a token a byte
+        written = len(prompt.encode(errors="surrogatepass"))  # at most a token a byte
+        prefix = conversation.length + attached + written + PROMPT_FRAME
         if not pictures:
             return self.language_model.working_memory(prefix, 1, max_new_tokens)
         n = self.config.llm_config.num_image_tokens_for_gen
@@ -107,7 +108,7 @@ class UniVision(Placed):
         return_logits  keep a row of logits for every emitted token
 
         Raises ValueError for a blank prompt, pictures or a conversation of another model, or a transcript that would
-        outgrow the model's positions.
+        outgrow the model's positions; RuntimeError where fp16 is too narrow for the model.
         """
         return decoding.understand(
             self, conversation, prompt, features, max_new_tokens, sampling or Sampling(), seed, on_token, return_logits

@@ -43,6 +43,13 @@ def test_what_it_makes_is_a_checkpoint_and_what_it_runs_draws(full_size, folder,
     assert "| precision | int4 |" in said and "median of 2" in said
 
 
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_tokens_that_give_no_time_or_never_come_are_refused_before_loading(full_size, folder, monkeypatch, tokens):
+    monkeypatch.setattr(full_size, "load", None)
+    with pytest.raises(SystemExit, match=f"--tokens {tokens}: give 2 to 16"):
+        full_size.run_on_cpu(folder, "int4", tokens)
+
+
 def test_bytes_of_an_image_are_those_of_the_specification(full_size):
     model = UniVision(UniVisionConfig(mingtok_config=MingTokConfig()), device="meta", dtype=torch.bfloat16)
     assert full_size.image_bytes(model, 1, 2) == pytest.approx(9.60e12, rel=0.01)

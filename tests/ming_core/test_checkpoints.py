@@ -9,8 +9,10 @@ import torch
 from ming_univision.ming_core import (
     CheckpointError,
     Conversation,
+    FileError,
     MingTok,
     UniVision,
+    checkpoint,
     load_mingtok,
     load_univision,
     save_mingtok,
@@ -18,6 +20,7 @@ from ming_univision.ming_core import (
 )
 from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind, published_slots
 from ming_univision.ming_core.config import ConfigError, MingTokConfig, UniVisionConfig, read_config
+from ming_univision.ming_core.files import write_whole
 from safetensors.torch import load_file, save_file
 
 PUBLISHED_VALUES = 18_804_506_432
@@ -215,6 +218,15 @@ def test_a_sibling_mingtok_folder_gives_its_config(folder, checkpoint_folder):
     assert torch.equal(draw(load_univision(folder)).latents, draw(load_univision(checkpoint_folder)).latents)
 
 
+def test_a_sibling_folder_that_only_sounds_like_a_mingtok_is_passed_over(folder, checkpoint_folder):
+    config = json.loads((folder / "config.json").read_text())
+    for name, content in (("MingTok-A-notes", {"title": "notes"}), ("MingTok-Vision", config["mingtok_config"])):
+        (folder.parent / name).mkdir()
+        (folder.parent / name / "config.json").write_text(json.dumps(content))
+    edit_config(folder, mingtok_config=...)
+    assert load_univision(folder).mingtok.config == load_univision(checkpoint_folder).mingtok.config
+
+
 def test_without_any_mingtok_config_the_published_one_is_assumed_and_said_to_misfit(folder):
     edit_config(folder, mingtok_config=...)
     with pytest.raises(CheckpointError, match=r"vision\."):
@@ -245,6 +257,26 @@ def test_a_saved_model_is_a_published_folder_that_loads_the_same(folder, tmp_pat
     assert torch.equal(draw(load_univision(tmp_path / "saved")).latents, draw(model).latents)
     values = sum(p.numel() for p in model.parameters())
     assert checkpoint_bytes(tmp_path / "saved", "univision", torch.bfloat16) == 2 * values
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_that_was_there_whole(folder, monkeypatch):
+    shard(folder)
+    model = load_univision(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer = {"tokenizer.json": (folder / "tokenizer.json").read_text()}
+
+    def until_the_disk_is_full(path, data):
+        if path.name == "config.json":
+            raise FileError(f"cannot write {path}")
+        write_whole(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(FileError):
+        patch.setattr(checkpoint, "write_whole", until_the_disk_is_full)
+        save_univision(model, folder, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_univision(model, folder, tokenizer)
+    assert not list(folder.glob(".*")) and not (folder / checkpoint.INDEX).exists()
+    assert torch.equal(draw(load_univision(folder)).latents, draw(model).latents)
 
 
 def test_loading_holds_the_model_and_no_second_copy(folder, tensors_alive):
@@ -301,6 +333,16 @@ def test_a_file_that_is_no_safetensors_is_refused(folder, content):
     refused(folder, "model.safetensors", "download")
 
 
+def test_what_is_no_readable_file_is_named(folder):
+    (folder / "config.json").rename(folder / "away")
+    (folder / "config.json").mkdir()
+    refused(folder, "config.json cannot be read")
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    (folder / "model-00002-of-00003.safetensors").mkdir()
+    refused(folder, "model-00002-of-00003.safetensors cannot be read")
+
+
 def test_a_missing_shard_is_named(folder):
     shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -315,9 +357,10 @@ def test_shards_without_their_index_and_an_index_that_lies_are_refused(folder):
     content["weight_map"]["not.there"] = content["weight_map"][first]
     index.write_text(json.dumps(content))
     refused(folder, "lacks not.there")
-    content["weight_map"]["not.there"] = "../other.safetensors"
-    index.write_text(json.dumps(content))
-    refused(folder, "outside the folder")
+    for outside in ("../other.safetensors", "..", ""):
+        content["weight_map"]["not.there"] = outside
+        index.write_text(json.dumps(content))
+        refused(folder, "outside the folder")
     index.write_text("{")
     refused(folder, "model.safetensors.index.json is damaged")
     index.unlink()
@@ -349,6 +392,8 @@ def test_a_folder_without_weights_or_tokenizer_or_config_is_refused(folder):
         ({"llm_config__hidden_act": "gelu"}, ["hidden_act 'gelu'", "'silu'"]),
         ({"llm_config__num_experts_per_tok": 99}, ["num_experts_per_tok 99"]),
         ({"llm_config__hidden_size": "wide"}, ["llm_config.hidden_size is 'wide'"]),
+        ({"llm_config__hidden_size": float("inf")}, ["llm_config.hidden_size is inf"]),
+        ({"mingtok_config__mean": float("nan")}, ["mingtok_config.mean is nan", "finite"]),
         ({"llm_config__rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn"]),
         ({"llm_config__eos_token_id": 12}, ["eos_token_id is 12", "tokenizer.json says 90"]),
         ({"llm_config__num_image_tokens_for_gen": 15}, []),

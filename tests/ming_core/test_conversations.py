@@ -1,9 +1,11 @@
 """Rounds on one another: what is the same, whatever the cache, the branch, the batch or the file in between."""
 
+import os
 import random
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from ming_univision.ming_core import (
     Conversation,
@@ -17,6 +19,7 @@ from ming_univision.ming_core import (
 )
 from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Part, Picture, Text, guidance_views, prompt_views
 from ming_univision.ming_core.features import Features, load_features, save_features
+from ming_univision.ming_core.files import read_tensors, write_tensors
 
 SAME = 3e-4  # latents, float32, on this small model
 SHORT = {"max_new_tokens": 6}
@@ -211,6 +214,14 @@ def test_a_guidance_row_whose_factor_is_zero_is_not_needed(model, picture, guida
     assert_same_turn(lean, full)
 
 
+def test_guidance_without_text_is_held_to_the_length_of_the_conditional_velocity(model, picture, monkeypatch):
+    options = {"features": picture, "guidance": Guidance(0.0, 2.0), "solver": Solver(renorm=True), **SHORT}
+    lean = model.generate_image(Conversation(), "Make it blue.", **options)
+    exact = Guidance.factors
+    monkeypatch.setattr(Guidance, "factors", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
+    assert_same_turn(lean, model.generate_image(Conversation(), "Make it blue.", **options))
+
+
 def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, picture):
     calls = model.mingtok.calls.copy()
     three_rounds(model, picture)
@@ -249,6 +260,24 @@ def test_noise_may_be_given_with_or_without_the_row_that_is_ignored(model):
     assert torch.equal(a.features.latents, b.features.latents)
     with pytest.raises(ValueError, match=rf"give \({n}, {c}\)"):
         model.generate_image(Conversation(), "A cat.", noise=noise[:3])
+    with pytest.raises(ValueError, match="noise is given for 1 pictures: give that of 2"):
+        model.generate_images(Conversation(), "A cat.", seeds=[0, 1], noise=noise[None])
+
+
+@pytest.mark.parametrize("spoilt", ["language_model.model.layers.0.attention.dense", "flow_head.vis_head.0"])
+def test_a_drawing_that_outgrows_fp16_ends_in_an_error_and_leaves_nothing_in_the_cache(checkpoint_folder, spoilt):
+    model = load_univision(checkpoint_folder, dtype=torch.float16)
+    said = model.understand(Conversation(), "Hello.", **SHORT).conversation
+    model.prefix_cache.clear()
+    weight = model.get_submodule(spoilt).weight.data
+    whole = weight.clone()
+    weight.fill_(60000)
+    with pytest.raises(RuntimeError, match=r"float16: choose fp32 \(or bf16\)"):
+        model.generate_image(said, "A cat.", **SHORT)
+    weight.copy_(whole)
+    after = model.generate_image(said, "A cat.", **SHORT)
+    model.prefix_cache.clear()
+    assert_same_turn(after, model.generate_image(said, "A cat.", **SHORT))
 
 
 def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monkeypatch):
@@ -305,6 +334,14 @@ def test_text_is_greedy_at_temperature_zero_and_follows_the_seed_above(model):
     assert ask(seed=1, **warm) == ask(seed=1, **warm)
     assert len({tuple(ask(seed=s, **warm)) for s in range(4)}) > 1
     assert ask(sampling=Sampling(1.5, top_p=0.01)) == ask()  # only the most likely token is left
+    assert ask(sampling=Sampling(1e-39)) == ask(sampling=Sampling(1e-99)) == ask()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_of_no_numbers_is_refused(model, temperature):
+    model.language_model.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(RuntimeError, match="float32: the weights are damaged"):
+        model.understand(Conversation(), "What is it?", sampling=Sampling(temperature), **SHORT)
 
 
 def test_an_answer_ends_at_the_end_token_or_at_the_limit_and_its_last_token_is_not_in_the_conversation(model):
@@ -384,8 +421,6 @@ def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tm
     elif damage == "no file":
         path.unlink()
     else:
-        from ming_univision.ming_core.files import read_tensors, write_tensors
-
         tensors, about = read_tensors(path, "ming conversation 1")
         write_tensors(path, {"ids": tensors["ids"]}, about)
     with pytest.raises(FileError, match=r"talk\.safetensors"):
@@ -393,6 +428,29 @@ def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tm
     if damage != "other kind":
         with pytest.raises(FileError, match=r"talk\.safetensors"):
             load_features(path)
+
+
+@pytest.mark.parametrize("damage", ["unknown id", "negative length", "depth", "latents", "no model", "a list"])
+def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage):
+    path = tmp_path / "talk.safetensors"
+    save_conversation(model.understand(Conversation(), "What?", features=picture, **SHORT).conversation, path)
+    tensors, about = read_tensors(path, "ming conversation 1")
+    segments = about["parts"][0]["segments"]
+    if damage == "unknown id":
+        tensors["ids"][2] = model.config.llm_config.vocab_size
+    elif damage == "negative length":
+        segments[0]["length"] = -1
+    elif damage == "depth":
+        next(s for s in segments if "depth" in s)["depth"] = "deep"
+    elif damage == "latents":
+        tensors["latents.0"] = tensors["latents.0"][:-1]
+    elif damage == "no model":
+        del about["model"]
+    write_tensors(path, tensors, about)
+    if damage == "a list":
+        path.write_bytes(safetensors.torch.save(tensors, {"ming": "[]"}))
+    with pytest.raises(FileError, match=r"talk\.safetensors"):
+        load_conversation(path, model)
 
 
 def test_saved_features_come_back_without_a_loss_and_without_a_model(model, picture, tmp_path):
@@ -414,3 +472,10 @@ def test_a_failed_save_leaves_the_folder_as_it_was(model, picture, tmp_path, mon
         save_features(picture._replace(depth=4), tmp_path / "f.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
     assert (tmp_path / "f.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+def test_a_saved_file_may_be_read_by_whom_the_umask_lets(picture, tmp_path):
+    save_features(picture, tmp_path / "f.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "f.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -8,6 +8,7 @@ import torch
 from ming_univision.ming_core.conversation import Picture, Text, prompt_views
 from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.prompts import ChatFormat, TextStream
+from tokenizers.pre_tokenizers import ByteLevel
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,32 @@ def test_special_tokens_typed_by_the_user_are_plain_text(chat, recorded, text):
     ids = chat.encode(text)
     assert not set(ids) & set(recorded["special_ids"].values())
     assert chat.decode(ids) == text
+
+
+def test_added_tokens_that_are_not_special_keep_their_ids_and_special_ones_stay_plain_text():
+    special = ["<|endoftext|>", "<role>", "</role>", "<imagePatch>", "<image>", "</image>"]
+    about = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 256 + i, "content": token, "special": token != "<tool>", **about}
+            for i, token in enumerate([*special, "<tool>"])
+        ],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, "merges": []},
+    }
+    chat = ChatFormat(json.dumps(tokenizer))
+    assert chat.encode("<tool>") == (262,)
+    for text in ("<tool><image></role>", "<|endoftext|><tool>"):
+        ids = chat.encode(text)
+        assert chat.decode(ids) == text and 262 in ids and not set(ids) & set(range(256, 262))
+
+
+def test_half_a_character_in_a_prompt_is_replaced_and_two_halves_are_put_together(chat):
+    said = chat.prompt(["a\ud83d b \ud83d\udc31"]).segments[1]
+    assert said.text == "a\N{REPLACEMENT CHARACTER} b \N{CAT FACE}" and said.ids == chat.encode(said.text)
 
 
 def test_a_missing_special_token_is_named(golden_folder):
