@@ -91,7 +91,9 @@ def resting_device() -> torch.device:
 
 
 def bfloat16_works(on: torch.device) -> bool:
-    """Whether a GPU computes in bf16 rather than emulating it."""
+    """Whether a device computes in bf16. Every CPU does, though ComfyUI, which thinks of speed, answers no for it."""
+    if on.type == "cpu":
+        return True
     if comfy:
         return bool(comfy.model_management.should_use_bf16(on))
     return on.type != "cuda" or torch.cuda.get_device_capability(on)[0] >= 8  # Ampere and newer

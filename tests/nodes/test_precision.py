@@ -1,6 +1,7 @@
 """The precision widget of the loaders: what it loads, and what it says about a machine that is too small."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def test_a_quantised_folder_is_taken_as_it_is(quantised, precision):
 def test_a_quantised_folder_is_not_quantised_to_another_format(quantised):
     with pytest.raises(ValueError, match="quantised to int4 already"):
         load("small", "int8")
+
+
+def test_a_quantised_folder_is_loaded_once_whatever_the_precision_is_called(quantised):
+    loaded = {loaders.load("univision", "small", name, load_univision) for name in ("auto", "int4", "bf16", "auto")}
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
+def test_a_cpu_in_comfyui_computes_in_bf16_what_is_not_exact(folder, monkeypatch, precision):
+    cpu = torch.device("cpu")
+    management = SimpleNamespace(should_use_bf16=lambda on: False, unet_offload_device=lambda: cpu, total_ram=1 << 20)
+    monkeypatch.setattr(host, "comfy", SimpleNamespace(model_management=management))
+    monkeypatch.setattr(loaders, "checkpoint_bytes", lambda folder, kind, dtype, *_: 1 << 39)  # half the memory
+    quantization = precision if precision != "auto" else None
+    assert loaders.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
 
 
 def test_auto_is_exact_only_where_the_real_size_is_under_a_quarter_of_the_memory(folder, monkeypatch):
