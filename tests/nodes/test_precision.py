@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision, save_univision
+from ming_univision.ming_core import quantize as quantize_command
 from ming_univision.ming_core.checkpoint import checkpoint_bytes
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
 
@@ -83,3 +84,25 @@ def test_what_does_not_fit_is_refused_by_its_real_size(folder, monkeypatch, prec
         with pytest.raises(ValueError, match="choose a smaller precision") as error:
             loaders.choose_precision(precision, "univision", folder)
         assert f"takes {needed / 1e5:.1f} GB at {quantization or 'bfloat16'}" in str(error.value)
+
+
+def test_a_quantised_folder_appears_whole_or_not_at_all_and_what_a_killed_run_left_is_no_obstacle(folder, monkeypatch):
+    command, target = [str(folder), str(folder.parent / "small")], folder.parent / "small"
+    left = folder.parent / "small.part"
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").touch()
+
+    def interrupted(model, to, *args, **kwargs):
+        to.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_command, "save_univision", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_command.main(command)
+    assert not target.exists() and not left.exists()
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").touch()
+    assert quantize_command.main(command) == 0 and not left.exists()
+    assert load("small", "auto").quantization == "int4"
+    assert not list(target.glob("*-of-*"))
