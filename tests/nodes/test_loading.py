@@ -96,22 +96,22 @@ def test_one_way_to_hold_the_weights_is_loaded_once_whatever_the_precision_is_ca
 
 
 @pytest.mark.parametrize("node", ["MingTokLoader", "MingUniVisionLoader"])
-def test_the_bar_moves_while_a_model_is_loaded_and_comes_to_its_end(put, node):
+def test_the_bar_moves_while_a_model_is_loaded_and_comes_to_its_end(put, monkeypatch, node):
     told = []
-    with host.listen(lambda value, total, text: told.append((value, total))):
-        if node == "MingUniVisionLoader":
-            put("models/mine")
-            load("mine")
-        else:
-            NODE_CLASS_MAPPINGS[node]().load(model_name=BUILT_IN, precision="fp16")
+    monkeypatch.setattr(host, "progress", lambda total: lambda value: told.append((value, total)))
+    if node == "MingUniVisionLoader":
+        put("models/mine")
+        load("mine")
+    else:
+        NODE_CLASS_MAPPINGS[node]().load(model_name=BUILT_IN, precision="fp16")
     assert told == sorted(told) and told[-1] == (100, 100) and len(set(told)) > 20
 
 
-def test_an_interrupt_while_a_model_is_loaded_leaves_nothing_behind(put):
+def test_an_interrupt_while_a_model_is_loaded_leaves_nothing_behind(put, monkeypatch):
     class Interrupted(BaseException):
         pass
 
-    def stop(value, total, text):
+    def stop(value):
         if value > 50:
             raise Interrupted
 
@@ -121,7 +121,8 @@ def test_an_interrupt_while_a_model_is_loaded_leaves_nothing_behind(put):
     put("models/mine")
     gc.collect()  # what other tests have left
     before, live = models(), dict(loaders._live)
-    with host.listen(stop), pytest.raises(Interrupted) as caught:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        patch.setattr(host, "progress", lambda total: stop)
         load("mine")
     del caught
     assert models() == before and dict(loaders._live) == live
