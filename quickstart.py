@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     try:
         check_python()
+        if options.command in (run_tests, run_comfyui):
+            check_tests()
         if not (in_environment() and is_finished()):
             prepare_environment()
             return run_again(argv)
@@ -146,6 +148,14 @@ def run_workflow(options: argparse.Namespace) -> int:
 def download_model(options: argparse.Namespace) -> int:
     load_pack()
     return importlib.import_module("ming_univision.nodes.download").main(options.name, to=options.to)
+
+
+def check_tests() -> None:
+    """Raises SetupError in a copy without the tests, such as the registry's."""
+    if not (ROOT / "tests").is_dir():
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        (address,) = re.findall(r'(?m)^Repository = "(.+)"', project)
+        raise SetupError(f"This copy of the pack comes without its tests. They are in the repository: {address}")
 
 
 def run_tests(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,9 @@ PUBLISHED_PREFIXES = {
 IGNORED = re.compile(r"(^|\.)(audio_gate\.weight|rotary_emb\.inv_freq)$")
 
 
+OnProgress = Callable[[int, int], None] | None
+
+
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be loaded: names file, tensor, what was expected and found, and the remedy."""
 
@@ -91,15 +94,23 @@ class Stored(NamedTuple):
 
 
 def load_mingtok(
-    folder: str | Path, *, device: Any = "cpu", dtype: torch.dtype = torch.float32, operations: Any = nn
+    folder: str | Path,
+    *,
+    device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+    operations: Any = nn,
+    on_progress: OnProgress = None,
 ) -> MingTok:
-    """Load a MingTok checkpoint folder, or the MingTok inside a Ming-UniVision one. Raises CheckpointError."""
+    """Load a MingTok checkpoint folder, or the MingTok inside a Ming-UniVision one. Raises CheckpointError.
+
+    on_progress(bytes read, bytes in all) is called after every tensor; raise from it to stop.
+    """
     folder = Path(folder)
     files = CheckpointFiles(folder)
     model, origin = _blank(folder, files, "mingtok", dtype, None, operations)
     if checkpoint_kind(folder) == "univision":
         files = files.only_vision()
-    files.fill(model, device, dtype)
+    files.fill(model, device, dtype, on_progress=on_progress)
     model.fingerprint = origin.mingtok_fingerprint if origin else files.mingtok_fingerprint(model.config)
     return model.eval()
 
@@ -111,12 +122,13 @@ def load_univision(
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
     operations: Any = nn,
+    on_progress: OnProgress = None,
 ) -> UniVision:
     """Load a Ming-UniVision checkpoint folder, its tokenizer included. Raises CheckpointError.
 
     quantization: None, "int8" or "int4" (quantization.py says what that does to which weights). They are quantised
     as they are read, so that 37.6 GB of bf16 become 19.8 or 12.0 GB without ever being whole in memory. A folder that
-    is quantised already is loaded as it is, with None or its own format.
+    is quantised already is loaded as it is, with None or its own format. on_progress: as in `load_mingtok`.
     """
     folder = Path(folder)
     files = CheckpointFiles(folder)
@@ -137,7 +149,7 @@ def load_univision(
                 "the two files belong to different checkpoints"
             )
     model.chat = chat
-    files.fill(model, device, dtype, None if origin else quantization)
+    files.fill(model, device, dtype, None if origin else quantization, on_progress)
     config = model.config.mingtok_config
     model.mingtok.fingerprint = origin.mingtok_fingerprint if origin else files.mingtok_fingerprint(config)
     model.fingerprint = origin.fingerprint if origin else files.fingerprint()
@@ -285,13 +297,21 @@ class CheckpointFiles:
                 raise CheckpointError(f"{self.folder / file} lacks {name}, which {INDEX} places there: {AGAIN}")
 
     @torch.inference_mode(False)  # nodes load under it, and weights that are made there could not be written to outside
-    def fill(self, model: nn.Module, device: Any, dtype: torch.dtype, quantization: str | None = None) -> None:
+    def fill(
+        self,
+        model: nn.Module,
+        device: Any,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        on_progress: OnProgress = None,
+    ) -> None:
         """Give every parameter of a model on the meta device its memory and its values.
 
         quantization: quantise on the way; the model is not, yet.
         """
         slots = published_slots(model)
         self._check(slots)
+        done, total = 0, sum(self.tensors[key].end - self.tensors[key].begin for key in slots)
         if quantization:
             quantize(model, quantization)
         with _Reader() as reader:
@@ -308,6 +328,9 @@ class CheckpointFiles:
                         place = getattr(module, attribute).data
                         place[slot.index] = reader.read(stored)
                         self._check_scale(stored, place[slot.index])
+                    done += stored.end - stored.begin
+                    if on_progress:
+                        on_progress(done, total)
 
     def _check_scale(self, stored: Stored, scale: Tensor) -> None:
         if stored.key.endswith(SCALE) and not scale.isfinite().all():

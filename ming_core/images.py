@@ -56,22 +56,28 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def ssim(a: Tensor, b: Tensor) -> float:
     """Mean structural similarity of two IMAGEs of one shape (Wang et al. 2004: Gaussian window of 11, sigma 1.5)."""
-    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = window / window.sum()
+    pairs = zip(a.permute(0, 3, 1, 2).flatten(0, 1), b.permute(0, 3, 1, 2).flatten(0, 1), strict=True)
+    return float(torch.stack([_plane_ssim(x.double(), y.double()) for x, y in pairs]).mean())
 
-    def blur(x: Tensor) -> Tensor:  # [B, C, H, W], only where the window fits; smaller pictures use their middle row
-        for axis in (2, 3):
-            n = min(11, x.shape[axis])
-            w = window[(11 - n) // 2 : (11 - n) // 2 + n]
-            x = (x.unfold(axis, n, 1) * (w / w.sum())).sum(-1)
-        return x
 
-    a, b = (x.double().permute(0, 3, 1, 2) for x in (a, b))
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+def _plane_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Of one channel [H, W] of one picture each: a large picture is worked on in parts."""
+    mean_a, mean_b = _blur(a), _blur(b)
+    var_a, var_b, cov = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2, _blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return float(score.mean())
+    return score.mean()
+
+
+def _blur(x: Tensor) -> Tensor:
+    """[H, W], only where the Gaussian window fits; smaller pictures use the middle of the window."""
+    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    for axis in (0, 1):
+        n = min(11, x.shape[axis])
+        w = window[(11 - n) // 2 : (11 - n) // 2 + n]
+        size = x.shape[axis] - n + 1
+        x = sum(weight * x.narrow(axis, i, size) for i, weight in enumerate((w / w.sum()).tolist()))
+    return x
 
 
 def _rgb(images: Tensor) -> Tensor:

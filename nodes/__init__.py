@@ -24,53 +24,30 @@ from .pictures import MingExampleScene, MingImageMetrics
 
 host.register_model_folder()
 
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "MingTokLoader": "Load MingTok",
-    "MingUniVisionLoader": "Load Ming-UniVision",
-    "MingExampleScene": "Ming Example Scene",
-    "MingTokEncode": "MingTok Encode",
-    "MingTokSemanticFeatures": "MingTok Semantic Features",
-    "MingTokDecode": "MingTok Decode",
-    "MingUnderstand": "Ming Understand",
-    "MingGenerate": "Ming Generate",
-    "MingEdit": "Ming Edit",
-    "MingInstruction": "Ming Instruction",
-    "MingFeaturesPreview": "Ming Features Preview",
-    "MingFeaturesCompare": "Ming Features Compare",
-    "MingFeaturesToLatent": "Ming Features to Latent",
-    "MingSaveFeatures": "Ming Save Features",
-    "MingLoadFeatures": "Ming Load Features",
-    "MingSaveConversation": "Ming Save Conversation",
-    "MingLoadConversation": "Ming Load Conversation",
-    "MingConversationPicture": "Ming Conversation Picture",
-    "MingConversationTranscript": "Ming Conversation Transcript",
-    "MingImageMetrics": "Ming Image Metrics",
+NAMES = {
+    MingTokLoader: "Load MingTok",
+    MingUniVisionLoader: "Load Ming-UniVision",
+    MingExampleScene: "Ming Example Scene",
+    MingTokEncode: "MingTok Encode",
+    MingTokSemanticFeatures: "MingTok Semantic Features",
+    MingTokDecode: "MingTok Decode",
+    MingUnderstand: "Ming Understand",
+    MingGenerate: "Ming Generate",
+    MingEdit: "Ming Edit",
+    MingInstruction: "Ming Instruction",
+    MingFeaturesPreview: "Ming Features Preview",
+    MingFeaturesCompare: "Ming Features Compare",
+    MingFeaturesToLatent: "Ming Features to Latent",
+    MingSaveFeatures: "Ming Save Features",
+    MingLoadFeatures: "Ming Load Features",
+    MingSaveConversation: "Ming Save Conversation",
+    MingLoadConversation: "Ming Load Conversation",
+    MingConversationPicture: "Ming Conversation Picture",
+    MingConversationTranscript: "Ming Conversation Transcript",
+    MingImageMetrics: "Ming Image Metrics",
 }
 
-NODE_CLASS_MAPPINGS = {
-    cls.__name__: cls
-    for cls in (
-        MingTokLoader,
-        MingUniVisionLoader,
-        MingExampleScene,
-        MingTokEncode,
-        MingTokSemanticFeatures,
-        MingTokDecode,
-        MingUnderstand,
-        MingGenerate,
-        MingEdit,
-        MingInstruction,
-        MingFeaturesPreview,
-        MingFeaturesCompare,
-        MingFeaturesToLatent,
-        MingSaveFeatures,
-        MingLoadFeatures,
-        MingSaveConversation,
-        MingLoadConversation,
-        MingConversationPicture,
-        MingConversationTranscript,
-        MingImageMetrics,
-    )
-}
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in NAMES}
+NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: name for cls, name in NAMES.items()}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

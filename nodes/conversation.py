@@ -18,6 +18,12 @@ from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, numbe
 
 ADVANCED = {"advanced": True}
 PREVIEWS = 4  # of a picture while it is drawn; each costs at most one pixel decoding
+EMPTY_PROMPT = "the prompt is empty: write what the model is to do"  # as the model itself says
+
+
+def _prompt_verdict(text: str | None) -> bool | str:
+    """What VALIDATE_INPUTS says of a prompt. None: it is linked, and checked when it is known."""
+    return True if text is None or text.strip() else EMPTY_PROMPT
 
 
 def _reporter(most: int, model: UniVision | None = None) -> Callable[[Progress], None]:
@@ -77,6 +83,10 @@ class MingUnderstand:
                 "conversation": socket("MING_CONVERSATION", "What was said and drawn before."),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
+        return _prompt_verdict(prompt)
 
     def ask(
         self,
@@ -204,6 +214,10 @@ class MingGenerate(_Drawing):
             "optional": {"conversation": cls.CONVERSATION},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
+        return _prompt_verdict(prompt)
+
 
 ABSENT = object()
 NO_PICTURE = (
@@ -252,9 +266,11 @@ class MingEdit(_Drawing):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: None, features: None = ABSENT, conversation: None = ABSENT) -> bool | str:
-        """What is linked comes as None. ComfyUI heeds the verdict only when it passes an input: hence model."""
-        return NO_PICTURE if features is conversation is ABSENT else True
+    def VALIDATE_INPUTS(
+        cls, instruction: str | None = None, features: None = ABSENT, conversation: None = ABSENT
+    ) -> bool | str:
+        """What is linked comes as None."""
+        return NO_PICTURE if features is conversation is ABSENT else _prompt_verdict(instruction)
 
     def check(self, features: Features | None, conversation: Conversation) -> None:
         if features is None and not conversation.pictures:

@@ -1,9 +1,9 @@
 """`quickstart.py download`: fetches a published checkpoint from the Hugging Face Hub, whole and checked.
 
 What is fetched is one revision of the repository: its config, weights and tokenizer, never its code. A file arrives as
-NAME.<digest>.part beside its place and takes its name once it has the size and the digest that the hub states, so
-whatever has its name is whole. An interrupted download goes on in the middle of a file; `hf_hub_download` would begin
-that file again, and a shard has gigabytes. Run once more, it checks all that is there, and fetches what is damaged.
+NAME.<digest>.part beside its place and takes its name once it has the size and the digest that the hub states; what has
+that name already stays until then. An interrupted download goes on in the middle of a file; `hf_hub_download` would
+begin that file again, and a shard has gigabytes. Run once more, it checks what is there and fetches what is damaged.
 Exit codes of `main`: 0 all is there, 1 failed, 2 refused before anything was fetched.
 """
 
@@ -151,7 +151,7 @@ def fetch(file: RemoteFile, url: str, folder: Path) -> None:
 
 
 def _is_there(file: RemoteFile, folder: Path) -> bool:
-    """Whether the file is there and whole; a damaged one is named and removed."""
+    """Whether the file is there and whole; a damaged one is named."""
     path = folder / file.name
     if not path.is_file():
         return False
@@ -160,7 +160,6 @@ def _is_there(file: RemoteFile, folder: Path) -> bool:
     fault = file.fault(path)
     if fault is not None:
         _say(f"{path} is damaged, or of another revision ({fault}), and is fetched again")
-        path.unlink()
     return fault is None
 
 

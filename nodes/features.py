@@ -14,7 +14,7 @@ from ..ming_core import load_features as read_features
 from ..ming_core import save_features as write_features
 from ..ming_core.features import change, principal_colours
 from . import host
-from .filenames import check_prefix
+from .filenames import prefix_verdict
 from .mingtok import latent_dict
 from .widgets import FEATURES, file_name, number, socket
 
@@ -29,8 +29,8 @@ def enlarge(maps: torch.Tensor) -> torch.Tensor:
 
 def saved_as(prefix: str, write: Callable[[Path], None]) -> dict:
     """Write a new file of that name below output/ming, and show where."""
-    path = host.save_path(prefix, ".safetensors")
-    write(path)
+    with host.new_file(prefix, ".safetensors") as path:
+        write(path)
     return {"ui": {"text": [str(path)]}}
 
 
@@ -39,12 +39,7 @@ class SavesFile:
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        try:
-            if filename_prefix is not None:  # None: it is linked, and checked when it is known
-                check_prefix(filename_prefix, host.output_directory() / "ming")
-        except ValueError as error:
-            return str(error)
-        return True
+        return prefix_verdict(filename_prefix, host.output_directory() / "ming")
 
 
 class SavedFile:
@@ -55,15 +50,18 @@ class SavedFile:
         return host.saved_files(), {"tooltip": tooltip}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, file: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
         try:
-            host.saved_path(file)
+            if file is not None:  # None: it is linked, and looked for when it is known
+                host.saved_path(file)
         except FileError as error:
             return str(error)
         return True
 
     @classmethod
-    def IS_CHANGED(cls, file: str, **_: object) -> str:
+    def IS_CHANGED(cls, file: str | None, **_: object) -> str | float:
+        if file is None:
+            return float("nan")
         return hashlib.sha256(host.saved_path(file).read_bytes()).hexdigest()
 
 

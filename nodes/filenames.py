@@ -37,3 +37,13 @@ def check_prefix(prefix: str, folder: Path) -> Path:
             "one if you like"
         )
     return path
+
+
+def prefix_verdict(prefix: str | None, folder: Path) -> bool | str:
+    """What VALIDATE_INPUTS says of a prefix. None: it is linked, and checked when it is known."""
+    try:
+        if prefix is not None:
+            check_prefix(prefix, folder)
+    except ValueError as error:
+        return str(error)
+    return True

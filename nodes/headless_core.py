@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from . import host
-from .filenames import check_prefix, numbered_path
+from .filenames import numbered_path, prefix_verdict
 
 TEMP_FOLDER = "temp"  # inside the output folder
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -96,12 +96,7 @@ class SaveImage:
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix=None):
-        try:
-            if filename_prefix is not None:  # None: it is linked, and checked when it is known
-                check_prefix(filename_prefix, Path(host.output_directory()))
-        except ValueError as error:
-            return str(error)
-        return True
+        return prefix_verdict(filename_prefix, Path(host.output_directory()))
 
     def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None) -> dict[str, Any]:
         root = self.root()

@@ -440,15 +440,14 @@ def _check_bounds(socket: Socket, value: Any) -> None:
 
 
 def _as_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     try:
-        number = float(value) if isinstance(value, float) else int(value) if isinstance(value, str) else None
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            return int(value)
     except ValueError:
-        number = None
-    if number is None or number != number or math.isinf(number) or number != int(number):
-        raise ValueError(f"{value!r} is not a whole number (INT)")
-    return int(number)
+        pass
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ValueError(f"{value!r} is not a whole number (INT)")
 
 
 def _as_float(value: Any) -> float:

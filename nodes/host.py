@@ -91,7 +91,9 @@ def resting_device() -> torch.device:
 
 
 def bfloat16_works(on: torch.device) -> bool:
-    """Whether a GPU computes in bf16 rather than emulating it."""
+    """Whether a device computes in bf16. Every CPU does, though ComfyUI, which thinks of speed, answers no for it."""
+    if on.type == "cpu":
+        return True
     if comfy:
         return bool(comfy.model_management.should_use_bf16(on))
     return on.type != "cuda" or torch.cuda.get_device_capability(on)[0] >= 8  # Ampere and newer
@@ -343,24 +345,45 @@ def own_model_folder() -> Path:
     return PACK / "models"
 
 
-def save_path(prefix: str, suffix: str) -> Path:
-    """A new file below output/ming/ with ComfyUI's counter: prefix_00001_.safetensors. Raises FileError."""
+@contextlib.contextmanager
+def new_file(prefix: str, suffix: str) -> Iterator[Path]:
+    """A new file below output/ming/ with ComfyUI's counter: prefix_00001_.safetensors. Raises FileError.
+
+    It is made empty at once, so that nobody else takes that number, and is gone again if filling it fails.
+    """
     root = output_directory() / "ming"
     try:
         folder, name, number = numbered_path(prefix, root)
+        folder.mkdir(parents=True, exist_ok=True)
+        while not _made(path := folder / f"{name}_{number:05}_{suffix}"):
+            number += 1
     except ValueError as error:
         raise FileError(str(error)) from None
     except OSError as error:
         raise FileError(f"cannot write below {root}: {error.strerror}; choose another output folder") from error
-    return folder / f"{name}_{number:05}_{suffix}"
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _made(path: Path) -> bool:
+    """Makes an empty file. False where there is one, which on some disks is also one in other capitals."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def saved_files() -> list[str]:
     """Names of the saved files that can be loaded: `ming/x_00001_.safetensors [output]`, `y.safetensors [input]`."""
     names = []
-    for place, root, below in (("output", output_directory(), "ming"), ("input", input_directory(), "")):
-        found = (root / below).rglob("*.safetensors")
-        names += sorted(f"{path.relative_to(root).as_posix()} [{place}]" for path in found if path.is_file())
+    for place in ("output", "input"):
+        root, listed = _saved_below(place)
+        found = (path for path in listed.rglob("*.safetensors") if path.is_file() and _is_inside(path, root, listed))
+        names += sorted(f"{path.relative_to(root).as_posix()} [{place}]" for path in found)
     return names
 
 
@@ -368,10 +391,20 @@ def saved_path(name: str) -> Path:
     """The file that one of `saved_files` names. Raises FileError for a missing file or a name that climbs out."""
     match = re.fullmatch(r"(.+?) ?\[(output|input)\]", name)
     relative, place = match.groups() if match else (name, "input")
-    root = (output_directory() if place == "output" else input_directory()).resolve()
+    root, listed = _saved_below(place)
     path = (root / relative).resolve()
-    if root not in path.parents:
+    if not _is_inside(path, root, listed):
         raise FileError(f"the file name {name!r} leads out of {root}: choose a file from the list")
     if not path.is_file():
         raise FileError(f"there is no file {relative} in {root}: save one first, or put it there")
     return path
+
+
+def _saved_below(place: str) -> tuple[Path, Path]:
+    """(folder that names of saved files start from, the one that they are listed from)."""
+    return (output_directory(), output_directory() / "ming") if place == "output" else (input_directory(),) * 2
+
+
+def _is_inside(path: Path, *roots: Path) -> bool:
+    """Whether a file really lies below one of the folders, any of which may be a link to elsewhere."""
+    return any(root.resolve() in path.resolve().parents for root in roots)

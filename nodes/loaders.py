@@ -7,8 +7,10 @@ comes first. A folder that is loaded and unchanged is found again rather than lo
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,28 @@ def found(kind: str) -> dict[str, Path]:
     """Name -> folder of the checkpoints of a kind, the built-in model first."""
     folders = {BUILT_IN: BUILT_IN_FOLDER}
     for root in host.model_folders():
-        for config in sorted(root.rglob("config.json")):
-            folder = config.parent
+        for folder in _folders_below(root):
             if checkpoint_kind(folder) == kind and folder.resolve() != BUILT_IN_FOLDER:
-                folders.setdefault(folder.relative_to(root).as_posix(), folder)
+                _add(folders, folder, parts=max(1, len(folder.relative_to(root).parts)))
     return folders
+
+
+def _folders_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The folder and all below it, through links too, but never back into one of those `above`."""
+    real = folder.resolve()
+    if real not in above:
+        yield folder
+        _, names, _ = next(os.walk(folder), ("", [], []))
+        for name in sorted(names):
+            yield from _folders_below(folder / name, (*above, real))
+
+
+def _add(folders: dict[str, Path], folder: Path, parts: int) -> None:
+    """Name a folder by the last `parts` of its path, or by as many more as tell it from another one."""
+    for count in range(parts, len(folder.parts) + 1):
+        name = "/".join(folder.parts[-count:])
+        if folders.setdefault(name, folder).resolve() == folder.resolve():
+            break
 
 
 def absent(name: str, kind: str) -> str:
@@ -56,8 +75,9 @@ def absent(name: str, kind: str) -> str:
         f'the model "{name}" is not there. Put its folder (config.json, *.safetensors, tokenizer files) into '
         f"{' or '.join(map(str, places))}. The published one is {repository} ({size}), at "
         f"https://huggingface.co/{repository} and https://modelscope.cn/models/{repository}; it belongs into "
-        f'{places[0] / published}, and python "{host.PACK / "quickstart.py"}" download {published} --to "{places[0]}" '
-        f'puts it there. Nothing is downloaded while a graph runs; "{BUILT_IN}" works without any download.'
+        f'{places[0] / published}, and "{sys.executable}" "{host.PACK / "quickstart.py"}" download {published} '
+        f'--to "{places[0]}" puts it there. Nothing is downloaded while a graph runs; "{BUILT_IN}" works without any '
+        "download."
     )
 
 
@@ -93,15 +113,17 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
     folder = found(kind).get(name)
     if folder is None:
         raise ValueError(absent(name, kind))
-    key = (kind, str(folder), state_of(folder), precision)
+    dtype, quantization = choose_precision(precision, kind, folder)
+    key = (kind, str(folder), state_of(folder), dtype, quantization or stored_quantization(folder))
     loaded = _live.get(key)
     if loaded is None:
-        dtype, quantization = choose_precision(precision, kind, folder)
         host.keep(None, coming=checkpoint_bytes(folder, kind, dtype, quantization))
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
         place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}
-        loaded = host.managed(loader(folder, **place, **options), name)
+        report = host.progress(100)
+        model = loader(folder, **place, **options, on_progress=lambda done, total: report(100 * done // total))
+        loaded = host.managed(model, name)
         _live[key] = loaded
     return loaded
 
@@ -111,13 +133,14 @@ class _Loader:
     KIND = ""
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str, precision: str) -> tuple | float:
+    def IS_CHANGED(cls, model_name: str | None, precision: str | None) -> tuple | float:
         folder = found(cls.KIND).get(model_name)
         return state_of(folder) if folder else float("nan")
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str) -> bool | str:
-        return True if model_name in found(cls.KIND) else absent(model_name, cls.KIND)
+    def VALIDATE_INPUTS(cls, model_name: str | None = None) -> bool | str:
+        """None: the name is linked, and looked for when it is known."""
+        return model_name is None or model_name in found(cls.KIND) or absent(model_name, cls.KIND)
 
 
 class MingTokLoader(_Loader):

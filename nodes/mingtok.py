@@ -19,11 +19,16 @@ def latent_dict(latents: torch.Tensor) -> dict:
 
 
 def samples_of(latent: dict) -> torch.Tensor:
-    """A float32 copy of a LATENT's samples. Raises ValueError for a LATENT of another model."""
+    """A float32 copy of a LATENT's samples. Raises ValueError for a LATENT of another model, or of a video."""
     kind = latent.get("type", LATENT_TYPE)
-    samples = latent.get("samples")
-    if kind != LATENT_TYPE or not isinstance(samples, torch.Tensor):
+    if kind != LATENT_TYPE:
         raise ValueError(f"this LATENT is of type {kind!r}: connect one from MingTok Encode")
+    samples = latent.get("samples")
+    if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
+        found = list(samples.shape) if isinstance(samples, torch.Tensor) else type(samples).__name__
+        raise ValueError(
+            f"this LATENT holds {found}, not pictures [batch, channels, height, width]: connect one from MingTok Encode"
+        )
     return samples.detach().to("cpu", torch.float32, copy=True)
 
 
@@ -57,7 +62,7 @@ class MingTokEncode:
     def encode(self, mingtok: host.Loaded, image: torch.Tensor, fit: str, detail: str) -> tuple:
         tokenizer: MingTok = mingtok.model
         pixels = to_pixels(image, DETAILS[detail] * tokenizer.native_side, fit)
-        patches = (pixels.shape[2] // tokenizer.patch_size) * (pixels.shape[3] // tokenizer.patch_size)
+        patches = (pixels.shape[-1] // tokenizer.patch_size) ** 2
         model = host.ready(mingtok, tokenizer.working_memory(len(pixels), patches))
         with torch.no_grad():
             return (latent_dict(model.encode(pixels)),)

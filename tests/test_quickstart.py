@@ -27,6 +27,7 @@ def quickstart(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     for name in (*module.REQUIREMENTS, module.CONSTRAINTS):
         (tmp_path / name).write_text((module.ROOT / name).read_text())
+    (tmp_path / "tests").mkdir()
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "quickstart.json")
@@ -267,6 +268,19 @@ def test_changed_requirements_a_broken_python_and_a_damaged_stamp_mean_not_ready
 def test_a_python_that_does_not_start_has_no_version(quickstart, tmp_path):
     assert quickstart.python_version(tmp_path / "python") is None
     assert quickstart.python_version(Path(sys.executable)) == "{}.{}".format(*sys.version_info[:2])
+
+
+@pytest.mark.parametrize("command", ["test", "comfyui"])
+def test_a_copy_without_the_tests_says_where_they_are_before_it_prepares_anything(
+    quickstart, monkeypatch, capsys, command
+):
+    monkeypatch.setattr(quickstart, "prepare_environment", None)
+    (quickstart.ROOT / "tests").rmdir()
+    project = (FILE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (quickstart.ROOT / "pyproject.toml").write_text(project, encoding="utf-8")
+    assert quickstart.main([command]) == 2
+    said = capsys.readouterr().err
+    assert "without its tests" in said and "/ComfyUI-Ming-UniVision\n" in said
 
 
 def test_outside_the_environment_it_is_prepared_and_this_file_started_again_in_it(quickstart, monkeypatch):

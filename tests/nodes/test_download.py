@@ -248,6 +248,20 @@ def test_too_little_room_is_refused_with_the_figures_before_anything_is_fetched(
         assert word in said
 
 
+def test_a_file_of_another_revision_stays_until_the_new_one_has_arrived(hub, run, folder, monkeypatch):
+    run()
+    old = hub.files["config.json"]
+    hub.files["config.json"] = old + b" "
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(download.shutil, "disk_usage", lambda path: usage)
+        assert run()[0] == 2 and (folder / "config.json").read_bytes() == old
+    hub.spoil["config.json"] = 99
+    assert run()[0] == 1 and (folder / "config.json").read_bytes() == old
+    hub.spoil.clear()
+    assert run()[0] == 0 and (folder / "config.json").read_bytes() == old + b" "
+
+
 def test_a_hub_that_cannot_be_reached_or_has_no_such_model_is_an_error_with_a_remedy(hub, run, folder):
     code, said = run(endpoint="http://127.0.0.1:9")
     assert code == 1 and "http://127.0.0.1:9 cannot be reached" in said and "HF_ENDPOINT" in said

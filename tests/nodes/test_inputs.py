@@ -175,6 +175,27 @@ def test_metrics_know_equal_pictures_and_measure_noise():
     assert node("MingImageMetrics", image_a=image(3, 3), image_b=image(3, 3))[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("shape", [(2, 30, 41, 3), (1, 11, 12, 1), (1, 5, 20, 3)])
+def test_structural_similarity_is_the_mean_over_windows(shape):
+    a, b = (image(*shape[1:], batch=shape[0], seed=seed).double() for seed in (1, 2))
+    offset = torch.arange(11).double() - 5
+    weights = []
+    for side in shape[1:3]:
+        n = min(11, side)
+        w = torch.exp(-(offset[(11 - n) // 2 :][:n] ** 2) / 4.5)
+        weights.append(w / w.sum())
+    window = weights[0][:, None] * weights[1]
+
+    def blur(x):
+        n, m = window.shape
+        return (x.permute(0, 3, 1, 2).unfold(2, n, 1).unfold(3, m, 1) * window).sum((-2, -1))
+
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    expected = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    assert node("MingImageMetrics", image_a=a, image_b=b)[1] == pytest.approx(expected.mean().item(), abs=1e-9)
+
+
 def test_a_comparison_shows_where_two_pictures_differ(small):
     a = image(32, 32)
     b = a.clone()
@@ -217,6 +238,46 @@ def test_files_are_saved_with_a_counter_listed_and_loaded(small, tmp_path):
     assert node("MingLoadFeatures", file=names[1])[0] == features
     assert node("MingLoadConversation", model=small[0], file=names[2])[0] == talk
     assert NODE_CLASS_MAPPINGS["MingLoadFeatures"].VALIDATE_INPUTS(names[0]) is True
+
+
+def test_a_number_that_is_taken_is_counted_over_and_one_that_could_not_be_filled_is_free_again(tmp_path, monkeypatch):
+    def names() -> list[str]:
+        return sorted(p.name for p in (tmp_path / "output" / "ming").iterdir())
+
+    with host.new_file("x", ".safetensors"):
+        with pytest.raises(KeyboardInterrupt), host.new_file("x", ".safetensors"):  # of another server, at that moment
+            assert names() == ["x_00001_.safetensors", "x_00002_.safetensors"]
+            raise KeyboardInterrupt
+        assert names() == ["x_00001_.safetensors"]
+    monkeypatch.setattr(host, "numbered_path", lambda prefix, root: (root, "x", 1))  # where X and x are one file
+    with host.new_file("x", ".safetensors") as path:
+        assert path.name == "x_00002_.safetensors"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links takes a right that few users have there")
+def test_files_are_listed_only_if_they_can_be_loaded_also_where_a_link_is_involved(small, tmp_path):
+    features = features_of(small, image())
+    (tmp_path / "disk" / "ming").mkdir(parents=True)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "ming").symlink_to(tmp_path / "disk" / "ming", target_is_directory=True)
+    node("MingSaveFeatures", features=features, filename_prefix="a/mine")
+    (tmp_path / "secret.safetensors").touch()
+    (tmp_path / "input" / "out.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (tmp_path / "input" / "real.safetensors").touch()
+    (tmp_path / "input" / "within.safetensors").symlink_to(tmp_path / "input" / "real.safetensors")
+    saved, *others = host.saved_files()
+    assert saved == "ming/a/mine_00001_.safetensors [output]"
+    assert others == ["real.safetensors [input]", "within.safetensors [input]"]
+    assert node("MingLoadFeatures", file=saved)[0] == features
+    with pytest.raises(ValueError, match="leads out of"):
+        host.saved_path("ming/../../secret.safetensors [output]")
+
+
+@pytest.mark.parametrize("name", ["MingLoadFeatures", "MingLoadConversation"])
+def test_a_linked_file_name_is_looked_for_only_when_it_is_known(name):
+    assert NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(file=None) is True
+    changed = NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None)
+    assert changed != changed
 
 
 def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, monkeypatch, checkpoint_folder):
@@ -293,6 +354,20 @@ def test_an_empty_or_blank_prompt(small, unharmed, name, prompt):
         node(name, model=small[0], **inputs)
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "picture"),
+    [("MingUnderstand", "prompt", {}), ("MingGenerate", "prompt", {}), ("MingEdit", "instruction", {"features": None})],
+)
+def test_a_blank_prompt_that_is_not_linked_is_refused_before_the_run_in_the_models_words(small, name, words, picture):
+    validate = NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS
+    for text in ("", " \n\t"):
+        with pytest.raises(ValueError) as error:
+            small[0].model.understand(Conversation(), text)
+        assert validate(**{words: text}, **picture) == str(error.value)
+    for text in (None, "Draw."):  # None: linked
+        assert validate(**{words: text}, **picture) is True
+
+
 @pytest.mark.parametrize("name", ["MingUnderstand", "MingGenerate"])
 def test_a_transcript_that_outgrows_the_positions_is_refused_with_the_figures(small, unharmed, name):
     with pytest.raises(ValueError, match=r"this model has 512 positions"):
@@ -348,6 +423,9 @@ def test_features_of_another_tokenizer_or_grid_or_number_are_not_compared(small,
     [
         ({"samples": torch.zeros(1, 4, 4, 4)}, "8 channels"),
         ({"samples": torch.zeros(1, 8, 4, 4), "type": "audio"}, "of type 'audio'"),
+        ({"samples": SimpleNamespace(is_nested=True), "type": "audio"}, "of type 'audio'"),
+        ({"samples": SimpleNamespace(is_nested=True)}, "holds SimpleNamespace, not pictures"),
+        ({"samples": torch.zeros(1, 8, 3, 4, 4)}, r"holds \[1, 8, 3, 4, 4\], not pictures .* from MingTok Encode"),
         ({"samples": torch.zeros(1, 8, 9, 4)}, "from 1 to 8"),
         ({"samples": torch.full((1, 8, 4, 4), float("nan"))}, "NaN"),
         ({"samples": torch.zeros(0, 8, 4, 4)}, "B of 1 or more"),
@@ -525,7 +603,8 @@ def test_a_node_that_fails_is_named_and_what_was_saved_before_stays(small, tmp_p
             n["inputs"]["model_name"] = "edit_round"
         n["inputs"] |= {k: 4 for k in ("max_new_tokens",) if k in n["inputs"]}
         if n["_meta"]["title"] == "Branch B":
-            n["inputs"]["instruction"] = " "
+            n["inputs"]["instruction"] = ["blank", 0]
+    workflow["blank"] = {"class_type": "MingInstruction", "inputs": {"task": "edit", "text": " "}}
     with pytest.raises(NodeError, match=r"Branch B.*the prompt is empty"):
         run_workflow(workflow, output_dir=tmp_path / "output")
 

@@ -1,10 +1,12 @@
 """The precision widget of the loaders: what it loads, and what it says about a machine that is too small."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision, save_univision
+from ming_univision.ming_core import quantize as quantize_command
 from ming_univision.ming_core.checkpoint import checkpoint_bytes
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
 
@@ -47,6 +49,21 @@ def test_a_quantised_folder_is_not_quantised_to_another_format(quantised):
         load("small", "int8")
 
 
+def test_a_quantised_folder_is_loaded_once_whatever_the_precision_is_called(quantised):
+    loaded = {loaders.load("univision", "small", name, load_univision) for name in ("auto", "int4", "bf16", "auto")}
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
+def test_a_cpu_in_comfyui_computes_in_bf16_what_is_not_exact(folder, monkeypatch, precision):
+    cpu = torch.device("cpu")
+    management = SimpleNamespace(should_use_bf16=lambda on: False, unet_offload_device=lambda: cpu, total_ram=1 << 20)
+    monkeypatch.setattr(host, "comfy", SimpleNamespace(model_management=management))
+    monkeypatch.setattr(loaders, "checkpoint_bytes", lambda folder, kind, dtype, *_: 1 << 39)  # half the memory
+    quantization = precision if precision != "auto" else None
+    assert loaders.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
+
+
 def test_auto_is_exact_only_where_the_real_size_is_under_a_quarter_of_the_memory(folder, monkeypatch):
     size = checkpoint_bytes(folder, "univision", torch.float32)
     for memory, dtype in ((4 * size + 4, torch.float32), (4 * size, torch.bfloat16)):
@@ -67,3 +84,25 @@ def test_what_does_not_fit_is_refused_by_its_real_size(folder, monkeypatch, prec
         with pytest.raises(ValueError, match="choose a smaller precision") as error:
             loaders.choose_precision(precision, "univision", folder)
         assert f"takes {needed / 1e5:.1f} GB at {quantization or 'bfloat16'}" in str(error.value)
+
+
+def test_a_quantised_folder_appears_whole_or_not_at_all_and_what_a_killed_run_left_is_no_obstacle(folder, monkeypatch):
+    command, target = [str(folder), str(folder.parent / "small")], folder.parent / "small"
+    left = folder.parent / "small.part"
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").touch()
+
+    def interrupted(model, to, *args, **kwargs):
+        to.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_command, "save_univision", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_command.main(command)
+    assert not target.exists() and not left.exists()
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").touch()
+    assert quantize_command.main(command) == 0 and not left.exists()
+    assert load("small", "auto").quantization == "int4"
+    assert not list(target.glob("*-of-*"))
