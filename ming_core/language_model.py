@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
-from .experts import GatedMlp, MixtureOfExperts
+from .experts import GATHER_LIMIT, GatedMlp, MixtureOfExperts
 from .transformer import KeyValueBuffer, Placed
 
 log = logging.getLogger(__name__)
@@ -327,7 +327,11 @@ class LanguageModel(Placed):
         chunk = min(prefix, PREFILL_CHUNK)
         scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
-        return position * (prefix + rows * new) + scores + experts + 2 * rows * config.vocab_size * 4
+        # a GPU without a grouped product copies the experts of a step
+        gathered = min(GATHER_LIMIT, rows * config.num_experts_per_tok) * 3 * config.hidden_size
+        gathered *= config.moe_intermediate_size * size
+        logits = 2 * rows * config.vocab_size * 4
+        return position * (prefix + rows * new) + scores + max(experts, gathered) + logits
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

@@ -35,6 +35,7 @@ from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
     IGNORE,
     OBJECT_WEIGHT,
+    SHORT_WEIGHT,
     TEXT_UNCONDITIONAL,
     UNCONDITIONAL,
     DialogueData,
@@ -380,6 +381,16 @@ def test_a_sequence_is_the_transcript_that_a_conversation_would_have(chat):
         *chat.encode(second.answer),
     ]
     assert sequence.positions == list(range(len(sequence.ids)))
+
+
+def test_answers_of_a_word_or_two_count_more_than_descriptions(chat):
+    dialogue = dialogue_of(["question"], 5, rounds=2)
+    sequence = spell(dialogue, chat, GRID)
+    asked = [i for i, label in enumerate(sequence.labels) if label != IGNORE]
+    assert [i for i, count in enumerate(sequence.counts) if count == SHORT_WEIGHT] == asked
+    batch = pack([sequence], 0, GRID)
+    assert batch.counts[0].tolist() == sequence.counts
+    assert set(spell(dialogue_of("describe"), chat, GRID).counts) == {1.0}
 
 
 def test_packed_sequences_do_not_see_one_another(chat):
