@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE, TOKENS, SCALE = 400, 8, 2  # pixels and tokens along a side; drawn SCALE times as large, for smooth corners
+ZOOM = 3
 SCENE = "a large yellow star at the centre on a navy background"
 
 
@@ -20,8 +21,9 @@ def icon() -> Image.Image:
     from ming_core.shapes import draw, parse_scene
 
     side = SIDE * SCALE
-    around = Image.fromarray(draw(parse_scene(SCENE), 2 * side))
-    picture = around.crop((side // 2, side // 2, side // 2 + side, side // 2 + side))
+    around = Image.fromarray(draw(parse_scene(SCENE), ZOOM * side))
+    margin = (ZOOM - 1) * side // 2
+    picture = around.crop((margin, margin, margin + side, margin + side))
     tokens = np.asarray(picture.resize((TOKENS, TOKENS), Image.Resampling.BOX))
     canvas = ImageDraw.Draw(picture)
     cell, gap = side // TOKENS, side // 100
