@@ -1,6 +1,7 @@
 """How well a model of the shapes world sees, draws and edits, on scenes it was never shown.
 
     python -m ming_core.training.evaluation [--model FOLDER] [--scenes 300] [--only NAME ...] [--out docs/evaluation]
+                                            [--photographs FOLDER]
 
 Every question, description and picture is judged by the scorer, which reads pixels alone; settings are the nodes'
 defaults, seeds are the scenes' numbers. Writes a table (evaluation.md, with 95 % confidence intervals), the raw figures
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import Conversation, Features, Solver, Turn, UniVision, load_univision
@@ -146,6 +148,18 @@ def reconstruction(examiner: Examiner) -> Iterator[Score]:
         found = examiner.pixels(examiner.features(turn.attached))
         values.append(psnr(torch.from_numpy(found), torch.from_numpy(turn.attached / 255.0)))
     yield mean("reconstruction, PSNR", values, "32 dB", "dB")
+
+
+def photographs(examiner: Examiner, folder: Path) -> Score:
+    """What the tokenizer makes of pictures of another world: the middle square of each, at the model's size."""
+    values = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as file:
+            image = torch.from_numpy(np.array(file.convert("RGB"))).float().div(255)[None]
+        seen = to_images(to_pixels(image, examiner.model.mingtok.native_side))[0].numpy()
+        found = examiner.pixels(examiner.features(np.rint(seen * 255).astype(np.uint8)))
+        values.append(psnr(torch.from_numpy(found), torch.from_numpy(seen)))
+    return mean("reconstruction of photographs, PSNR", values, "report", "dB")
 
 
 def questions(examiner: Examiner) -> Iterator[Score]:
@@ -361,6 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chains", type=int, default=60, help="five-round chains each way; 0: none (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(EXAMINATIONS), help="some examinations; default: all")
     parser.add_argument("--things", type=int, nargs=2, default=(1, 3), metavar=("FEWEST", "MOST"))
+    parser.add_argument("--photographs", type=Path, help="folder of pictures to reconstruct as well")
     parser.add_argument("--out", type=Path, help="folder to write evaluation.md, .json and chains.png to")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -374,6 +389,8 @@ def main(arguments: list[str] | None = None) -> None:
             log.info("%s", score.row())
             scores.append(score)
             model.prefix_cache.clear()
+    if options.photographs:
+        scores.append(photographs(examiner, options.photographs))
     results = chains(Examiner(model, options.chains, examiner.things)) if options.chains else []
     log.info("\n%s", report(scores, results))
     if options.out:

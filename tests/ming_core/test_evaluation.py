@@ -9,7 +9,16 @@ from einops import rearrange
 from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.shapes import degrade, describe, draw
 from ming_univision.ming_core.training import evaluation
-from ming_univision.ming_core.training.evaluation import CHAIN_ROUNDS, EXAMINATIONS, Examiner, chains, mean, share
+from ming_univision.ming_core.training.evaluation import (
+    CHAIN_ROUNDS,
+    EXAMINATIONS,
+    Examiner,
+    chains,
+    mean,
+    photographs,
+    share,
+)
+from PIL import Image
 
 
 class Oracle(Examiner):
@@ -64,6 +73,15 @@ def test_who_does_nothing_gets_no_marks(name):
             assert score.value < 0
         elif "agrees" not in score.name and "Compare" not in score.name:
             assert score.value <= 0.2, score
+
+
+def test_photographs_of_any_size_are_reconstructed_at_the_models_own(tmp_path):
+    for i, size in enumerate([(300, 200), (90, 128)]):
+        Image.effect_noise(size, 40).save(tmp_path / f"{i}.png")
+    exam = examiner(Oracle)
+    exam.model.mingtok = SimpleNamespace(native_side=128)
+    score = photographs(exam, tmp_path)
+    assert score.count == 2 and score.unit == "dB" and score.value > 45
 
 
 def test_the_scenes_are_unseen_ones_and_the_same_at_every_call():
