@@ -69,6 +69,7 @@ class Stage:
     things     fewest and most things in a scene
     tasks      weights of tasks or families of tasks (`shapes.TASKS`); empty: the world's own mixture
     rounds     rounds of a dialogue; 0: one to three
+    quizzes    share of the dialogues that are one picture with a row of questions
     """
 
     name: str
@@ -83,6 +84,7 @@ class Stage:
     things: tuple[int, int] = (1, 3)
     tasks: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
+    quizzes: float = 0.0
     checkpoint_minutes: float = 20.0
     seed: int = 0
 
@@ -138,6 +140,6 @@ RECIPE = (
         },
         seed=2,
     ),
-    Stage("everything", "joint", batch=24, lr=2e-3, hours=10.0, settle=0.6, average=0.995, seed=1),
+    Stage("everything", "joint", batch=24, lr=2e-3, hours=4.0, settle=0.6, average=0.995, quizzes=0.2, seed=1),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )

@@ -26,6 +26,7 @@ IGNORE = -100  # a label that asks for nothing
 OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
+QUIZ = 6  # questions about one picture, which is most of what a question costs
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the ground
 
 UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees everything
@@ -194,6 +195,7 @@ class DialogueData:
     things: tuple[int, int]
     tasks: dict[str, float]
     rounds: int
+    quizzes: float = 0.0  # share of dialogues that are QUIZ questions about one picture
     dropped: float = 0.15  # share of drawing samples that are guidance rows
     row_length: int = 384
     split: str = "train"
@@ -210,6 +212,8 @@ class DialogueData:
         return spell(dialogue, chat, self.grid, view, self.dialogue(rng).rounds[0])
 
     def dialogue(self, rng: np.random.Generator) -> Dialogue:
+        if self.quizzes and rng.random() < self.quizzes:
+            return random_dialogue(rng, ["question"], self.things, self.split, QUIZ)
         return random_dialogue(rng, self.tasks or None, self.things, self.split, self.rounds or None)
 
 

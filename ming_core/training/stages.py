@@ -178,6 +178,7 @@ class JointStage:
             stage.things,
             dict(stage.tasks),
             stage.rounds,
+            stage.quizzes,
         )
         self.things = stage.things
         self.module: nn.Module = JointLoss(model).to(device)
