@@ -33,6 +33,7 @@ from .transformer import out_of_range
 log = logging.getLogger(__name__)
 
 STARTS = ("draw now", "model decides")
+EMPTY_PROMPT = "the prompt is empty: write what the model is to do"
 COLDEST = 1e-30  # a temperature below is taken as this one: in float32 it would be 0
 NO_TOKEN = -1  # chosen where the logits are no numbers
 
@@ -218,7 +219,7 @@ def open_round(
 ) -> Round:
     """Check everything, attach pictures, add the prompt, and prefill what the prefix cache does not know."""
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("the prompt is empty: write what the model is to do")
+        raise ValueError(EMPTY_PROMPT)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     if conversation.model not in ("", model.fingerprint):

@@ -9,7 +9,7 @@ from PIL import Image
 from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn, UniVision
 from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
-from ..ming_core.decoding import STARTS
+from ..ming_core.decoding import EMPTY_PROMPT, STARTS
 from ..ming_core.flow_head import METHODS
 from ..ming_core.images import to_images, to_uint8
 from . import host
@@ -18,7 +18,6 @@ from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, numbe
 
 ADVANCED = {"advanced": True}
 PREVIEWS = 4  # of a picture while it is drawn; each costs at most one pixel decoding
-EMPTY_PROMPT = "the prompt is empty: write what the model is to do"  # as the model itself says
 
 
 def _prompt_verdict(text: str | None) -> bool | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,16 +145,9 @@ class PixelStage(MingTokStage):
     So latents, features and a language model that was taught on them keep their meaning: pictures only become sharper.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        mingtok: MingTok,
-        device: torch.device | str = "cpu",
-        whole: UniVision | None = None,
-        tokenizer: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, stage: Stage, mingtok: MingTok, *others: Any) -> None:
         config = mingtok.config
-        super().__init__(stage, mingtok, device, whole, tokenizer)
+        super().__init__(stage, mingtok, *others)
         mingtok.config = config  # how latents are normalised stays as it is, too
         self.module.weights = TokenizerWeights(labels=0.0, size=0.0, noise=PIXEL_NOISE, masked=0.0)
         for frozen in (mingtok.low_level_encoder, mingtok.semantic_decoder, self.module.reader):
