@@ -125,7 +125,6 @@ class MingTokStage:
             if self.whole is None:
                 save_mingtok(tok, folder)
             else:
-                self.whole.config = replace(self.whole.config, mingtok_config=tok.config)
                 save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
         finally:
             tok.config = raw_config

@@ -35,6 +35,7 @@ from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
     IGNORE,
     OBJECT_WEIGHT,
+    QUIZ,
     SHORT_WEIGHT,
     TEXT_UNCONDITIONAL,
     UNCONDITIONAL,
@@ -391,6 +392,13 @@ def test_answers_of_a_word_or_two_count_more_than_descriptions(chat):
     batch = pack([sequence], 0, GRID)
     assert batch.counts[0].tolist() == sequence.counts
     assert set(spell(dialogue_of("describe"), chat, GRID).counts) == {1.0}
+
+
+def test_a_quiz_is_a_row_of_questions_about_one_picture(tokenizer):
+    data = DialogueData(tokenizer["tokenizer.json"], GRID, 1, (2, 3), {"generate": 1.0}, 1, quizzes=1.0)
+    rounds = data.dialogue(np.random.default_rng(0)).rounds
+    assert len(rounds) == QUIZ and {turn.family for turn in rounds} == {"question"}
+    assert rounds[0].attached is not None and all(turn.attached is None for turn in rounds[1:])
 
 
 def test_packed_sequences_do_not_see_one_another(chat):
