@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from .descriptions import join_words, with_article
-from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene
+from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
 from .wording import pick, refer, spelled, typed
 
 QUESTION_KINDS = ("color", "shape", "size", "where", "count", "exists", "background")
@@ -20,20 +21,28 @@ QUESTION_KINDS = ("color", "shape", "size", "where", "count", "exists", "backgro
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def question(rng: np.random.Generator, scene: Scene, kind: str) -> tuple[str, str] | None:
-    """A question of one of `QUESTION_KINDS` about the scene, and its answer; None when the scene does not allow it."""
+class Question(NamedTuple):
+    """A question and its answer; `thing` is the one thing of the scene that it is about, None if there is no one."""
+
+    text: str
+    answer: str
+    thing: Thing | None = None
+
+
+def question(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
+    """A question of one of `QUESTION_KINDS` about the scene; None when the scene does not allow it."""
     if kind not in QUESTION_KINDS:
         raise ValueError(f"{kind!r} is no kind of question; choose one of: {', '.join(QUESTION_KINDS)}")
     asked = _ASKERS[kind](rng, scene)
-    return asked and (typed(rng, spelled(rng, asked[0])), asked[1])
+    return asked and asked._replace(text=typed(rng, spelled(rng, asked.text)))
 
 
-def _ask_background(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+def _ask_background(rng: np.random.Generator, scene: Scene) -> Question:
     forms = ("What color is the background?", "What is the background color?", "Which color does the background have?")
-    return pick(rng, forms), scene.background
+    return Question(pick(rng, forms), scene.background)
 
 
-def _ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+def _ask_count(rng: np.random.Generator, scene: Scene) -> Question:
     """How many things, or things of one colour or shape: as often one that is there as any."""
     what, number = pick(rng, ("objects", "things")), len(scene.things)
     attribute = pick(rng, ("", "color", "shape"))
@@ -44,10 +53,10 @@ def _ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         number = there.count(word)
         what = f"{word} {what}" if attribute == "color" else f"{word}es" if word == "cross" else f"{word}s"
     forms = ("How many {what} are there?", "How many {what} do you see?", "Count the {what}.")
-    return pick(rng, forms).format(what=what), _NUMBERS[number]
+    return Question(pick(rng, forms).format(what=what), _NUMBERS[number])
 
 
-def _ask_exists(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+def _ask_exists(rng: np.random.Generator, scene: Scene) -> Question:
     """Yes and no about equally often; a no mostly misses by one attribute only."""
     names = pick(rng, (("color", "shape"), ("color", "shape"), ("shape",), ("color",), ("color", "shape", "position")))
     asked = {"shape": pick(rng, SHAPES), "color": pick(rng, tuple(COLORS)), "position": pick(rng, tuple(POSITIONS))}
@@ -55,43 +64,45 @@ def _ask_exists(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         near = pick(rng, scene.things)
         wrong = pick(rng, names) if rng.random() < 0.55 else None
         asked = {name: asked[name] if name == wrong else getattr(near, name) for name in asked}
-    there = any(all(getattr(thing, name) == asked[name] for name in names) for thing in scene.things)
+    there = [thing for thing in scene.things if all(getattr(thing, name) == asked[name] for name in names)]
     noun = " ".join([asked["color"]] * ("color" in names) + [asked["shape"] if "shape" in names else "object"])
     place = f" at the {asked['position']}" if "position" in names else ""
     form = pick(rng, ("Is there {it}?", "Do you see {it}?", "Is {it} in the picture?"))
-    return form.format(it=with_article(noun) + place), "yes" if there else "no"
+    text = form.format(it=with_article(noun) + place)
+    return Question(text, "yes" if there else "no", there[0] if len(there) == 1 else None)
 
 
-def _ask_thing(rng: np.random.Generator, scene: Scene, hide: str, forms: Sequence[str]) -> tuple[str, str] | None:
+def _ask_thing(rng: np.random.Generator, scene: Scene, hide: str, forms: Sequence[str]) -> Question | None:
     """A question after the attribute `hide` of one thing that can be singled out without it."""
     for index in rng.permutation(len(scene.things)):
         thing = scene.things[index]
         it = refer(rng, scene, thing, hide=(hide,))
         if it:
-            return pick(rng, forms).format(it=it), getattr(thing, hide)
+            return Question(pick(rng, forms).format(it=it), getattr(thing, hide), thing)
     return None
 
 
-def _ask_color(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _ask_color(rng: np.random.Generator, scene: Scene) -> Question | None:
     return _ask_thing(rng, scene, "color", ("What color is {it}?", "Which color does {it} have?"))
 
 
-def _ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _ask_size(rng: np.random.Generator, scene: Scene) -> Question | None:
     return _ask_thing(rng, scene, "size", ("Is {it} small or large?", "What size is {it}?", "How big is {it}?"))
 
 
-def _ask_where(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _ask_where(rng: np.random.Generator, scene: Scene) -> Question | None:
     asked = _ask_thing(rng, scene, "position", ("Where is {it}?", "Where do you see {it}?", "At which place is {it}?"))
-    return asked and (asked[0], f"at the {asked[1]}")
+    return asked and asked._replace(answer=f"at the {asked.answer}")
 
 
-def _ask_shape(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _ask_shape(rng: np.random.Generator, scene: Scene) -> Question | None:
     """After the shape of a thing, or after what stands in a cell, which may be empty."""
     if rng.random() < 0.4:
-        there = {thing.position: thing.shape for thing in scene.things}
+        there = {thing.position: thing for thing in scene.things}
         cell = pick(rng, tuple(there)) if there and rng.random() < 0.8 else pick(rng, tuple(POSITIONS))
+        thing = there.get(cell)
         form = pick(rng, ("What shape is at the {cell}?", "What is at the {cell}?", "Which shape is at the {cell}?"))
-        return form.format(cell=cell), there.get(cell, "nothing")
+        return Question(form.format(cell=cell), thing.shape if thing else "nothing", thing)
     return _ask_thing(rng, scene, "shape", ("What shape is {it}?", "Which shape is {it}?", "What is {it}?"))
 
 

@@ -22,7 +22,7 @@ from .drawing import draw
 from .edits import EDIT_KINDS, Edit, random_edit, region_picture
 from .language import caption, edit_words, prompt
 from .questions import QUESTION_KINDS, question, talk
-from .scenes import Scene, random_scene
+from .scenes import Scene, Thing, random_scene
 from .wording import pick
 
 # Every task, with its share of the default mixture. The part before "/" is the family, by which tasks are also chosen.
@@ -58,7 +58,8 @@ class Round:
 
     Pictures are uint8 [128, 128, 3]. `attached` comes with the prompt; None if a picture is in view or none is needed.
     `task` is a key of `TASKS`. `source_scene` is what stood in view when the prompt came (None: no picture),
-    `target_scene` what the target shows; None for answers in text and for the picture of a region.
+    `target_scene` what the target shows; None for answers in text and for the picture of a region. `meant` is the one
+    thing that the prompt is about, as it is before an edit (added: as it will be); None if there is no one.
     """
 
     prompt: str
@@ -68,6 +69,7 @@ class Round:
     task: str
     target_scene: Scene | None = None
     source_scene: Scene | None = None
+    meant: Thing | None = None
 
     @property
     def family(self) -> str:
@@ -278,7 +280,8 @@ def _question(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules)
     asked = question(rng, view.scene, step.task.split("/")[1])
     if asked is None:
         return None
-    return Round(asked[0], None, asked[1], None, step.task, None, view.scene), replace(view, shown=True)
+    turn = Round(asked.text, None, asked.answer, None, step.task, None, view.scene, asked.thing)
+    return turn, replace(view, shown=True)
 
 
 def _generate(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
@@ -294,7 +297,7 @@ def _edit(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> 
     target = edit.apply(view.scene)
     asked = prompt(rng, "edit", edit_words(rng, view.scene, edit))
     after = replace(view, scene=target, shown=True, planned=None)
-    return Round(asked, None, None, draw(target), step.task, target, view.scene), after
+    return Round(asked, None, None, draw(target), step.task, target, view.scene, edit.thing), after
 
 
 def _identify(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
@@ -303,7 +306,8 @@ def _identify(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules)
         return None
     asked = prompt(rng, "identify region", edit_words(rng, view.scene, edit).rstrip("."))
     region = region_picture(view.scene, edit.apply(view.scene))
-    return Round(asked, None, None, region, step.task, None, view.scene), replace(view, shown=True, planned=edit)
+    turn = Round(asked, None, None, region, step.task, None, view.scene, edit.thing)
+    return turn, replace(view, shown=True, planned=edit)
 
 
 def _enhance(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:

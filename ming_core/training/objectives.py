@@ -9,7 +9,8 @@ Ming-UniVision, around a frozen MingTok: predict the next token of answers, and 
 noise to the latent that comes next (rectified flow). The pictures it is to draw are fed with noise on their latents,
 as its own drawings will have errors, which would otherwise add up over the tokens. The flow loss alone is a faint
 teacher of what belongs where, so a throw-away linear layer also reads from the hidden state what the token to come
-shows: the labels that MingTok's features were aligned with.
+shows: the labels that MingTok's features were aligned with. Another one reads at the end of a prompt which thing it is
+about, all of it: "what color is the star?" wants a colour, but to find it is to know the star's size and place as well.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..mingtok import MingTok
 from ..shapes import LABEL_CLASSES
 from ..univision import UniVision
 from .pictures import LABELS
-from .sequences import IGNORE, Batch
+from .sequences import ATTRIBUTES, IGNORE, Batch
 
 BLOTTED = 0.3  # share of the latents that masked modelling blots out
 
@@ -90,28 +91,32 @@ class JointWeights:
     text: float = 1.0
     flow: float = 1.0
     labels: float = 0.2
+    meant: float = 0.2
     balance: float = 0.01
     noise: float = 0.4  # on the normalised latents of drawn pictures: drawn from 0 to this for each picture
     times: int = 2  # (time, noise) pairs a token: each costs about as much as the token in the language model
 
 
 class JointLoss(nn.Module):
-    """UniVision with its losses, and the throw-away layer that reads what comes next. Its MingTok is frozen."""
+    """UniVision with its losses, and throw-away layers that read from its hidden states. Its MingTok is frozen."""
 
     def __init__(self, model: UniVision, weights: JointWeights | None = None) -> None:
         super().__init__()
         self.model, self.weights = model, weights or JointWeights()
         model.mingtok.requires_grad_(False)
-        self.reader = nn.Linear(model.config.llm_config.hidden_size, sum(LABEL_CLASSES.values()))
-        nn.init.zeros_(self.reader.weight)
-        nn.init.zeros_(self.reader.bias)
+        width = model.config.llm_config.hidden_size
+        self.reader = nn.Linear(width, sum(LABEL_CLASSES.values()))  # what a token to come shows
+        self.pointer = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))  # the thing that a prompt is about
+        for throw_away in (self.reader, self.pointer):
+            nn.init.zeros_(throw_away.weight)
+            nn.init.zeros_(throw_away.bias)
         self._routing: list[Tensor] = []
         for module in model.modules():
             if isinstance(module, MixtureOfExperts):
                 module.register_forward_hook(self._note_routing)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns "loss" and its parts: "text", "flow", "labels", "balance" (1 when all experts are used alike)."""
+        """Returns "loss" and its parts: "text", "flow", "labels", "meant", "balance" (1: experts used alike)."""
         language_model, weights = self.model.language_model, self.weights
         latents, features = self.pictures(batch, generator)  # (P, N, C), (P, N, D)
         x = language_model.embed(batch.ids).flatten(0, 1)  # (R*L, H)
@@ -140,8 +145,9 @@ class JointLoss(nn.Module):
             generator,
         )
         parts["labels"] = self.label_loss(before, batch.shown[batch.drawn], batch.weights[batch.drawn].flatten())
+        parts["meant"] = self.meant_loss(hidden[batch.asked], batch.meant)
         parts["balance"] = torch.stack(self._routing).mean()
-        terms = ("text", "flow", "labels", "balance")
+        terms = ("text", "flow", "labels", "meant", "balance")
         parts["loss"] = sum((getattr(weights, name) * parts[name] for name in terms), start=x.new_zeros(()))
         return parts
 
@@ -154,6 +160,12 @@ class JointLoss(nn.Module):
             F.cross_entropy(x, y, ignore_index=IGNORE, reduction="none") for x, y in zip(kinds, labels, strict=True)
         )
         return sum((known * loss).sum() for loss in losses) / known.sum().clamp_min(1.0)
+
+    def meant_loss(self, hidden: Tensor, meant: Tensor) -> Tensor:
+        """How badly the pointer tells the things that prompts are about. hidden [M, H]; meant [M, 4]."""
+        logits = self.pointer(hidden).split([len(values) for values in ATTRIBUTES.values()], dim=-1)
+        losses = (F.cross_entropy(x, y, reduction="sum") for x, y in zip(logits, meant.unbind(1), strict=True))
+        return sum(losses, start=hidden.new_zeros(())) / max(len(meant), 1)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,19 @@ RECIPE = (
         },
         seed=2,
     ),
+    # With one thing in view there is no question which one is meant, so that is learned apart.
+    Stage(
+        "several things",
+        "joint",
+        batch=24,
+        lr=2e-3,
+        hours=1.0,
+        settle=0.1,
+        average=0.995,
+        things=(2, 3),
+        quizzes=0.3,
+        seed=4,
+    ),
     Stage("everything", "joint", batch=24, lr=2e-3, hours=4.0, settle=0.6, average=0.995, quizzes=0.2, seed=1),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )

@@ -20,7 +20,19 @@ from torch import Tensor
 from ..conversation import ANSWER, MARK, Conversation, Part, Picture, Text, guidance_views
 from ..features import Features
 from ..prompts import ChatFormat
-from ..shapes import LABEL_CLASSES, Dialogue, Round, draw, patch_labels, random_dialogue
+from ..shapes import (
+    COLORS,
+    LABEL_CLASSES,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Dialogue,
+    Round,
+    Thing,
+    draw,
+    patch_labels,
+    random_dialogue,
+)
 
 IGNORE = -100  # a label that asks for nothing
 OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
@@ -28,6 +40,9 @@ SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 QUIZ = 6  # questions about one picture, which is most of what a question costs
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the ground
+
+# What there is to know of a thing, and the values of each.
+ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "position": tuple(POSITIONS)}
 
 UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees everything
 
@@ -54,6 +69,7 @@ class Sequence:
     counts     how much that counts
     positions  as rotary embedding counts them
     pictures   in order
+    meant      the thing that a prompt is about, by the position of the prompt's last token; prompts about none left out
     hidden     bool [n]: of the first n tokens those that the others, the tokens from n on, do not see
     """
 
@@ -62,6 +78,7 @@ class Sequence:
     counts: list[float]
     positions: list[int]
     pictures: tuple[Placed, ...]
+    meant: dict[int, Thing]
     hidden: np.ndarray
 
     def mask(self) -> np.ndarray:
@@ -83,6 +100,8 @@ class Batch(NamedTuple):
     slots                   int64 [P], where in the flattened rows the first token of each picture stands
     weights                 float32 [P, N], of the flow loss of each token (0 for a picture that was seen)
     shown                   int64 [P, kinds, N], what each token shows (`LABEL_CLASSES`), or IGNORE
+    asked                   int64 [M], where in the flattened rows the prompts end that are about one thing
+    meant                   int64 [M, 4], that thing (`ATTRIBUTES`)
     """
 
     ids: Tensor
@@ -95,6 +114,8 @@ class Batch(NamedTuple):
     slots: Tensor
     weights: Tensor
     shown: Tensor
+    asked: Tensor
+    meant: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -113,6 +134,7 @@ def spell(
     labels: list[int] = []
     counts: list[float] = []
     placed: list[Placed] = []
+    meant: dict[int, Thing] = {}
     talk = Conversation()
     hidden = np.zeros(0, dtype=bool)
     for index, turn in enumerate(dialogue.rounds):
@@ -129,6 +151,8 @@ def spell(
         labels += [IGNORE] * (begin - len(labels))
         _append(emitted, turn.target, _labels(turn, grid), ids, placed, chat.patch_id)
         if row == 0:
+            if turn.meant is not None:
+                meant[begin - 1] = turn.meant
             labels[begin - 1] = ids[begin]
             labels += [*ids[begin + 1 :], chat.end_id]
             if turn.target is not None:
@@ -140,7 +164,7 @@ def spell(
     counts += [1.0] * (len(ids) - len(counts))
     n = len(hidden)
     positions = [*range(n), *range(n - int(hidden.sum()), len(ids) - int(hidden.sum()))]
-    return Sequence(ids, labels, counts, positions, tuple(placed), hidden)
+    return Sequence(ids, labels, counts, positions, tuple(placed), meant, hidden)
 
 
 def _estranged(turn: Round, stranger: Round, row: int) -> Round:
@@ -234,7 +258,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
     counts = np.ones((len(rows), length), dtype=np.float32)
     mask = np.zeros((len(rows), length, length), dtype=bool)
     mask[:, range(length), range(length)] = True  # padding sees itself: a softmax over nothing is NaN
-    pictures, slots = [], []
+    pictures, slots, asked, meant = [], [], [], []
     for i, row in enumerate(rows):
         begin = 0
         for sequence in row:
@@ -244,6 +268,8 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
             mask[i, begin:end, begin:end] = sequence.mask()
             pictures += sequence.pictures
             slots += [i * length + begin + picture.start for picture in sequence.pictures]
+            asked += [i * length + begin + place for place in sequence.meant]
+            meant += [attributes(thing) for thing in sequence.meant.values()]
             begin = end
     return Batch(
         *(torch.from_numpy(array) for array in (ids, labels, positions, counts, mask)),
@@ -256,7 +282,14 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         if pictures
         else torch.empty(0, grid[0] * grid[1]),
         _shown(pictures, grid),
+        torch.tensor(asked, dtype=torch.long),
+        torch.tensor(meant, dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
     )
+
+
+def attributes(thing: Thing) -> list[int]:
+    """Where each of its attributes stands among the values of `ATTRIBUTES`."""
+    return [values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()]
 
 
 def _shown(pictures: list[Placed], grid: tuple[int, int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Training: small models learn, runs resume exactly, and what is taught is what inference does."""
 
 import dataclasses
+import math
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from ming_univision.ming_core.training.objectives import initialise, psnr, to_pi
 from ming_univision.ming_core.training.optimizers import MovingAverage, Muon, learning_rate, orthogonalise
 from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
+    ATTRIBUTES,
     IGNORE,
     OBJECT_WEIGHT,
     QUIZ,
@@ -399,6 +401,33 @@ def test_a_quiz_is_a_row_of_questions_about_one_picture(tokenizer):
     rounds = data.dialogue(np.random.default_rng(0)).rounds
     assert len(rounds) == QUIZ and {turn.family for turn in rounds} == {"question"}
     assert rounds[0].attached is not None and all(turn.attached is None for turn in rounds[1:])
+
+
+def test_the_thing_that_a_prompt_is_about_is_told_where_the_prompt_ends(chat):
+    sequences = [spell(dialogue_of(tasks, 3, rounds=2, things=(2, 2)), chat, GRID) for tasks in ("question", "edit")]
+    batch = pack(sequences, 4096, GRID)
+    ends = (batch.ids.flatten() == chat.role_close_id).nonzero().flatten().tolist()
+    assert len(batch.asked) > 1 and set(batch.asked.tolist()) <= set(ends)
+    things = [thing for s in sorted(sequences, key=lambda s: -len(s.ids)) for thing in s.meant.values()]
+    assert [
+        {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
+        for row in batch.meant.tolist()
+    ] == [{name: getattr(thing, name) for name in ATTRIBUTES} for thing in things]
+
+
+def test_a_guidance_row_is_not_asked_what_its_strange_prompt_is_about(chat):
+    dialogue = dialogue_of("edit/recolor", 5)
+    assert spell(dialogue, chat, GRID).meant
+    assert not spell(dialogue, chat, GRID, 1, dialogue_of("edit/recolor", 6).rounds[0]).meant
+
+
+def test_the_pointer_is_taught_to_tell_it(tokenizer, chat):
+    objective = joint_stage(tokenizer, chat)
+    batch = pack([spell(dialogue_of("edit/recolor", n), chat, GRID) for n in range(3)], 0, GRID)
+    parts = objective.loss(batch, seeded())
+    assert parts["meant"].item() == pytest.approx(sum(math.log(len(v)) for v in ATTRIBUTES.values()))  # knows nothing
+    parts["meant"].backward()
+    assert objective.module.pointer.weight.grad.abs().sum() > 0
 
 
 def test_packed_sequences_do_not_see_one_another(chat):

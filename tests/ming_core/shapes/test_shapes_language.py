@@ -117,14 +117,15 @@ def test_answers_about_a_thing_are_true(kind):
     asked = 0
     for seed in range(300):
         scene = scene_from_seed(seed)
-        pair = question(rng, scene, kind)
-        if pair is None:
+        found = question(rng, scene, kind)
+        if found is None:
             continue
-        things = meant(scene, told(pair[0]))
-        if pair[1] == "nothing":
-            assert things == []
+        things = meant(scene, told(found.text))
+        if found.answer == "nothing":
+            assert things == [] and found.thing is None
         else:
-            assert [getattr(thing, attribute) for thing in things] == [pair[1].removeprefix("at the ")]
+            assert things == [found.thing]
+            assert getattr(found.thing, attribute) == found.answer.removeprefix("at the ")
         asked += 1
     assert asked > 250
 
@@ -133,8 +134,8 @@ def test_counts_are_true():
     rng = np.random.default_rng(4)
     for seed in range(300):
         scene = scene_from_seed(seed)
-        asked, answer = question(rng, scene, "count")
-        assert answer == NUMBERS[len(meant(scene, told(asked)))]
+        asked, answer, thing = question(rng, scene, "count")
+        assert answer == NUMBERS[len(meant(scene, told(asked)))] and thing is None
 
 
 def test_yes_and_no_are_true_and_about_equally_often():
@@ -142,8 +143,10 @@ def test_yes_and_no_are_true_and_about_equally_often():
     answers = []
     for seed in range(600):
         scene = scene_from_seed(seed)
-        asked, answer = question(rng, scene, "exists")
-        assert answer == ("yes" if meant(scene, told(asked)) else "no")
+        asked, answer, thing = question(rng, scene, "exists")
+        things = meant(scene, told(asked))
+        assert answer == ("yes" if things else "no")
+        assert thing == (things[0] if len(things) == 1 else None)
         answers.append(answer)
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
@@ -152,14 +155,14 @@ def test_the_background_is_answered_by_its_name():
     rng = np.random.default_rng(6)
     for seed in range(30):
         scene = scene_from_seed(seed)
-        assert question(rng, scene, "background")[1] == scene.background
+        assert question(rng, scene, "background").answer == scene.background
 
 
 def test_questions_can_be_asked_of_an_empty_scene():
     rng = np.random.default_rng(7)
     empty = Scene((), "mint")
     asked = {kind: question(rng, empty, kind) for kind in QUESTION_KINDS for _ in range(10)}
-    assert asked["count"][1] == "zero" and asked["exists"][1] == "no" and asked["background"][1] == "mint"
+    assert asked["count"].answer == "zero" and asked["exists"].answer == "no" and asked["background"].answer == "mint"
     assert asked["color"] is asked["where"] is asked["size"] is None
 
 
@@ -185,6 +188,7 @@ def test_one_wording_of_a_question_has_one_answer_in_a_scene():
     for kind in QUESTION_KINDS:
         answers = {}
         for _ in range(200):
-            asked, answer = question(rng, scene, kind) or ("", "")
-            answers.setdefault(asked.lower(), set()).add(answer)
+            asked = question(rng, scene, kind)
+            if asked:
+                answers.setdefault(asked.text.lower(), set()).add(asked.answer)
         assert all(len(given) == 1 for given in answers.values())

@@ -104,6 +104,16 @@ def test_edits_start_from_the_attached_scene_and_change_it():
         assert turn.target_scene.content != turn.source_scene.content
 
 
+def test_what_an_edit_is_about_is_the_thing_that_it_changes():
+    for dialogue in dialogues(60, tasks=["edit"], rounds=1):
+        (turn,) = dialogue.rounds
+        if turn.task == "edit/background":
+            assert turn.meant is None
+        else:
+            before, after = set(turn.source_scene.things), set(turn.target_scene.things)
+            assert turn.meant in (after - before if turn.task == "edit/add" else before - after)
+
+
 @pytest.mark.parametrize("task", ["refine", "super-resolution", "denoise", "colorize"])
 def test_enhancing_leads_from_a_worse_picture_to_the_clean_one(task):
     for dialogue in dialogues(15, tasks=[task], rounds=1):
