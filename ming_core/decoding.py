@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .captured import Captured, recorder
 from .config import UniVisionConfig
 from .conversation import Conversation, Part, Picture, Text, guidance_views, segment_keys
 from .features import Features, to_grid
@@ -453,13 +454,31 @@ def draw_latents(
     latents = torch.empty_like(noise)
     tokens = noise.new_empty(batch, n, model.mingtok.config.semantic_decoder.embed_dim)
     x = language_model.embed(torch.full((batch * guided.rows,), llm.image_start_token, device=model.device))
+
+    def condition(x: Tensor) -> tuple[Tensor]:
+        z = flow_head.vis_head(language_model.step(x, rows))
+        return (z.unflatten(0, (batch, guided.rows))[:, -len(guided.factors) :],)
+
+    def flow(z: Tensor, noise: Tensor) -> tuple[Tensor]:
+        return (sampler.draw(z, noise),)
+
+    def expand(latent: Tensor) -> tuple[Tensor, Tensor]:
+        token = stream.append(latent[:, None])[:, 0]
+        return token, model.project(token).repeat_interleave(guided.rows, dim=0)
+
+    record = recorder(model.device, language_model, flow_head, model.mingtok.semantic_decoder, model.linear_proj)
+    if record:
+        rows.fix()
+        stream.fix()
+    conditioned = Captured(condition, None if language_model.waits(x) else record)
+    drawn, expanded = Captured(flow, record), Captured(expand, record)
     for i in range(n):
-        hidden = language_model.step(x, rows)
-        z = flow_head.vis_head(hidden).unflatten(0, (batch, guided.rows))[:, -len(guided.factors) :]
-        latents[:, i] = sampler.draw(z, noise[:, i])
-        expanded = stream.append(latents[:, i : i + 1])
-        tokens[:, i] = expanded[:, 0]
-        x = model.project(expanded[:, 0]).repeat_interleave(guided.rows, dim=0)
+        (z,) = conditioned(x)
+        (latents[:, i],) = drawn(z, noise[:, i])
+        tokens[:, i], x = expanded(latents[:, i])
+        if record:
+            rows.advance()
+            stream.advance()
         if on_token:
             on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
     return latents, tokens, x

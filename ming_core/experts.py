@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,12 +85,19 @@ class Experts(nn.Module):
 
     def products(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x [T, H] through each of its chosen experts [T, k] -> [T, k, H]."""
-        pairs, here = chosen.numel(), self.resident(x)
+        return self._way(x, chosen.numel())(x, chosen)
+
+    def waits(self, x: Tensor, pairs: int) -> bool:
+        """Whether products of so many pairs of a token and an expert wait for the device."""
+        return self._way(x, pairs) == self._sorted
+
+    def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
+        here = self.resident(x)
         if grouped_product_serves(x) and (here or pairs >= GROUP_FROM * self.count):
-            return self._grouped(x, chosen)
+            return self._grouped
         if here and x.is_cuda and pairs <= GATHER_LIMIT:
-            return self._gathered(x, chosen)
-        return self._sorted(x, chosen)
+            return self._gathered
+        return self._sorted
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""

@@ -132,7 +132,17 @@ class Rows:
     @property
     def positions(self) -> Tensor:
         """Position of each row's next token, [rows, 1]."""
-        return (self.starts + self.length)[:, None]
+        place = self.buffers[-1].place
+        return (self.starts + (self.length if place is None else place))[:, None]
+
+    def fix(self) -> None:
+        """Do every step from now on as `KeyValueBuffer.fix` says; its tokens are kept by `advance`."""
+        for buffer in self.buffers:
+            buffer.fix()
+
+    def advance(self) -> None:
+        for buffer in self.buffers:
+            buffer.advance()
 
     def fork(self, rows: int, capacity: int, visible: Tensor | None) -> Rows:
         """`rows` copies of a single row, which go on separately."""
@@ -167,6 +177,9 @@ class Rows:
         if self.bias is not None:
             past = past + self.bias
         own = (q @ own_k.mT).float()  # (rows, kv, group, n)
+        seen = self.buffers[layer].seen
+        if seen is not None:
+            own = own.where(seen, float("-inf"))
         # the scores alone are put together and taken apart, and transposed: keys and values lie where they are
         weights = torch.cat([past, own.transpose(0, 1)], dim=-1).softmax(-1).to(q.dtype)
         past, own = weights.split([end, own_k.shape[2]], dim=-1)
@@ -332,6 +345,11 @@ class LanguageModel(Placed):
         gathered *= config.moe_intermediate_size * size
         logits = 2 * rows * config.vocab_size * 4
         return position * (prefix + rows * new) + scores + max(experts, gathered) + logits
+
+    def waits(self, x: Tensor) -> bool:
+        """Whether a step with these embeddings, [rows, H], waits for the device on its way."""
+        pairs = len(x) * self.config.num_experts_per_tok
+        return any(layer.mlp.experts.waits(x, pairs) for layer in self.model.layers if not layer.dense)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

@@ -340,3 +340,12 @@ class SemanticStream:
         """The next normalised latent of each picture [B, 1, C] -> its features [B, 1, D]."""
         raw = self.mingtok.denormalise(latents.float())
         return self.mingtok.semantic_decoder(raw.to(self.mingtok.dtype), self.buffers)
+
+    def fix(self) -> None:
+        """Take one latent at a time from now on, as `KeyValueBuffer.fix` says; each is kept by `advance`."""
+        for buffer in self.buffers:
+            buffer.fix()
+
+    def advance(self) -> None:
+        for buffer in self.buffers:
+            buffer.advance()

@@ -23,7 +23,7 @@ import functools
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -319,10 +319,10 @@ class QuantizedExperts(Quantized, Experts):
         for name in self.NAMES:
             self._register(name, getattr(experts, name), kind)
 
-    def products(self, x: Tensor, chosen: Tensor) -> Tensor:
+    def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
         """One by one, so that each is read once, in few bits: in one product they would be written and read again in
         16 bit, which costs more time than a GPU waits here."""
-        return self._sorted(x, chosen)
+        return self._sorted
 
     def apply_expert(self, expert: int, x: Tensor) -> Tensor:
         packed = self.ready(x)

@@ -58,20 +58,48 @@ class KeyValueBuffer:
     """Preallocated keys and values of one attention layer, for `rows` sequences that grow together.
 
     keys, values: [rows, heads, capacity, head_dim]; the first `length` positions are filled.
+
+    Once it is fixed, adding a token does the same operations on the same memory however many there are, as a CUDA graph
+    wants it: the place of the token is a number on the device, and what is not filled is hidden by a mask.
     """
 
     def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
         self.keys = torch.empty(rows, heads, capacity, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.length = 0
+        self.place: Tensor | None = None  # int64 [1], that of the next token of a fixed buffer
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [rows, heads, n, head_dim] of each; returns views of all that is filled now."""
+        """Add [rows, heads, n, head_dim] of each; returns views of all that is filled now.
+
+        A fixed buffer takes one token, returns all of its capacity, and does not move on before `advance`.
+        """
+        if self.place is not None:
+            self.keys.index_copy_(2, self.place, keys)
+            self.values.index_copy_(2, self.place, values)
+            return self.keys, self.values
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def fix(self) -> None:
+        """From now on take one token at a time, in operations that depend on shapes alone."""
+        for tensor in (self.keys, self.values):
+            tensor[:, :, self.length :] = 0  # hidden numbers count 0 times, but 0 * NaN is NaN
+        self.place = torch.tensor([self.length], device=self.keys.device)
+        self._places = torch.arange(self.keys.shape[2], device=self.keys.device)
+
+    def advance(self) -> None:
+        """Keep the token that a fixed buffer was given; the next one goes behind it."""
+        self.length += 1
+        self.place += 1
+
+    @property
+    def seen(self) -> Tensor | None:
+        """bool [1, capacity], what the newest token of a fixed buffer may see; None: all that `append` returns."""
+        return None if self.place is None else (self._places <= self.place)[None]
 
 
 class Attention(nn.Module):
@@ -87,9 +115,11 @@ class Attention(nn.Module):
         """x [B, N, D]. With a buffer, x holds the one next token, or the first N of an empty buffer."""
         b, n, dim = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
+        seen = None
         if buffer is not None:
             k, v = buffer.append(k, v)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal and n > 1)
+            seen = buffer.seen
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and n > 1)
         return self.proj(x.transpose(1, 2).reshape(b, n, dim))
 
 
