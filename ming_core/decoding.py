@@ -125,7 +125,7 @@ def understand(
 ) -> Turn:
     """See UniVision.understand."""
     with torch.no_grad():
-        opened = open_round(model, conversation, prompt, features, room=max_new_tokens, max_new_tokens=max_new_tokens)
+        opened = open_round(model, plan_round(model, conversation, prompt, features, max_new_tokens, max_new_tokens))
         rows = Rows(opened.prefix, capacity=max_new_tokens)
         generator = _generator(seed, "text", opened.noise_round)
         writer = _Writer(model, max_new_tokens, sampling, generator, on_token, return_logits)
@@ -158,11 +158,9 @@ def draw(
         raise ValueError("no seed: give one for every picture that is to be drawn")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: give a number of 0 or more")
-    n = model.config.llm_config.num_image_tokens_for_gen
+    room = drawing_room(model, max_new_tokens)
     with torch.no_grad():
-        opened = open_round(
-            model, conversation, prompt, features, room=max_new_tokens + 1 + n, max_new_tokens=max_new_tokens
-        )
+        opened = open_round(model, plan_round(model, conversation, prompt, features, room, max_new_tokens))
         noise = seeded_noise(model, seeds, noise, opened.noise_round) * temperature
         writer = _Writer(model, max_new_tokens, Sampling(), None, on_token, return_logits)
 
@@ -209,16 +207,13 @@ class Round:
     depth: int  # of what is in view
 
 
-def open_round(
-    model: Model,
-    conversation: Conversation,
-    prompt: str,
-    features: Features | None,
-    *,
-    room: int,
-    max_new_tokens: int,
-) -> Round:
-    """Check everything, attach pictures, add the prompt, and prefill what the prefix cache does not know."""
+def plan_round(
+    model: Model, conversation: Conversation, prompt: str, features: Features | None, room: int, max_new_tokens: int
+) -> Conversation:
+    """The conversation with the pictures and the prompt of a round, of which nothing is computed yet.
+
+    room: tokens that the round may add. Raises ValueError for all that a round refuses; see UniVision.understand.
+    """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(EMPTY_PROMPT)
     if max_new_tokens < 1:
@@ -238,8 +233,18 @@ def open_round(
             f"are {grown.length + room}, and this model has {limit} positions; shorten the prompt, lower "
             "max_new_tokens, or begin a new conversation"
         )
+    return grown
+
+
+def drawing_room(model: Model, max_new_tokens: int) -> int:
+    """Tokens that a round with a picture may add: text, `<image>` and the image tokens."""
+    return max_new_tokens + 1 + model.config.llm_config.num_image_tokens_for_gen
+
+
+def open_round(model: Model, grown: Conversation) -> Round:
+    """Prefill what the prefix cache does not know of a planned round."""
     prefix, hidden, prefilled = _prefill(model, grown)
-    return Round(grown, prefix, hidden, prefilled, conversation.rounds + grown.depth, grown.depth)
+    return Round(grown, prefix, hidden, prefilled, grown.rounds - 1 + grown.depth, grown.depth)
 
 
 def _attached(model: Model, conversation: Conversation, features: Features | None) -> list[Picture]:
@@ -247,8 +252,6 @@ def _attached(model: Model, conversation: Conversation, features: Features | Non
     if features is None:
         return []
     model.mingtok.check(features)
-    if features.batch == 0:
-        raise ValueError("features hold no picture: encode one or more")
     new = [picture for picture in features.pictures() if not conversation.shows(picture)]
     if len(new) < features.batch:
         log.info(

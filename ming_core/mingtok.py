@@ -218,7 +218,7 @@ class MingTok(Placed):
 
         Raises ValueError, and RuntimeError where fp16 is too narrow for the model.
         """
-        self._check_latents(latents)
+        self.check_latents(latents)
         self.calls["semantic"] += 1
         latents = latents.float()
         raw = self.denormalise(to_tokens(latents).to(self.device))
@@ -290,7 +290,9 @@ class MingTok(Placed):
         )
 
     def check(self, features: Features) -> None:
-        """Raises ValueError unless `features` were made by this tokenizer."""
+        """Raises ValueError unless `features` hold pictures and were made by this tokenizer."""
+        if features.batch == 0:
+            raise ValueError("features hold no picture: encode one or more")
         if features.tokenizer != self.fingerprint:
             raise ValueError(
                 f"these features belong to another tokenizer ({features.tokenizer[:12]}) than this one "
@@ -309,7 +311,8 @@ class MingTok(Placed):
         if not torch.isfinite(pixels).all():
             raise ValueError("pixels hold NaN or infinite values: repair the picture before encoding it")
 
-    def _check_latents(self, latents: Tensor) -> None:
+    def check_latents(self, latents: Tensor) -> None:
+        """Raises ValueError unless `latents` are normalised latents of pictures, as `encode` gives them."""
         channels, most = self.config.low_level_encoder.out_dim, MAX_GRID_FACTOR * self.config.low_level_encoder.grid
         shape = tuple(latents.shape)
         if latents.ndim != 4 or latents.shape[0] == 0 or latents.shape[1] != channels:

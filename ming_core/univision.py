@@ -28,8 +28,6 @@ from .prefix_cache import PrefixCache
 from .prompts import ChatFormat
 from .transformer import Placed
 
-PROMPT_FRAME = 64  # at most so many tokens of the chat template around a prompt
-
 
 class UniVision(Placed):
     """One autoregressive model that looks at, draws and edits pictures.
@@ -76,16 +74,18 @@ class UniVision(Placed):
     def working_memory(
         self, conversation: Conversation, prompt: str, features: Features | None, max_new_tokens: int, pictures: int = 0
     ) -> int:
-        """Bytes that a round takes beside the weights, at most; `pictures` that it draws."""
-        attached = 0 if features is None else features.batch * (features.grid[0] * features.grid[1] + 3)
-        written = len(prompt.encode(errors="surrogatepass"))  # at most a token a byte
-        prefix = conversation.length + attached + written + PROMPT_FRAME
+        """Bytes that a round takes beside the weights, at most; `pictures` that it draws.
+
+        Raises what the round itself would raise before it computes anything: so a round that cannot be is refused
+        before memory is made for it.
+        """
+        room = decoding.drawing_room(self, max_new_tokens) if pictures else max_new_tokens
+        prefix = decoding.plan_round(self, conversation, prompt, features, room, max_new_tokens).length
         if not pictures:
             return self.language_model.working_memory(prefix, 1, max_new_tokens)
-        n = self.config.llm_config.num_image_tokens_for_gen
         # three guidance rows a picture, and the row of those that goes on to the text after it
-        drawing = self.language_model.working_memory(prefix, 4 * pictures, 2 * max_new_tokens + 1 + n)
-        return drawing + self.mingtok.working_memory(pictures, n)
+        drawing = self.language_model.working_memory(prefix, 4 * pictures, max_new_tokens + room)
+        return drawing + self.mingtok.working_memory(pictures, self.config.llm_config.num_image_tokens_for_gen)
 
     def understand(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from ..ming_core import Features, MingTok
@@ -11,6 +14,9 @@ from .widgets import CATEGORY, combo, socket
 
 LATENT_TYPE = "mingtok"
 DETAILS = {"standard": 1, "high": 2}  # times the native side
+AT_ONCE = 8  # pictures of a batch that are computed together
+
+_Result = TypeVar("_Result")
 
 
 def latent_dict(latents: torch.Tensor) -> dict:
@@ -30,6 +36,16 @@ def samples_of(latent: dict) -> torch.Tensor:
             f"this LATENT holds {found}, not pictures [batch, channels, height, width]: connect one from MingTok Encode"
         )
     return samples.detach().to("cpu", torch.float32, copy=True)
+
+
+def _few_at_a_time(pictures: int, compute: Callable[[slice], _Result]) -> list[_Result]:
+    """What is computed of a batch, a few pictures after the other: the bar moves in between, and Interrupt stops."""
+    report, results = host.progress(pictures), []
+    with torch.no_grad():
+        for first in range(0, pictures, AT_ONCE):
+            results.append(compute(slice(first, first + AT_ONCE)))
+            report(min(first + AT_ONCE, pictures))
+    return results
 
 
 class MingTokEncode:
@@ -63,9 +79,9 @@ class MingTokEncode:
         tokenizer: MingTok = mingtok.model
         pixels = to_pixels(image, DETAILS[detail] * tokenizer.native_side, fit)
         patches = (pixels.shape[-1] // tokenizer.patch_size) ** 2
-        model = host.ready(mingtok, tokenizer.working_memory(len(pixels), patches))
-        with torch.no_grad():
-            return (latent_dict(model.encode(pixels)),)
+        model = host.ready(mingtok, tokenizer.working_memory(min(len(pixels), AT_ONCE), patches))
+        latents = _few_at_a_time(len(pixels), lambda few: model.encode(pixels[few]))
+        return (latent_dict(torch.cat(latents)),)
 
 
 class MingTokSemanticFeatures:
@@ -87,10 +103,12 @@ class MingTokSemanticFeatures:
 
     def expand(self, mingtok: host.Loaded, latent: dict) -> tuple[Features]:
         samples = samples_of(latent)
+        mingtok.model.check_latents(samples)
         pictures, _, h, w = samples.shape
-        model = host.ready(mingtok, mingtok.model.working_memory(pictures, h * w))
-        with torch.no_grad():
-            return (model.semantic_features(samples),)
+        model = host.ready(mingtok, mingtok.model.working_memory(min(pictures, AT_ONCE), h * w))
+        expanded = _few_at_a_time(pictures, lambda few: model.semantic_features(samples[few]))
+        tokens, latents = (torch.cat(parts) for parts in zip(*((f.tokens, f.latents) for f in expanded), strict=True))
+        return (expanded[0]._replace(tokens=tokens, latents=latents),)
 
 
 class MingTokDecode:
@@ -111,7 +129,12 @@ class MingTokDecode:
         }
 
     def decode(self, mingtok: host.Loaded, features: Features) -> tuple[torch.Tensor]:
+        mingtok.model.check(features)
         h, w = features.grid
-        model = host.ready(mingtok, mingtok.model.working_memory(features.batch, h * w))
-        with torch.no_grad():
-            return (to_images(model.decode(features)),)
+        model = host.ready(mingtok, mingtok.model.working_memory(min(features.batch, AT_ONCE), h * w))
+
+        def images(few: slice) -> torch.Tensor:
+            some = features._replace(tokens=features.tokens[few], latents=features.latents[few])
+            return to_images(model.decode(some))
+
+        return (torch.cat(_few_at_a_time(features.batch, images)),)

@@ -96,6 +96,41 @@ def test_the_bar_moves_with_every_token_of_a_picture_and_of_the_text_after_it(co
     assert comfy.bars[0][0][1] == PICTURE_TOKENS + 1
 
 
+@pytest.fixture
+def batch(loaded):
+    """A MingTok and twenty pictures."""
+    mingtok = host.Loaded(loaded.model.mingtok, None, "small: MingTok", owner=loaded)
+    pictures = torch.rand(20, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    return mingtok, pictures
+
+
+def test_a_batch_is_computed_a_few_pictures_at_a_time_and_is_what_it_would_be_one_by_one(comfy, batch):
+    mingtok, pictures = batch
+    (latent,) = run("MingTokEncode", mingtok=mingtok, image=pictures)
+    (features,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=latent)
+    (images,) = run("MingTokDecode", mingtok=mingtok, features=features)
+    assert [[value for value, _, _ in bar] for bar in comfy.bars] == [[8, 16, 20]] * 3
+    for i in (0, 7, 8, 19):
+        (single,) = run("MingTokEncode", mingtok=mingtok, image=pictures[i : i + 1])
+        (one,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=single)
+        torch.testing.assert_close(features.pictures()[i].latents, one.latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features.pictures()[i].tokens, one.tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(images[i : i + 1], run("MingTokDecode", mingtok=mingtok, features=one)[0])
+
+
+@pytest.mark.parametrize("node", ["MingTokEncode", "MingTokSemanticFeatures", "MingTokDecode"])
+def test_a_large_batch_can_be_stopped_in_between(comfy, batch, node):
+    mingtok, pictures = batch
+    (latent,) = run("MingTokEncode", mingtok=mingtok, image=pictures)
+    (features,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=latent)
+    given = {"MingTokEncode": {"image": pictures}, "MingTokSemanticFeatures": {"latent": latent}}
+    comfy.bars.clear()
+    comfy.stop_after = 1
+    with pytest.raises(Interrupted):
+        run(node, mingtok=mingtok, **given.get(node, {"features": features}))
+    assert [value for value, _, _ in comfy.bars[0]] == [8]
+
+
 def test_the_bar_moves_with_every_token_when_the_model_decides(comfy, loaded, monkeypatch):
     scripted = iter([4, 9, loaded.model.config.llm_config.image_start_token])
     end = loaded.model.config.llm_config.eos_token_id

@@ -443,6 +443,27 @@ def test_a_conversation_of_another_model(small, unharmed):
             node(name, model=small[0], conversation=talk._replace(model="f" * 64), **inputs)
 
 
+def test_what_cannot_be_is_refused_before_the_model_is_brought_to_the_gpu(small, monkeypatch):
+    features, (_, talk) = features_of(small, image()), node("MingUnderstand", model=small[0], prompt="Hello.")
+    monkeypatch.setattr(host, "ready", lambda *_: pytest.fail("the model was made ready"))
+    strange, strangers = features._replace(tokenizer="f" * 64), talk._replace(model="f" * 64)
+    for name, inputs in (
+        ("MingUnderstand", {"prompt": "On.", "conversation": strangers}),
+        ("MingUnderstand", {"prompt": "What is it?", "features": strange}),
+        ("MingGenerate", {"prompt": "word " * 3000, "conversation": talk}),
+        ("MingEdit", {"instruction": "Make it blue.", "features": strange}),
+    ):
+        with pytest.raises(ValueError, match=r"another|too long"):
+            node(name, model=small[0], **inputs)
+    for name, inputs in (
+        ("MingTokSemanticFeatures", {"latent": {"samples": torch.zeros(1, 5, 4, 4)}}),
+        ("MingTokDecode", {"features": strange}),
+        ("MingTokDecode", {"features": features._replace(tokens=features.tokens[:0], latents=features.latents[:0])}),
+    ):
+        with pytest.raises(ValueError, match=r"another|no picture"):
+            node(name, mingtok=small[1], **inputs)
+
+
 def test_an_edit_with_no_picture_anywhere_names_the_node_that_draws(small, unharmed):
     _, talk = node("MingUnderstand", model=small[0], prompt="Hello.")
     for conversation in (None, Conversation(), talk):
