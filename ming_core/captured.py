@@ -5,15 +5,19 @@ them back: the same operations on the same memory, whatever Python would do now.
 and gives tensors of fixed shapes, and all else that it touches stays where it is: weights (a graph lives no longer than
 its drawing, during which nothing moves them), buffers of fixed size, and counters that are numbers on the device.
 
-Nobody needs to trust this. A replay is compared with the function itself, on inputs that it was not recorded on, before
-it takes the function's place; where recording fails or the numbers differ, the function goes on as it is. So it is with
-layers that rest elsewhere or wait for the device. MING_UNIVISION_CUDA_GRAPHS=0 in the environment turns graphs off.
+A replay is compared with the function itself, on inputs that it was not recorded on, before it takes the function's
+place; where recording fails or the numbers differ, the function goes on as it is. So it does where weights rest
+elsewhere, or where experts wait for the device.
 
-No GPU was at hand when this was written: the tests play operations back on the CPU, one by one, as a graph would.
+MING_UNIVISION_CUDA_GRAPHS=1 in the environment asks for graphs. They are not used unasked, since no GPU was at hand
+when this was written: the tests play operations back on the CPU, one by one, as a graph would, but not what CUDA does
+when a recording fails. Nor are they used with the allocator cudaMallocAsync, which ComfyUI chooses unless it is started
+with --disable-cuda-malloc: there, memory that is freed while a recording fails would end the process.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -46,31 +50,32 @@ class Captured:
     def __call__(self, *inputs: Tensor) -> Tensors:
         if self.replaying:
             return self._replayed(inputs)
-        outputs = self.function(*inputs)
-        if self.record is not None:
-            if self.replay is not None:
-                self._compare(inputs, outputs)
-            elif self._warm:
-                self._capture(inputs)
+        if self.record is None or not self._warm:
             self._warm = True
-        return outputs
+            return self.function(*inputs)
+        return self._recorded(inputs) if self.replay is None else self._compared(inputs)
 
-    def _capture(self, inputs: Tensors) -> None:
+    def _recorded(self, inputs: Tensors) -> Tensors:
         self._inputs = tuple(x.clone() for x in inputs)
         try:
             self.replay, self._outputs = self.record(lambda: self.function(*self._inputs))
         except RuntimeError as error:
             self._give_up(str(error))
+        return self.function(*inputs)
 
-    def _compare(self, inputs: Tensors, outputs: Tensors) -> None:
-        """All that the function writes elsewhere it writes again, at the same places: the counters did not move on."""
-        outputs = tuple(x.clone() for x in outputs)
-        pairs = zip(self._replayed(inputs), outputs, strict=True)
-        wrong = max(float((found - x).float().norm() / x.float().norm()) for found, x in pairs)
-        if wrong <= CLOSE:  # not so if it is NaN
-            self.replaying = True
-        else:
-            self._give_up(f"a replay differs by {wrong:.2g}")
+    def _compared(self, inputs: Tensors) -> Tensors:
+        """The function runs last: what it writes elsewhere (a token, at its place) is then its own, whatever comes."""
+        try:
+            replayed = tuple(x.clone() for x in self._replayed(inputs))
+        except RuntimeError as error:
+            self._give_up(str(error))
+            return self.function(*inputs)
+        outputs = self.function(*inputs)
+        wrong = [float((a - b).float().norm() / b.float().norm()) for a, b in zip(replayed, outputs, strict=True)]
+        self.replaying = all(distance <= CLOSE for distance in wrong)  # not so if one is NaN
+        if not self.replaying:
+            self._give_up(f"a replay differs by {wrong}")
+        return outputs
 
     def _replayed(self, inputs: Tensors) -> Tensors:
         for mine, x in zip(self._inputs, inputs, strict=True):
@@ -83,13 +88,19 @@ class Captured:
         self.record = self.replay = None
 
 
+def wanted() -> bool:
+    return os.environ.get(SWITCH) == "1"
+
+
 def recorder(device: torch.device, *modules: nn.Module) -> Record | None:
-    """What records functions that use these modules on `device`; None where it has no graphs or some weights are not
-    there."""
-    if device.type != "cuda" or torch.version.hip or os.environ.get(SWITCH) == "0":
+    """What records functions that use these modules on `device`; None where that is not wanted or cannot be."""
+    if device.type != "cuda" or torch.version.hip or not wanted() or Recorder.failed:
+        return None
+    if torch.cuda.get_allocator_backend() != "native":
+        log.warning("no CUDA graphs with the allocator %s: --disable-cuda-malloc", torch.cuda.get_allocator_backend())
         return None
     device = torch.empty(0, device=device).device  # with its number
-    return (lambda run: _cuda_graph(run, device)) if rest_on(device, *modules) else None
+    return Recorder(device) if rest_on(device, *modules) else None
 
 
 def rest_on(device: torch.device, *modules: nn.Module) -> bool:
@@ -97,14 +108,42 @@ def rest_on(device: torch.device, *modules: nn.Module) -> bool:
     return all(parameter.device == device for module in modules for parameter in module.parameters())
 
 
-def _cuda_graph(run: Run, device: torch.device) -> tuple[Callable[[], None], Tensors]:
-    graph = torch.cuda.CUDAGraph()
-    # a host's other threads may use the GPU meanwhile
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = run()
+class Recorder:
+    """Records the functions of one drawing, which share their memory and so are replayed in the order of recording.
 
-    def replay() -> None:
-        with torch.cuda.device(device):
-            graph.replay()
+    They are recorded in a stream of our own: where two graphs share one, the end of the first takes memory that the
+    second still uses. For the same reason all graphs live as long as the recorder, a failed one too.
+    """
 
-    return replay, outputs
+    failed = False  # in this process: torch's memory may be in disorder since
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.graphs = device, []
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> tuple[Callable[[], None], Tensors]:
+        stream, graph = _stream(self.device), torch.cuda.CUDAGraph()
+        self.graphs.append(graph)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(stream):
+                # a host's other threads may use the GPU meanwhile
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    outputs = run()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            Recorder.failed = True
+            raise
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay, outputs
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -470,20 +470,24 @@ def draw_latents(
         return token, model.project(token).repeat_interleave(guided.rows, dim=0)
 
     record = recorder(model.device, language_model, flow_head, model.mingtok.semantic_decoder, model.linear_proj)
+    language_record = None if language_model.waits(x) else record
     if record:
-        rows.fix()
-        stream.fix()
-    conditioned = Captured(condition, None if language_model.waits(x) else record)
+        stream.buffers.fix()
+    if language_record:
+        rows.buffers.fix()
+    conditioned = Captured(condition, language_record)
     drawn, expanded = Captured(flow, record), Captured(expand, record)
     for i in range(n):
         (z,) = conditioned(x)
         (latents[:, i],) = drawn(z, noise[:, i])
         tokens[:, i], x = expanded(latents[:, i])
-        if record:
-            rows.advance()
-            stream.advance()
+        rows.buffers.advance()
+        stream.buffers.advance()
+        if record and latents.is_cuda:  # else the GPU would be given tokens far ahead of the one to stop at
+            torch.cuda.current_stream(latents.device).synchronize()
         if on_token:
             on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
+    rows.buffers.unfix()
     return latents, tokens, x
 
 

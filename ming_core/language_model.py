@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .captured import wanted
 from .config import LanguageModelConfig
 from .experts import GATHER_LIMIT, GatedMlp, MixtureOfExperts
-from .transformer import KeyValueBuffer, Placed
+from .transformer import Buffers, KeyValueBuffer, Placed
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Rows:
         layers, heads, _, head_dim = prefix.keys.shape
         self.prefix, self.rows, self.capacity = prefix, rows, capacity
         make = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
-        self.buffers = [KeyValueBuffer(rows, heads, capacity, head_dim, **make) for _ in range(layers)]
+        self.buffers = Buffers(KeyValueBuffer(rows, heads, capacity, head_dim, **make) for _ in range(layers))
         self._see(visible)
 
     def _see(self, visible: Tensor | None) -> None:
@@ -132,17 +133,8 @@ class Rows:
     @property
     def positions(self) -> Tensor:
         """Position of each row's next token, [rows, 1]."""
-        place = self.buffers[-1].place
-        return (self.starts + (self.length if place is None else place))[:, None]
-
-    def fix(self) -> None:
-        """Do every step from now on as `KeyValueBuffer.fix` says; its tokens are kept by `advance`."""
-        for buffer in self.buffers:
-            buffer.fix()
-
-    def advance(self) -> None:
-        for buffer in self.buffers:
-            buffer.advance()
+        place = self.buffers.place
+        return (self.starts + (self.length if place is None else place.index))[:, None]
 
     def fork(self, rows: int, capacity: int, visible: Tensor | None) -> Rows:
         """`rows` copies of a single row, which go on separately."""
@@ -342,7 +334,7 @@ class LanguageModel(Placed):
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU without a grouped product copies the experts of a step
         gathered = min(GATHER_LIMIT, rows * config.num_experts_per_tok) * 3 * config.hidden_size
-        gathered *= config.moe_intermediate_size * size
+        gathered *= config.moe_intermediate_size * size * (2 if wanted() else 1)  # a CUDA graph has its own
         logits = 2 * rows * config.vocab_size * 4
         return position * (prefix + rows * new) + scores + max(experts, gathered) + logits
 

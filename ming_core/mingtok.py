@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
-from .transformer import LAYER_NORM_EPS, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack, out_of_range
+from .transformer import LAYER_NORM_EPS, Buffers, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack, out_of_range
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
@@ -332,23 +332,14 @@ class SemanticStream:
     def __init__(self, mingtok: MingTok, rows: int, capacity: int) -> None:
         self.mingtok = mingtok
         config = mingtok.config.semantic_decoder
-        self.buffers = [
+        self.buffers = Buffers(
             KeyValueBuffer(
                 rows, config.embed_dim // HEAD_DIM, capacity, HEAD_DIM, device=mingtok.device, dtype=mingtok.dtype
             )
             for _ in range(config.decoder_depth)
-        ]
+        )
 
     def append(self, latents: Tensor) -> Tensor:
         """The next normalised latent of each picture [B, 1, C] -> its features [B, 1, D]."""
         raw = self.mingtok.denormalise(latents.float())
         return self.mingtok.semantic_decoder(raw.to(self.mingtok.dtype), self.buffers)
-
-    def fix(self) -> None:
-        """Take one latent at a time from now on, as `KeyValueBuffer.fix` says; each is kept by `advance`."""
-        for buffer in self.buffers:
-            buffer.fix()
-
-    def advance(self) -> None:
-        for buffer in self.buffers:
-            buffer.advance()

@@ -20,8 +20,10 @@ from ..decoding import (
     answer_segments,
     close_round,
     draw_latents,
+    drawing_room,
     drawn_features,
     open_round,
+    plan_round,
     seeded_noise,
 )
 from ..features import Features
@@ -61,8 +63,8 @@ def draw_many(model: UniVision, wishes: Sequence[Wish], solver: Solver | None = 
 
 def _open(model: UniVision, wish: Wish) -> tuple[Round, Tensor]:
     """The round, its prompt prefilled, and what its guidance rows see."""
-    room = 2 + model.config.llm_config.num_image_tokens_for_gen
-    opened = open_round(model, wish.conversation, wish.prompt, wish.features, room=room, max_new_tokens=1)
+    room = drawing_room(model, 1)
+    opened = open_round(model, plan_round(model, wish.conversation, wish.prompt, wish.features, room, 1))
     return opened, guidance_views(opened.conversation.parts)
 
 

@@ -90,7 +90,7 @@ class JointWeights:
 
     text: float = 1.0
     flow: float = 1.0
-    labels: float = 0.2
+    labels: float = 0.4
     meant: float = 0.2
     balance: float = 0.01
     noise: float = 0.4  # on the normalised latents of drawn pictures: drawn from 0 to this for each picture

@@ -116,16 +116,44 @@ def test_a_replay_that_gives_other_numbers_is_not_used(caplog):
 
 
 def test_numbers_out_of_range_are_not_trusted_to_a_graph():
-    step = Captured(lambda x: (x / 0 * 0,), record)
+    step = Captured(lambda x: (x, x / 0 * 0), record)
     for _ in range(5):
         step(torch.ones(2))
     assert not step.replaying
 
 
-def test_there_are_no_graphs_without_a_gpu_or_when_switched_off(model, monkeypatch):
+def test_a_replay_that_differs_leaves_no_trace_in_what_is_remembered():
+    """A step writes at its place what it was given; a graph that was recorded wrong would write something else."""
+    memory = torch.zeros(3)
+
+    def remember(x):
+        memory[1:2] = x
+        return (memory.clone(),)
+
+    step = Captured(remember, lambda run: (lambda: memory.fill_(7), run()))
+    for i in range(4):
+        step(torch.tensor([float(i + 1)]))
+    assert not step.replaying and memory[1] == 4
+
+
+def test_a_replay_that_fails_is_given_up():
+    def fail():
+        raise torch.OutOfMemoryError("no memory")
+
+    step = Captured(lambda x: (2 * x,), lambda run: (fail, run()))
+    assert [step(torch.tensor([float(i)]))[0].item() for i in range(4)] == [0, 2, 4, 6] and not step.replaying
+
+
+def test_there_are_graphs_only_on_a_gpu_when_asked_for_and_after_no_failure(model, monkeypatch):
+    gpu = torch.device("cuda")
+    assert recorder(gpu, model) is None
+    monkeypatch.setenv(captured.SWITCH, "1")
     assert recorder(torch.device("cpu"), model) is None
-    monkeypatch.setenv(captured.SWITCH, "0")
-    assert recorder(torch.device("cuda"), model) is None
+    monkeypatch.setattr(captured.Recorder, "failed", True)
+    assert recorder(gpu, model) is None
+    monkeypatch.setattr(captured.Recorder, "failed", False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert recorder(gpu, model) is None
 
 
 def test_weights_that_rest_elsewhere_are_noticed(model):
