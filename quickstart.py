@@ -450,7 +450,8 @@ def venv_remedy() -> str:
     remedies = {
         "windows": (
             "Install the full Python, for example with: winget install Python.Python.3.12\n"
-            "(The embedded Python that comes with portable programs has no such module.)"
+            "(The embedded Python that comes with portable programs has no such module.)\n"
+            "Then start this with it, for example: py -3.12 quickstart.py demo"
         ),
         "macos": "Install a complete Python with: brew install python@3.12 (or the installer from the Python website)",
         "debian": f"Install it with: sudo apt install {name}-venv",

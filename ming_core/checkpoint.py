@@ -146,7 +146,7 @@ def load_univision(
         if ours != theirs:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {name} is {ours}, but tokenizer.json says {theirs}: "
-                "the two files belong to different checkpoints"
+                f"the two files belong to different checkpoints; {AGAIN}"
             )
     model.chat = chat
     files.fill(model, device, dtype, None if origin else quantization, on_progress)

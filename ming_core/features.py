@@ -92,7 +92,10 @@ def change(a: Features, b: Features) -> Tensor:
         ("number of pictures", a.batch, b.batch),
     ):
         if of_a != of_b:
-            raise ValueError(f"these features cannot be compared: their {what} differs ({of_a} and {of_b})")
+            raise ValueError(
+                f"these features cannot be compared: their {what} differs ({of_a} and {of_b}); encode both with one "
+                "MingTok and one detail, as many pictures of each"
+            )
     difference = 1 - F.cosine_similarity(a.tokens, b.tokens, dim=-1)
     return to_grid(difference[..., None], a.grid).clamp(0, 2)
 

@@ -72,7 +72,7 @@ def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
             kind = about.get("format") if isinstance(about, dict) else None
             if kind != file_format:
                 kind = kind or "something else"
-                raise FileError(f'{path}: this is a file of "{kind}", not of "{file_format}"')
+                raise FileError(f'{path}: this is a file of "{kind}", not of "{file_format}": choose another file')
             # cloned: a mapped tensor would keep the file open, and change with it
             return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
     except FileNotFoundError:

@@ -318,10 +318,13 @@ class MingTok(Placed):
         if latents.ndim != 4 or latents.shape[0] == 0 or latents.shape[1] != channels:
             raise ValueError(
                 f"latents must be [B, {channels}, h, w] with B of 1 or more, not {shape}: they come from another "
-                f"tokenizer (MingTok latents have {channels} channels here)"
+                f"tokenizer (MingTok latents have {channels} channels here); connect some that MingTok Encode made"
             )
         if not all(1 <= n <= most for n in shape[2:]):
-            raise ValueError(f"latents of {shape[2]}x{shape[3]}: both sides must be from 1 to {most}")
+            raise ValueError(
+                f"latents of {shape[2]}x{shape[3]}: both sides must be from 1 to {most}; encode a smaller picture, or "
+                "scale the latents down"
+            )
         if not torch.isfinite(latents).all():
             raise ValueError("latents hold NaN or infinite values: repair them before expanding them")
 

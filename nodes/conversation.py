@@ -129,8 +129,11 @@ class _Drawing:
 
     # Widgets of both nodes; each node has its own order.
     MODEL = socket("MING_UNIVISION", "The model, from Load Ming-UniVision.")
-    SEED = seed("Another seed, another picture. No two rounds share their noise, even with one seed.", changes=True)
-    BATCH = integer(1, 1, 16, "Pictures at once, in one pass over the weights; picture k is that of seed + k.")
+    SEED = seed(
+        "Another seed, another picture. One seed may serve a whole chain: each round has noise of its own.",
+        changes=True,
+    )
+    BATCH = integer(1, 1, 16, "Pictures at once, in one pass over the weights; each further one has the next seed.")
     TEXT_GUIDANCE = number(3.0, 0.0, 20.0, 0.1, "How closely the words are followed; 1 switches it off.")
     STEPS = integer(16, 1, 64, "Steps of the flow head for every token; fewer are faster.", **ADVANCED)
     TEMPERATURE = number(1.0, 0.0, 2.0, 0.05, "Strength of the noise that each token begins as.", **ADVANCED)
@@ -194,7 +197,12 @@ class MingGenerate(_Drawing):
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         image_guidance = number(
-            1.1, 0.0, 10.0, 0.05, "How closely earlier pictures are followed; only with a conversation.", **ADVANCED
+            1.1,
+            0.0,
+            10.0,
+            0.05,
+            "How closely earlier pictures are followed; only where the conversation shows one.",
+            **ADVANCED,
         )
         return {
             "required": {
@@ -339,7 +347,8 @@ class MingConversationPicture:
     def pick(self, conversation: Conversation, index: int) -> tuple[Features]:
         pictures = conversation.pictures
         if not -len(pictures) <= index < len(pictures):
-            has = f"{len(pictures)} pictures (0 to {len(pictures) - 1})" if pictures else "no picture"
+            n = len(pictures)
+            has = f"{n} picture{'s' * (n > 1)} (0 to {n - 1}, or -1 to {-n} from the end)" if n else "no picture"
             raise ValueError(f"there is no picture {index}: this conversation has {has}")
         return (pictures[index].features,)
 

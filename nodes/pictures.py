@@ -71,7 +71,7 @@ class MingImageMetrics:
         if image_a.shape != image_b.shape:
             raise ValueError(
                 f"the pictures differ in shape ({list(image_a.shape)} and {list(image_b.shape)}): bring them to one "
-                "size, for example with ImageScale"
+                "size, for example with ImageScale, and to as many pictures, both with or both without alpha"
             )
         noise, structure = psnr(image_a, image_b), ssim(image_a, image_b)
         return noise, structure, f"PSNR {noise:.2f} dB, SSIM {structure:.4f}"

@@ -190,7 +190,7 @@ def test_an_error_of_a_node_reaches_the_client_in_our_words_and_the_next_prompt_
     done = server.run(prompt)
     assert done.end.kind == "execution_error" and done.end.data["node_id"] == "90"
     assert done.end.data["exception_message"].strip() == (
-        "there is no picture 7: this conversation has 1 pictures (0 to 0)"
+        "there is no picture 7: this conversation has 1 picture (0 to 0, or -1 to -1 from the end)"
     )
     assert len(str(done.end.data["current_inputs"])) < 500  # what travels is shown in short
     server.succeed(workflow("draw_then_ask"))

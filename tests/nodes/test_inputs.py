@@ -474,7 +474,7 @@ def test_an_edit_with_no_picture_anywhere_names_the_node_that_draws(small, unhar
 def test_a_picture_that_the_conversation_does_not_have(small, unharmed):
     _, talk = node("MingUnderstand", model=small[0], prompt="What is it?", features=features_of(small, image()))
     for index in (1, -2):
-        with pytest.raises(ValueError, match=r"1 pictures \(0 to 0\)"):
+        with pytest.raises(ValueError, match=r"1 picture \(0 to 0, "):
             node("MingConversationPicture", conversation=talk, index=index)
     with pytest.raises(ValueError, match="no picture"):
         node("MingConversationPicture", conversation=Conversation(), index=-1)
