@@ -42,8 +42,14 @@ MODELS = ("Ming-UniVision-16B-A3B", "MingTok-Vision")
 TORCH = "torch==2.13.0"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 CONSTRAINTS = "constraints.txt"
+RESTARTED = "QUICKSTART_RESTARTED"  # set for the run inside .venv, to that folder
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 4)
+
+# What PyTorch itself requires: one that is there may want other versions than the tested ones.
+TORCH_REQUIRES = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"} | {
+    "typing_extensions"
+}
 
 # Prints the version of an importable PyTorch, and the package folders that it (first) and its requirements come from.
 TORCH_PROBE = """
@@ -71,6 +77,8 @@ def main(argv: list[str]) -> int:
             check_tests()
         if not (in_environment() and is_finished()):
             prepare_environment()
+            if os.environ.get(RESTARTED) == str(VENV) and not in_environment():
+                raise SetupError(f"The Python in {VENV} belongs to another one. Remove that folder and start again.")
             return run_again(argv)
         return options.command(options)
     except SetupError as error:
@@ -208,6 +216,7 @@ def load_pack() -> None:
 def run_again(argv: list[str]) -> int:
     """Runs this file with the environment's Python, in the place of this process where the system can do that."""
     command = [str(environment_python()), str(Path(__file__).resolve()), *argv]
+    os.environ[RESTARTED] = str(VENV)
     os.environ["QUICKSTART_CALLER"] = sys.executable  # it may be the one that has ComfyUI's requirements
     sys.stdout.flush()
     if os.name != "nt":
@@ -291,7 +300,11 @@ def prepare_environment() -> None:
     version = python_version(python)
     if version is None or tuple(map(int, version.split("."))) < OLDEST_PYTHON:
         raise SetupError(f"The Python in {VENV} is broken or too old. Remove that folder and start again.")
-    write_stamp({**stamp, "finished": False})
+    try:
+        write_stamp({**stamp, "finished": False})
+    except OSError as error:
+        raise SetupError(f"The folder {VENV} cannot be written to: {error}. Remove it and start again.") from error
+    ensure_pip(str(python))
     torch = find_torch(str(python))
     announce(python, torch)
     install(python, torch)
@@ -322,7 +335,10 @@ def make_environment(stamp: dict) -> None:
 
 def clear_environment() -> None:
     if read_stamp().get("made_here"):
-        shutil.rmtree(str(VENV))
+        old = VENV.with_name(f"{VENV.name}.old")  # removed half-way it would look like somebody else's
+        shutil.rmtree(str(old), ignore_errors=True)
+        VENV.rename(old)
+        shutil.rmtree(str(old))
     elif VENV.exists() and not os.listdir(str(VENV)):
         VENV.rmdir()
     elif VENV.exists():
@@ -339,6 +355,13 @@ def lend(folders: list[str]) -> None:
     found = output_of([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     encoding = "utf-8" if sys.version_info >= (3, 13) else locale.getpreferredencoding(False)  # as site reads it
     Path((found or "").strip(), "lent_packages.pth").write_text("\n".join(folders) + "\n", encoding=encoding)
+
+
+def ensure_pip(python: str) -> None:
+    """Some tools make environments without it."""
+    ways = [python, "-m", "pip", "--version"], [python, "-m", "ensurepip", "--upgrade"]
+    if all(output_of(way) is None for way in ways):
+        raise SetupError(f"The environment {VENV} has no pip. Remove that folder and start again.")
 
 
 def find_torch(python: str) -> dict | None:
@@ -393,12 +416,24 @@ def install(python: Path, torch: dict | None) -> None:
             "with, and start again. If the network failed, just start again."
         )
     wanted = [word for name in REQUIREMENTS for word in ("-r", str(ROOT / name))]
-    if run_pip([*pip(python), *wanted, "-c", str(ROOT / CONSTRAINTS)]) == 0:
+    if run_pip([*pip(python), *wanted, "-c", str(constraints_beside(torch))]) == 0:
         return
     # Without a network, packages that are there in other versions may still do.
     if output_of([*pip(python), "--no-index", *wanted]) is None:
         raise SetupError("The packages could not be installed; pip says why above. Mend that and start again.")
     print("The tested versions cannot be had; the versions that are there already are used instead.", flush=True)
+
+
+def constraints_beside(torch: dict | None) -> Path:
+    """The tested versions; where a PyTorch is there already, without those that it decides itself, and with its own:
+    else pip might exchange it for the newest."""
+    if torch is None:
+        return ROOT / CONSTRAINTS
+    lines = (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.split("==")[0].lower() not in TORCH_REQUIRES]
+    path = VENV / CONSTRAINTS
+    path.write_text("\n".join([*kept, f"torch==={torch['version']}"]) + "\n", encoding="utf-8")
+    return path
 
 
 def run_pip(command: list[str]) -> int:

@@ -301,7 +301,8 @@ def test_the_second_start_uses_the_environments_python(quickstart, monkeypatch):
     if os.name == "nt":
         pytest.skip("Windows cannot replace a process")
     calls = []
-    monkeypatch.setenv("QUICKSTART_CALLER", "")  # put back afterwards
+    for name in ("QUICKSTART_CALLER", quickstart.RESTARTED):
+        monkeypatch.setenv(name, "")  # put back afterwards
     monkeypatch.setattr(quickstart.os, "execv", lambda file, command: calls.append((file, command)))
     monkeypatch.setattr(quickstart.subprocess, "Popen", None)
     with pytest.raises(TypeError):  # execv does not return in earnest; here the Windows branch is reached
@@ -339,6 +340,7 @@ def preparing(quickstart, monkeypatch):
 
     torch_of = {}
     monkeypatch.setattr(quickstart, "make_environment", make)
+    monkeypatch.setattr(quickstart, "ensure_pip", lambda python: None)
     monkeypatch.setattr(quickstart, "find_torch", find)
     monkeypatch.setattr(quickstart, "announce", lambda python, torch: done.append(("announce", torch)))
     monkeypatch.setattr(quickstart, "install", lambda python, torch: done.append(("install", torch)))
@@ -399,6 +401,25 @@ def test_an_environment_that_somebody_else_made_is_installed_into_and_never_remo
     assert python.exists() and quickstart.is_finished()
 
 
+def test_an_environment_without_pip_gets_it_or_is_named(quickstart, monkeypatch):
+    asked, works = [], {"ensurepip"}
+    monkeypatch.setattr(quickstart, "output_of", lambda way: asked.append(way[2]) or ("" if way[2] in works else None))
+    quickstart.ensure_pip("python")
+    assert asked == ["pip", "ensurepip"]
+    works.clear()
+    with pytest.raises(quickstart.SetupError, match="has no pip"):
+        quickstart.ensure_pip("python")
+
+
+def test_a_python_that_does_not_belong_to_the_environment_is_named_and_not_started_for_ever(
+    quickstart, preparing, monkeypatch, capsys
+):
+    monkeypatch.setenv(quickstart.RESTARTED, str(quickstart.VENV))
+    monkeypatch.setattr(quickstart, "run_again", lambda argv: pytest.fail("started once more"))
+    assert quickstart.main(["demo"]) == 2
+    assert "belongs to another one" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_environment_is_left_alone(quickstart):
     (quickstart.VENV / "letters").mkdir(parents=True)
     with pytest.raises(quickstart.SetupError, match="is no environment"):
@@ -457,12 +478,18 @@ def test_torch_is_installed_first_and_by_itself_then_the_rest_in_tested_versions
 
 
 def test_a_torch_that_is_there_is_not_asked_for(quickstart, pips):
-    quickstart.install(Path("python"), {"version": "2.5.1", "folders": ["x"]})
+    quickstart.VENV.mkdir()
+    quickstart.install(Path("python"), {"version": "2.6.0+cpu", "folders": ["x"]})
     assert len(pips.calls) == 1 and "torch==2.13.0" not in pips.calls[0]
+    beside = Path(pips.calls[0][-1]).read_text().splitlines()
+    assert "torch===2.6.0+cpu" in beside and "einops==0.8.2" in beside
+    # versions that PyTorch decides: pip would exchange one that wants others
+    assert not any(line.startswith(("sympy", "setuptools", "filelock", "typing_extensions")) for line in beside)
 
 
 def test_without_a_network_packages_that_are_there_will_do(quickstart, pips, capsys):
     pips.fails.add(1)
+    quickstart.VENV.mkdir()
     quickstart.install(Path("python"), {"version": "2.5.1", "folders": ["x"]})
     assert "--no-index" in pips.calls[1] and "-c" not in pips.calls[1]
     assert "are used instead" in capsys.readouterr().out
@@ -473,6 +500,7 @@ def test_what_cannot_be_installed_is_an_error_with_a_remedy(quickstart, pips):
     with pytest.raises(quickstart.SetupError, match="install one for the Python"):
         quickstart.install(Path("python"), None)
     pips.calls.clear()
+    quickstart.VENV.mkdir()
     with pytest.raises(quickstart.SetupError, match="start again"):
         quickstart.install(Path("python"), {"version": "2.5.1", "folders": ["x"]})
 
