@@ -56,7 +56,10 @@ SPECIAL = {  # published ids
 def make(folder: Path, config: UniVisionConfig) -> None:
     """Write config.json, tokenizer.json and shards of random weights: normal, of standard deviation 1/sqrt(fan in)."""
     started = time.perf_counter()
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise SystemExit(f"{folder} is there already: remove it, or name another folder") from None
     (folder / "config.json").write_text(json.dumps({"model_type": "mingunivision", **write_config(config)}, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     slots = published_slots(UniVision(config, device="meta", dtype=torch.bfloat16))
@@ -192,27 +195,32 @@ def run_on_cpu(folder: Path, precision: str, tokens: int) -> None:
 def run_on_gpu(folder: Path, precisions: list[str]) -> None:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {bandwidth / GB:.0f} GB/s\n")
-    print(
-        "| precision | pictures | rows | seconds | floor, s | ratio | without graphs |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("precision", "pictures", "rows", "seconds", "by graphs", "floor, s", "ratio", "ratio by graphs")
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
     for precision in precisions:
-        model = load(folder, precision, "cuda")
-        drawn = model.generate_image(Conversation(), PROMPT, max_new_tokens=1)  # warms up, and gives a second round
-        for pictures in (1, 4):
-            for rows, before in ((2, Conversation()), (3, drawn.conversation)):
-                seconds = drawing_time(model, before, pictures)
-                floor = image_bytes(model, pictures, rows) / bandwidth
-                os.environ[SWITCH] = "1"
-                graphs = drawing_time(model, before, pictures)
-                del os.environ[SWITCH]
-                found = f"{seconds:.2f} | {graphs:.2f} | {floor:.2f} | {seconds / floor:.2f} | {graphs / floor:.2f}"
-                print(f"| {precision} | {pictures} | {rows} | {found} |", flush=True)
-        del model, drawn
+        try:
+            model = load(folder, precision, "cuda")
+            drawn = model.generate_image(Conversation(), PROMPT, max_new_tokens=1)  # warms up, and gives a second round
+            for pictures in (1, 4):
+                for rows, before in ((2, Conversation()), (3, drawn.conversation)):
+                    plain, graphs = (drawing_time(model, before, pictures, switch) for switch in ("0", "1"))
+                    floor = image_bytes(model, pictures, rows) / bandwidth
+                    figures = (plain, graphs, floor, plain / floor, graphs / floor)
+                    print_row(precision, pictures, rows, *(f"{figure:.2f}" for figure in figures))
+        except torch.OutOfMemoryError:
+            print_row(precision, "does not fit", *[""] * (len(columns) - 2))
+        model = drawn = None
         torch.cuda.empty_cache()
 
 
-def drawing_time(model: UniVision, before: Conversation, pictures: int) -> float:
-    """Seconds of a round that draws; the median of three after one to warm up."""
+def print_row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def drawing_time(model: UniVision, before: Conversation, pictures: int, graphs: str) -> float:
+    """Seconds of a round that draws, with CUDA graphs ("1") or without; the median of three after one to warm up."""
+    os.environ[SWITCH] = graphs
     times = []
     for _ in range(4):
         torch.cuda.synchronize()

@@ -43,6 +43,29 @@ def test_what_it_makes_is_a_checkpoint_and_what_it_runs_draws(full_size, folder,
     assert "| precision | int4 |" in said and "median of 2" in said
 
 
+def test_the_table_of_a_gpu_has_a_figure_under_every_heading(full_size, folder, monkeypatch, capsys):
+    monkeypatch.setattr(full_size, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(full_size.torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(full_size.torch.cuda, "synchronize", lambda: None)
+    load = full_size.load
+
+    def loaded(folder, precision, device):
+        if precision == "bf16":
+            raise torch.OutOfMemoryError
+        return load(folder, precision, "cpu")
+
+    monkeypatch.setattr(full_size, "load", loaded)
+    monkeypatch.setenv(full_size.SWITCH, "")  # put back afterwards
+    full_size.run_on_gpu(folder, ["bf16", "int8"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1 and len(rows) == 2 + 1 + 4
+
+
+def test_a_folder_that_is_there_is_not_written_into(full_size, folder):
+    with pytest.raises(SystemExit, match="is there already"):
+        full_size.make(folder, None)
+
+
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_tokens_that_give_no_time_or_never_come_are_refused_before_loading(full_size, folder, monkeypatch, tokens):
     monkeypatch.setattr(full_size, "load", None)

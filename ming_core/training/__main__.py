@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = options.folder / stage.name.replace(" ", "-")
         try:
             _train(stage, start, folder, device, options.workers)
+        except ValueError as error:  # what it is to start from
+            sys.exit(str(error))
         except KeyboardInterrupt:
             log.info("stopped; the same command goes on from here")
             return 130

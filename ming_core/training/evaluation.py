@@ -30,7 +30,9 @@ from ..features import change
 from ..images import psnr, to_images, to_pixels
 from ..shapes import (
     Dialogue,
+    FoundThing,
     Round,
+    Thing,
     compare,
     draw,
     parse_scene,
@@ -46,6 +48,7 @@ CHAIN_ROUNDS = 5
 CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
 PIXEL_CHANGED = 24  # levels of 255
 COMPARE_THRESHOLD = 0.3  # the default of MingFeaturesCompare
+TRIES = 20  # dialogues made for each that is wanted, at most
 SHOWN = 48  # pictures between two lines of progress
 
 
@@ -93,9 +96,14 @@ class Examiner:
     solver: Solver = field(default_factory=Solver)
 
     def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> list[Dialogue]:
-        """Unseen ones, the same at every call."""
+        """Unseen ones, the same at every call, no two alike."""
         rng = np.random.default_rng([self.seed, *map(ord, "/".join(tasks))])
-        return [random_dialogue(rng, tasks, things or self.things, "eval", rounds) for _ in range(self.scenes)]
+        found: dict[tuple, Dialogue] = {}
+        for _ in range(TRIES * self.scenes):
+            if len(found) < self.scenes:
+                dialogue = random_dialogue(rng, tasks, things or self.things, "eval", rounds)
+                found.setdefault(_asked(dialogue), dialogue)
+        return list(found.values())
 
     def rounds(self, tasks: list[str], things: tuple[int, int] | None = None) -> list[Round]:
         """The rounds of dialogues of one round."""
@@ -142,6 +150,13 @@ class Examiner:
         return done
 
 
+def _asked(dialogue: Dialogue) -> tuple:
+    """What a dialogue is about, jitter and wording aside."""
+    scenes = [(turn.source_scene, turn.target_scene) for turn in dialogue.rounds]
+    contents = tuple(tuple(scene and scene.content for scene in pair) for pair in scenes)
+    return contents, tuple((turn.task, turn.answer) for turn in dialogue.rounds)
+
+
 def reconstruction(examiner: Examiner) -> Iterator[Score]:
     values = []
     for turn in examiner.rounds(["describe"]):
@@ -153,13 +168,19 @@ def reconstruction(examiner: Examiner) -> Iterator[Score]:
 def photographs(examiner: Examiner, folder: Path) -> Score:
     """What the tokenizer makes of pictures of another world: the middle square of each, at the model's size."""
     values = []
-    for path in sorted(folder.iterdir()):
+    for path in pictures_in(folder):
         with Image.open(path) as file:
             image = torch.from_numpy(np.array(file.convert("RGB"))).float().div(255)[None]
         seen = to_images(to_pixels(image, examiner.model.mingtok.native_side))[0].numpy()
         found = examiner.pixels(examiner.features(np.rint(seen * 255).astype(np.uint8)))
         values.append(psnr(torch.from_numpy(found), torch.from_numpy(seen)))
     return mean("reconstruction of photographs, PSNR", values, "report", "dB")
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of a folder that Pillow takes for pictures by their names."""
+    known = Image.registered_extensions()
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
 
 
 def questions(examiner: Examiner) -> Iterator[Score]:
@@ -184,7 +205,7 @@ def drawings(examiner: Examiner) -> Iterator[Score]:
                 said = examiner.model.understand(
                     result.conversation, "Please describe the picture in detail.", max_new_tokens=128
                 )
-                agrees.append(_things(said.text) == {(t.shape, t.color, t.position) for t in reading.things})
+                agrees.append(_things(said.text) == {_looks(thing) for thing in reading.things})
         yield share(f"{name} with every asked object right", right, aim)
         if agrees:
             yield share("own description of what was drawn agrees with the scorer", agrees, "85 %")
@@ -195,10 +216,14 @@ def edits(examiner: Examiner) -> Iterator[Score]:
     done, kept, masks = [], [], []
     asked = examiner.rounds(["edit"])
     for turn, result in zip(asked, examiner.drawn(asked), strict=True):
-        seen = compare(read_scene(examiner.pixels(result.features)), turn.target_scene)
+        reading = read_scene(examiner.pixels(result.features))
+        seen = compare(reading, turn.target_scene)
         untouched = [thing in turn.source_scene.things for thing in turn.target_scene.things]
         changed = [ok for ok, same in zip(seen.right, untouched, strict=True) if not same]
-        done.append(all(changed) and seen.extra == 0 and seen.background)
+        gone = {_looks(thing) for thing in turn.source_scene.things if thing not in turn.target_scene.things}
+        as_many = len(reading.things) == len(turn.target_scene.things)
+        left = gone & {_looks(thing) for thing in reading.things}
+        done.append(all(changed) and as_many and not left and seen.background)
         if any(untouched):
             kept.append(all(ok for ok, same in zip(seen.right, untouched, strict=True) if same))
         source = examiner.features(turn.attached)
@@ -305,9 +330,14 @@ WAYS: dict[str, Way] = {
 def _things(description: str) -> set[tuple[str, str, str]] | None:
     """(shape, colour, position) of each thing described; None for words that describe no scene."""
     try:
-        return {(t.shape, t.color, t.position) for t in parse_scene(description).things}
+        return {_looks(thing) for thing in parse_scene(description).things}
     except ValueError:
         return None
+
+
+def _looks(thing: Thing | FoundThing) -> tuple:
+    """What makes a thing the right one."""
+    return thing.shape, thing.color, thing.position
 
 
 def _overlap(found: np.ndarray, true: np.ndarray) -> float:
@@ -379,6 +409,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder to write evaluation.md, .json and chains.png to")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.scenes < 1:
+        parser.error("--scenes: give 1 or more")
+    if options.photographs and not (options.photographs.is_dir() and pictures_in(options.photographs)):
+        parser.error(f"--photographs: there are no pictures in {options.photographs}")
 
     model = load_univision(options.model)
     examiner = Examiner(model, options.scenes, tuple(options.things))

@@ -1,8 +1,9 @@
 """The loop that every stage of training runs in: batches, steps, progress, log, checkpoints, resuming.
 
 A stage is anything with the members of `Objective`; the loop owns the optimizers. All randomness of a step, data and
-noise, comes from (seed of the stage, step), so a run that was stopped goes on exactly as if it had not been, and
-batches can be made ahead by other processes. Checkpoints and model folders are written whole, then renamed.
+noise, comes from (seed of the stage, step), so a run that was stopped goes on as if it had not been (exactly so where
+the stage is one of steps: the learning rate of a stage of hours follows the clock), and batches can be made ahead by
+other processes. Checkpoints and model folders are written whole, then renamed.
 """
 
 from __future__ import annotations
@@ -137,11 +138,12 @@ class Run:
             "seconds": self.seconds,
             "averages": self.averages,
         }
-        fresh = self.folder / "state.pt.new"
+        with self.average.in_place():
+            write_whole_folder(self.objective.publish, self.folder / "model")
+        fresh = self.folder / "state.pt.new"  # last: a stage whose state says that it is done has its model
         torch.save(state, fresh)
         os.replace(fresh, self.folder / "state.pt")
         with self.average.in_place():
-            write_whole_folder(self.objective.publish, self.folder / "model")
             self.record(self.objective.evaluate() if look else {})
 
     def record(self, figures: dict[str, float]) -> None:
@@ -204,7 +206,10 @@ def _batches(run: Run) -> Iterator[Iterator[Any]]:
     if not run.workers:
         yield (make_batch(data, seed, step) for step in _count(run.step))
         return
-    with ProcessPoolExecutor(run.workers, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    # Ctrl-C in a terminal reaches every process; the batch that is waited for must come nevertheless
+    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(run.workers, mp_context=spawn, **deaf) as pool:
         steps = _count(run.step)
 
         def ahead() -> Iterator[Any]:

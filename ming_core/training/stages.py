@@ -92,8 +92,9 @@ class MingTokStage:
         self.device = device
         # The stage works on raw latents; how they are normalised is measured when the weights are written.
         mingtok.config = replace(mingtok.config, mean=0.0, scaling_factor=1.0)
-        self.module = TokenizerLoss(mingtok).to(device)
-        initialise(self.module.reader, torch.Generator().manual_seed(stage.seed))
+        module = TokenizerLoss(mingtok)
+        initialise(module.reader, torch.Generator().manual_seed(stage.seed))
+        self.module = module.to(device)
 
     def loss(self, batch: tuple[Tensor, dict[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
         pictures, labels = batch

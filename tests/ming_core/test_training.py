@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -179,12 +180,37 @@ def test_training_leaves_the_global_random_state_alone(stage, make, tokenizer, c
 
 def test_batches_made_ahead_are_the_same(tokenizer, chat, tmp_path, monkeypatch):
     # threads for processes: what is loaded under the name of the tests cannot be imported in another process
-    monkeypatch.setattr(loop, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    started = {}
+    monkeypatch.setattr(
+        loop, "ProcessPoolExecutor", lambda workers, **how: started.update(how) or ThreadPoolExecutor(workers)
+    )
     stage = dataclasses.replace(MINGTOK_STAGE, steps=2)
     runs = [Run(stage, without_looking(mingtok_stage(tokenizer, chat)), tmp_path / str(n), workers=n) for n in (0, 1)]
     for run in runs:
         run.train()
     assert runs[0].averages == runs[1].averages
+    # Ctrl-C reaches them too, and the batch that is waited for must come for a checkpoint to be written
+    assert (started["initializer"], started["initargs"]) == (signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
+def test_a_stage_whose_model_could_not_be_written_is_not_done(tokenizer, chat, tmp_path):
+    objective = without_looking(mingtok_stage(tokenizer, chat))
+    run = Run(dataclasses.replace(MINGTOK_STAGE, steps=1), objective, tmp_path)
+    objective.publish = lambda folder: (folder / "half").write_text("") or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert not Run(run.stage, objective, tmp_path).resume()
+
+
+def test_a_stage_begins_on_the_cpu_and_is_moved_as_a_whole(monkeypatch):
+    """Random numbers that are the same on every device are drawn on the CPU, into weights that are there."""
+    places = []
+    monkeypatch.setattr(
+        stages, "initialise", lambda module, generator: places.extend(p.device for p in module.parameters())
+    )
+    stage = MingTokStage(MINGTOK_STAGE, MingTok(TINY_MINGTOK), "meta")
+    assert {place.type for place in places} == {"cpu"}
+    assert {p.device.type for p in stage.module.parameters()} == {"meta"}
 
 
 @both_stages
