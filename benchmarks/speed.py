@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="picture of the ratios (needs matplotlib)")
     options = parser.parse_args()
+    if options.plot:
+        import matplotlib  # noqa: F401 - said now that it is not there, not after the measurements
     torch.set_num_threads(options.threads)
     model = reduced_model(options.tokens)
     ratios: dict[str, float] = {}

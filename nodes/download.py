@@ -182,6 +182,8 @@ def _make_room(folder: Path, missing: list[RemoteFile]) -> None:
 def _explained(endpoint: str, folder: Path) -> Iterator[None]:
     """Network and disk errors as DownloadError, with what to do."""
     again = "start the same command again and it goes on where it stopped"
+    if constants.HF_HUB_OFFLINE:
+        raise Refused("the environment variable HF_HUB_OFFLINE forbids downloads: unset it, and start again")
     try:
         yield
     except RepositoryNotFoundError as error:

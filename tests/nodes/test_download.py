@@ -274,6 +274,12 @@ def test_a_hub_that_cannot_be_reached_or_has_no_such_model_is_an_error_with_a_re
     assert not folder.exists()
 
 
+def test_an_environment_that_forbids_downloads_is_named(hub, run, folder, monkeypatch):
+    monkeypatch.setattr(download.constants, "HF_HUB_OFFLINE", True)
+    code, said = run()
+    assert code == 2 and "HF_HUB_OFFLINE" in said and not folder.exists()
+
+
 def test_a_file_that_vanishes_from_the_hub_is_an_error_that_keeps_the_rest(hub, run, folder):
     listing = hub.listing()
     hub.listing = lambda: listing
