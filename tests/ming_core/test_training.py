@@ -27,7 +27,16 @@ from ming_univision.ming_core.features import to_grid
 from ming_univision.ming_core.language_model import Causal, Rows
 from ming_univision.ming_core.mingtok import MingTok
 from ming_univision.ming_core.prompts import ChatFormat
-from ming_univision.ming_core.shapes import Scene, Thing, random_dialogue, random_scene, split_of
+from ming_univision.ming_core.shapes import (
+    Scene,
+    Thing,
+    draw,
+    random_dialogue,
+    random_scene,
+    region_picture,
+    split_of,
+    tasks,
+)
 from ming_univision.ming_core.training import __main__ as command
 from ming_univision.ming_core.training import loop, pictures, stages
 from ming_univision.ming_core.training.loop import Run, make_batch, write_whole_folder
@@ -480,8 +489,6 @@ def test_a_batch_without_pictures_has_a_loss(tokenizer, chat):
 
 
 def test_tokens_on_things_weigh_more_than_plain_ground():
-    from ming_univision.ming_core.shapes import draw
-
     pixels = draw(Scene((Thing("square", "red", "small", "top left"),), "white"))
     weights = token_weights(Placed(pixels, 0, True), GRID).reshape(GRID)
     assert weights[0, 0] == OBJECT_WEIGHT and (weights[2:] == 1).all() and (weights[:, 2:] == 1).all()
@@ -492,25 +499,41 @@ def test_tokens_on_things_weigh_more_than_plain_ground():
 
 
 @pytest.mark.parametrize("stage", [s for s in RECIPE if s.trains == "joint"], ids=lambda s: s.name)
-def test_no_scene_of_the_evaluation_split_is_in_the_stream_of_dialogues(stage, tokenizer):
-    data = DialogueData(tokenizer["tokenizer.json"], (8, 8), 1, stage.things, dict(stage.tasks), stage.rounds)
+def test_no_scene_of_the_evaluation_split_is_in_the_stream_of_dialogues(stage, tokenizer, monkeypatch):
+    scenes = []
+
+    def region(source, target):
+        scenes.extend((source, target))
+        return region_picture(source, target)
+
+    monkeypatch.setattr(tasks, "draw", lambda scene: scenes.append(scene) or draw(scene))
+    monkeypatch.setattr(tasks, "region_picture", region)
+    shown = dict(stage.tasks), stage.rounds, stage.quizzes
+    data = DialogueData(tokenizer["tokenizer.json"], (8, 8), 1, stage.things, *shown)
     rng = np.random.default_rng(11)
-    scenes = [s for _ in range(300) for r in data.dialogue(rng).rounds for s in (r.source_scene, r.target_scene) if s]
+    for _ in range(300):
+        data.dialogue(rng)
     assert len(scenes) > 300 and {split_of(scene) for scene in scenes} == {"train"}
 
 
 def test_no_scene_of_the_evaluation_split_is_in_the_stream_of_pictures(monkeypatch):
-    drawn = []
+    drawn, regions = [], []
 
     def watched(*arguments):
         drawn.append(random_scene(*arguments))
         return drawn[-1]
 
+    def region(source, target):
+        regions.extend((source, target))
+        return region_picture(source, target)
+
     monkeypatch.setattr(pictures, "random_scene", watched)
+    monkeypatch.setattr(pictures, "region_picture", region)
     data = mingtok_stage(None, None).data
     for step in range(60):
         make_batch(data, 0, step)
-    assert len(drawn) == 240 and {split_of(scene) for scene in drawn} == {"train"}
+    assert len(drawn) == 240 and len(regions) > 20
+    assert {split_of(scene) for scene in drawn + regions} == {"train"}
 
 
 def test_steps_have_different_batches_and_a_step_always_the_same(tokenizer, chat):
