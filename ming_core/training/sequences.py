@@ -36,6 +36,7 @@ from ..shapes import (
 
 IGNORE = -100  # a label that asks for nothing
 OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
+CHANGED_WEIGHT = 8.0  # of a token that an edit changes: where a thing was is plain background now, and the point of it
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 QUIZ = 6  # questions about one picture, which is most of what a question costs
@@ -52,12 +53,14 @@ class Placed:
     """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it.
 
     labels: int64 [kinds, N], what each token of it shows, in the order of `LABEL_CLASSES`; None where that is unknown.
+    before: the picture that it is an edit of; None for any other.
     """
 
     pixels: np.ndarray
     start: int
     drawn: bool
     labels: np.ndarray | None = None
+    before: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +144,7 @@ def spell(
         row = view if index == len(dialogue.rounds) - 1 else 0
         asked = turn if row == 0 else _estranged(turn, stranger, row)
         talk = talk.extended(_prompt(chat, grid, asked), "")
-        _append(talk.parts[-1], asked.attached, None, ids, placed, chat.patch_id)
+        _append(talk.parts[-1], asked.attached, ids, placed, chat.patch_id)
         if row:
             views = guidance_views(talk.parts)
             hidden = ~views[min(row, len(views) - 1)].numpy()
@@ -149,7 +152,7 @@ def spell(
         talk = talk.extended(emitted, "")
         begin = len(ids)
         labels += [IGNORE] * (begin - len(labels))
-        _append(emitted, turn.target, _labels(turn, grid), ids, placed, chat.patch_id)
+        _append(emitted, turn.target, ids, placed, chat.patch_id, _labels(turn, grid), _before(turn))
         if row == 0:
             if turn.meant is not None:
                 meant[begin - 1] = turn.meant
@@ -190,14 +193,20 @@ def _blank(grid: tuple[int, int], drawn: bool) -> Picture:
 
 
 def _append(
-    part: Part, pixels: np.ndarray | None, labels: np.ndarray | None, ids: list[int], placed: list[Placed], patch: int
+    part: Part,
+    pixels: np.ndarray | None,
+    ids: list[int],
+    placed: list[Placed],
+    patch: int,
+    labels: np.ndarray | None = None,
+    before: np.ndarray | None = None,
 ) -> None:
     """Add the tokens of a part, and its picture where it has one."""
     for segment in part.segments:
         if isinstance(segment, Text):
             ids += segment.ids
         else:
-            placed.append(Placed(pixels, len(ids), segment.drawn, labels))
+            placed.append(Placed(pixels, len(ids), segment.drawn, labels, before))
             ids += [patch] * segment.length
 
 
@@ -207,6 +216,10 @@ def _labels(turn: Round, grid: tuple[int, int]) -> np.ndarray | None:
         return None
     labels = patch_labels(turn.target_scene, grid[0])
     return np.stack([labels[name].reshape(-1) for name in LABEL_CLASSES])
+
+
+def _before(turn: Round) -> np.ndarray | None:
+    return draw(turn.source_scene) if turn.family == "edit" else None
 
 
 @dataclass(frozen=True)
@@ -301,12 +314,22 @@ def _shown(pictures: list[Placed], grid: tuple[int, int]) -> Tensor:
 
 
 def token_weights(picture: Placed, grid: tuple[int, int]) -> np.ndarray:
-    """float32 [N]: how much the flow loss of each token counts; most of a picture is plain ground, soon learned."""
+    """float32 [N]: how much the flow loss of each token counts; most of a picture is plain ground, soon learned, and
+    most of an edit is copied."""
     if not picture.drawn:
         return np.zeros(grid[0] * grid[1], dtype=np.float32)
     pixels = picture.pixels.astype(np.int16)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
-    far = (np.abs(pixels - ground) > PLAIN).any(-1)
+    weights = np.where(_cells(pixels - ground, grid), OBJECT_WEIGHT, 1.0)
+    if picture.before is not None:
+        changed = _cells(pixels - picture.before, grid)
+        if not changed.all():  # as a new background does
+            weights[changed] = CHANGED_WEIGHT
+    return weights.astype(np.float32)
+
+
+def _cells(difference: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """bool [N]: tokens in which any pixel of [H, W, 3] is far from 0."""
+    far = (np.abs(difference) > PLAIN).any(-1)
     height, width = (side // n for side, n in zip(far.shape, grid, strict=True))
-    busy = far.reshape(grid[0], height, grid[1], width).any((1, 3)).reshape(-1)
-    return np.where(busy, OBJECT_WEIGHT, 1.0).astype(np.float32)
+    return far.reshape(grid[0], height, grid[1], width).any((1, 3)).reshape(-1)
