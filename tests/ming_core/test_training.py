@@ -45,6 +45,7 @@ from ming_univision.ming_core.training.optimizers import MovingAverage, Muon, le
 from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
     ATTRIBUTES,
+    CHANGED_WEIGHT,
     IGNORE,
     OBJECT_WEIGHT,
     QUIZ,
@@ -493,6 +494,20 @@ def test_tokens_on_things_weigh_more_than_plain_ground():
     weights = token_weights(Placed(pixels, 0, True), GRID).reshape(GRID)
     assert weights[0, 0] == OBJECT_WEIGHT and (weights[2:] == 1).all() and (weights[:, 2:] == 1).all()
     assert not token_weights(Placed(pixels, 0, False), GRID).any()
+
+
+def test_tokens_that_an_edit_changes_count_most_where_a_thing_was_as_well(chat):
+    (turn,) = dialogue_of("edit/move", 4).rounds
+    (_, target) = spell(dialogue_of("edit/move", 4), chat, (8, 8)).pictures
+    weights = token_weights(target, (8, 8)).reshape(8, 8)
+    changed = (np.abs(turn.attached.astype(int) - turn.target) > 12).any(-1).reshape(8, 16, 8, 16).any((1, 3))
+    assert 2 <= changed.sum() <= 8 and (weights[changed] == CHANGED_WEIGHT).all()
+    assert (weights[~changed] < CHANGED_WEIGHT).all()
+
+
+def test_a_new_background_is_no_change_of_some_tokens(chat):
+    (_, target) = spell(dialogue_of("edit/background", 1), chat, GRID).pictures
+    assert set(np.unique(token_weights(target, GRID))) <= {1.0, OBJECT_WEIGHT}
 
 
 # --- the data -----------------------------------------------------------------------------------------------------
