@@ -32,7 +32,7 @@ def built_in():
 
 @pytest.fixture(scope="module")
 def seen(built_in):
-    """A picture of the model's world: of what it has never seen it is so unsure that rounding grows into another one."""
+    """A picture of its world: of what it has never seen it is so unsure that rounding grows into another picture."""
     picture = torch.from_numpy(draw(parse_scene("a large red circle at the left on a white background")))
     with torch.no_grad():
         return built_in.mingtok.semantic_features(built_in.mingtok.encode(to_pixels(picture[None] / 255, 128)))
