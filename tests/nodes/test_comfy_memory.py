@@ -316,7 +316,7 @@ def test_more_is_loaded_when_there_is_room_and_some_given_back_when_there_is_not
 
 def test_the_memory_that_a_round_asks_for_is_left_free(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
-    needed = loaded.model.working_memory(Conversation(), "Hello", None, 512, pictures=2)
+    needed = loaded.model.working_memory(Conversation(), "Hello", None, 64, pictures=2)
     far.free = needed + size(loaded) // 2
     host.ready(loaded, needed)
     assert 0 < loaded.patcher.loaded_size() <= size(loaded) // 2
