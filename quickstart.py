@@ -47,9 +47,17 @@ OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 4)
 
 # What PyTorch itself requires: one that is there may want other versions than the tested ones.
-TORCH_REQUIRES = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"} | {
-    "typing_extensions"
-}
+TORCH_REQUIRES = (
+    "filelock",
+    "fsspec",
+    "jinja2",
+    "markupsafe",
+    "mpmath",
+    "networkx",
+    "setuptools",
+    "sympy",
+    "typing_extensions",
+)
 
 # Prints the version of an importable PyTorch, and the package folders that it (first) and its requirements come from.
 TORCH_PROBE = """

@@ -470,7 +470,7 @@ def draw_latents(
         return token, model.project(token).repeat_interleave(guided.rows, dim=0)
 
     record = recorder(model.device, language_model, flow_head, model.mingtok.semantic_decoder, model.linear_proj)
-    language_record = None if language_model.waits(x) else record
+    language_record = record if record and not language_model.waits(x) else None
     if record:
         stream.buffers.fix()
     if language_record:

@@ -55,7 +55,7 @@ class Placed(nn.Module):
 
 
 class Place:
-    """Where the next token goes, as a number on the device, for buffers that are fixed; see KeyValueBuffer.fix."""
+    """Where the next token goes, as a number on the device, for buffers that are fixed; see Buffers.fix."""
 
     def __init__(self, index: int, capacity: int, device: Any) -> None:
         self.index = torch.tensor([index], device=device)

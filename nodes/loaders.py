@@ -72,15 +72,15 @@ def absent(name: str, kind: str) -> str:
     published = repository.split("/")[1]
     places = host.model_folders()
     # PowerShell takes what begins with a quote for a text; portable's Python cannot make the environment that it takes
-    hint = " (PowerShell: & before it; ComfyUI portable: a full Python, such as py, in its place)"
-    hint = hint if os.name == "nt" else ""
+    windows = " (PowerShell: & before it; ComfyUI portable: a full Python, such as py, in its place)"
+    hint = windows if os.name == "nt" else ""
     return (
         f'the model "{name}" is not there. Put its folder (config.json, *.safetensors, tokenizer files) into '
         f"{' or '.join(map(str, places))}. The published one is {repository} ({size}), at "
         f"https://huggingface.co/{repository} and https://modelscope.cn/models/{repository}; it belongs into "
         f'{places[0] / published}, and "{sys.executable}" "{host.PACK / "quickstart.py"}" download {published} '
-        f'--to "{places[0]}" puts it there{hint}. Nothing is downloaded while a graph runs; "{BUILT_IN}" works without '
-        "any download."
+        f'--to "{places[0]}" puts it there{hint}. Nothing is downloaded while a graph runs; '
+        f'"{BUILT_IN}" works without any download.'
     )
 
 
