@@ -47,7 +47,7 @@ _MENDS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", 
 _ENHANCING = (*_MENDS, "refine")
 _ENHANCING_SOUND = 0.25  # how much rarer an enhancing task is on a sound picture in view (refine: as usual)
 _ALSO_GREY = 0.3  # share of pixelated and noisy pictures that are grey besides, where a round follows to colorize them
-_ROUNDS = (0.6, 0.25, 0.15)  # shares of dialogues of one, two and three rounds
+_ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
 _SAME_EDIT = 0.7  # share of identified regions whose edit is asked for next
 _ATTEMPTS = 4000  # scenes tried before a wish is called impossible: a few in training, hundreds in long eval chains
 
@@ -144,7 +144,7 @@ def random_dialogue(
 
     `tasks`: names of tasks or families ("edit", "edit/move"), with weights if a mapping, to which the dialogue keeps;
     None is the mixture `TASKS`. `things`: fewest and most in every scene shown. `split`: "train" or "eval".
-    `rounds`: how many; None is one to three.
+    `rounds`: how many; None is one to five.
     Raises ValueError for unknown tasks and for wishes that cannot be met, such as removing from a lone thing.
     """
     weights = _weights(tasks)

@@ -68,7 +68,7 @@ class Stage:
     average    decay of the moving average of the weights that is evaluated and written; 0: the weights themselves
     things     fewest and most things in a scene
     tasks      weights of tasks or families of tasks (`shapes.TASKS`); empty: the world's own mixture
-    rounds     rounds of a dialogue; 0: one to three
+    rounds     rounds of a dialogue; 0: one to five
     quizzes    share of the dialogues that are one picture with a row of questions
     """
 
@@ -161,22 +161,22 @@ RECIPE = (
         hours=4.0,
         settle=0.85,
         average=0.995,
-        # Most of what is learned last: edits of one of several things.
+        # Most of what is learned last: one of several things, to draw or to edit.
         tasks={
-            "generate": 3.0,
-            "question": 1.5,
-            "describe": 0.7,
-            "edit/recolor": 3.0,
-            "edit/move": 4.0,
+            "generate": 5.0,
+            "question": 1.2,
+            "describe": 1.2,
+            "edit/recolor": 4.0,
+            "edit/move": 3.5,
             "edit/remove": 3.0,
             "edit/add": 0.8,
             "edit/background": 0.5,
-            "identify region": 2.0,
-            "refine": 0.4,
-            "super-resolution": 0.4,
-            "denoise": 0.4,
-            "colorize": 1.0,
-            "chat": 0.3,
+            "identify region": 3.0,
+            "refine": 0.3,
+            "super-resolution": 0.3,
+            "denoise": 0.3,
+            "colorize": 0.8,
+            "chat": 0.2,
         },
         quizzes=0.08,
         seed=1,

@@ -36,7 +36,7 @@ from ..shapes import (
 
 IGNORE = -100  # a label that asks for nothing
 OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
-CHANGED_WEIGHT = 8.0  # of a token that an edit changes: where a thing was is plain background now, and the point of it
+EDIT_WEIGHT = 8.0  # of a token where a thing stands before or after an edit: what changes and what must not, alike
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 QUIZ = 6  # questions about one picture, which is most of what a question costs
@@ -320,11 +320,12 @@ def token_weights(picture: Placed, grid: tuple[int, int]) -> np.ndarray:
         return np.zeros(grid[0] * grid[1], dtype=np.float32)
     pixels = picture.pixels.astype(np.int16)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
-    weights = np.where(_cells(pixels - ground, grid), OBJECT_WEIGHT, 1.0)
+    standing = _cells(pixels - ground, grid)
+    weights = np.where(standing, OBJECT_WEIGHT, 1.0)
     if picture.before is not None:
-        changed = _cells(pixels - picture.before, grid)
-        if not changed.all():  # as a new background does
-            weights[changed] = CHANGED_WEIGHT
+        stood = _cells(picture.before - ground, grid)
+        if not stood.all():  # as on another background
+            weights[standing | stood] = EDIT_WEIGHT
     return weights.astype(np.float32)
 
 

@@ -28,6 +28,7 @@ from ming_univision.ming_core.language_model import Causal, Rows
 from ming_univision.ming_core.mingtok import MingTok
 from ming_univision.ming_core.prompts import ChatFormat
 from ming_univision.ming_core.shapes import (
+    BACKGROUNDS,
     Scene,
     Thing,
     draw,
@@ -45,7 +46,7 @@ from ming_univision.ming_core.training.optimizers import MovingAverage, Muon, le
 from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
     ATTRIBUTES,
-    CHANGED_WEIGHT,
+    EDIT_WEIGHT,
     IGNORE,
     OBJECT_WEIGHT,
     QUIZ,
@@ -496,13 +497,15 @@ def test_tokens_on_things_weigh_more_than_plain_ground():
     assert not token_weights(Placed(pixels, 0, False), GRID).any()
 
 
-def test_tokens_that_an_edit_changes_count_most_where_a_thing_was_as_well(chat):
-    (turn,) = dialogue_of("edit/move", 4).rounds
-    (_, target) = spell(dialogue_of("edit/move", 4), chat, (8, 8)).pictures
+def test_an_edit_weighs_what_it_changes_and_the_things_that_it_must_not_change_alike(chat):
+    dialogue = random_dialogue(np.random.default_rng(4), "edit/move", (2, 3), rounds=1)
+    (turn,) = dialogue.rounds
+    (_, target) = spell(dialogue, chat, (8, 8)).pictures
+    ground = np.array(BACKGROUNDS[turn.source_scene.background])
+    shown = [np.abs(picture.astype(int) - ground) > 12 for picture in (turn.attached, turn.target)]
+    things = (shown[0] | shown[1]).any(-1).reshape(8, 16, 8, 16).any((1, 3))
     weights = token_weights(target, (8, 8)).reshape(8, 8)
-    changed = (np.abs(turn.attached.astype(int) - turn.target) > 12).any(-1).reshape(8, 16, 8, 16).any((1, 3))
-    assert 2 <= changed.sum() <= 8 and (weights[changed] == CHANGED_WEIGHT).all()
-    assert (weights[~changed] < CHANGED_WEIGHT).all()
+    assert 9 <= things.sum() <= 16 and (weights[things] == EDIT_WEIGHT).all() and (weights[~things] == 1).all()
 
 
 def test_a_new_background_is_no_change_of_some_tokens(chat):
