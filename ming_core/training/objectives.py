@@ -9,8 +9,9 @@ Ming-UniVision, around a frozen MingTok: predict the next token of answers, and 
 noise to the latent that comes next (rectified flow). The pictures it is to draw are fed with noise on their latents,
 as its own drawings will have errors, which would otherwise add up over the tokens. The flow loss alone is a faint
 teacher of what belongs where, so a throw-away linear layer also reads from the hidden state what the token to come
-shows: the labels that MingTok's features were aligned with. Another one reads at the end of a prompt which thing it is
-about, all of it: "what color is the star?" wants a colour, but to find it is to know the star's size and place as well.
+shows: the labels that MingTok's features were aligned with, and whether an edit changes it. Another one reads at the
+end of a prompt which thing it is about, all of it: "what color is the star?" wants a colour, but to find it is to know
+the star's size and place as well.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..mingtok import MingTok
 from ..shapes import LABEL_CLASSES
 from ..univision import UniVision
 from .pictures import LABELS
-from .sequences import ATTRIBUTES, IGNORE, Batch
+from .sequences import ATTRIBUTES, IGNORE, SHOWN, Batch
 
 BLOTTED = 0.3  # share of the latents that masked modelling blots out
 
@@ -105,7 +106,7 @@ class JointLoss(nn.Module):
         self.model, self.weights = model, weights or JointWeights()
         model.mingtok.requires_grad_(False)
         width = model.config.llm_config.hidden_size
-        self.reader = nn.Linear(width, sum(LABEL_CLASSES.values()))  # what a token to come shows
+        self.reader = nn.Linear(width, sum(SHOWN.values()))  # what a token to come shows
         self.pointer = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))  # the thing that a prompt is about
         for throw_away in (self.reader, self.pointer):
             nn.init.zeros_(throw_away.weight)
@@ -153,13 +154,13 @@ class JointLoss(nn.Module):
 
     def label_loss(self, before: Tensor, shown: Tensor, weights: Tensor) -> Tensor:
         """How badly the reader tells what the next tokens show. before [n, H]; shown [P, kinds, N]; weights [n]."""
-        kinds = self.reader(before).split(list(LABEL_CLASSES.values()), dim=-1)
-        labels = shown.transpose(0, 1).flatten(1)  # (kinds, n)
-        known = weights * (labels[0] != IGNORE)
-        losses = (
-            F.cross_entropy(x, y, ignore_index=IGNORE, reduction="none") for x, y in zip(kinds, labels, strict=True)
-        )
-        return sum((known * loss).sum() for loss in losses) / known.sum().clamp_min(1.0)
+        loss = before.new_zeros(())
+        kinds = self.reader(before).split(list(SHOWN.values()), dim=-1)
+        for logits, labels in zip(kinds, shown.transpose(0, 1).flatten(1), strict=True):
+            known = weights * (labels != IGNORE)
+            wrong = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            loss = loss + (known * wrong).sum() / known.sum().clamp_min(1.0)
+        return loss
 
     def meant_loss(self, hidden: Tensor, meant: Tensor) -> Tensor:
         """How badly the pointer tells the things that prompts are about. hidden [M, H]; meant [M, 4]."""

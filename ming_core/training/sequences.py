@@ -40,10 +40,14 @@ EDIT_WEIGHT = 8.0  # of a token where a thing stands before or after an edit: wh
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 QUIZ = 6  # questions about one picture, which is most of what a question costs
+WHITE = 255  # a region, on its dim grey source
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the ground
 
 # What there is to know of a thing, and the values of each.
 ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "position": tuple(POSITIONS)}
+
+# What there is to read of a token to come, and how many classes; "edited": an edit changes it, or its region covers it.
+SHOWN = {**LABEL_CLASSES, "edited": 2}
 
 UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees everything
 
@@ -52,7 +56,7 @@ UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees eve
 class Placed:
     """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it.
 
-    labels: int64 [kinds, N], what each token of it shows, in the order of `LABEL_CLASSES`; None where that is unknown.
+    labels: int64 [kinds, N], what each token of it shows (`SHOWN`), or IGNORE; None for a picture that is not drawn.
     before: the picture that it is an edit of; None for any other.
     """
 
@@ -102,7 +106,7 @@ class Batch(NamedTuple):
     drawn                   bool [P]
     slots                   int64 [P], where in the flattened rows the first token of each picture stands
     weights                 float32 [P, N], of the flow loss of each token (0 for a picture that was seen)
-    shown                   int64 [P, kinds, N], what each token shows (`LABEL_CLASSES`), or IGNORE
+    shown                   int64 [P, kinds, N], what each token shows (`SHOWN`), or IGNORE
     asked                   int64 [M], where in the flattened rows the prompts end that are about one thing
     meant                   int64 [M, 4], that thing (`ATTRIBUTES`)
     """
@@ -211,11 +215,18 @@ def _append(
 
 
 def _labels(turn: Round, grid: tuple[int, int]) -> np.ndarray | None:
-    """What the tokens of the picture to be drawn show; None for a picture that is not just its scene (a region)."""
-    if turn.target_scene is None or not np.array_equal(turn.target, draw(turn.target_scene)):
+    """What the tokens of the picture to be drawn show; little is known of one that is not just its scene (a region)."""
+    if turn.target is None:
         return None
-    labels = patch_labels(turn.target_scene, grid[0])
-    return np.stack([labels[name].reshape(-1) for name in LABEL_CLASSES])
+    labels = np.full((len(SHOWN), grid[0] * grid[1]), IGNORE, dtype=np.int64)
+    if turn.target_scene is not None and np.array_equal(turn.target, draw(turn.target_scene)):
+        known = patch_labels(turn.target_scene, grid[0])
+        labels[: len(known)] = [known[name].reshape(-1) for name in LABEL_CLASSES]
+    if turn.family == "edit":
+        labels[-1] = _cells(turn.target - draw(turn.source_scene).astype(np.int16), grid)
+    elif turn.family == "identify region":
+        labels[-1] = _cells(turn.target * (turn.target == WHITE), grid)
+    return labels
 
 
 def _before(turn: Round) -> np.ndarray | None:
@@ -306,7 +317,7 @@ def attributes(thing: Thing) -> list[int]:
 
 
 def _shown(pictures: list[Placed], grid: tuple[int, int]) -> Tensor:
-    shown = np.full((len(pictures), len(LABEL_CLASSES), grid[0] * grid[1]), IGNORE, dtype=np.int64)
+    shown = np.full((len(pictures), len(SHOWN), grid[0] * grid[1]), IGNORE, dtype=np.int64)
     for place, picture in zip(shown, pictures, strict=True):
         if picture.labels is not None:
             place[:] = picture.labels

@@ -29,6 +29,7 @@ from ming_univision.ming_core.mingtok import MingTok
 from ming_univision.ming_core.prompts import ChatFormat
 from ming_univision.ming_core.shapes import (
     BACKGROUNDS,
+    POSITIONS,
     Scene,
     Thing,
     draw,
@@ -51,6 +52,7 @@ from ming_univision.ming_core.training.sequences import (
     OBJECT_WEIGHT,
     QUIZ,
     SHORT_WEIGHT,
+    SHOWN,
     TEXT_UNCONDITIONAL,
     UNCONDITIONAL,
     DialogueData,
@@ -506,6 +508,20 @@ def test_an_edit_weighs_what_it_changes_and_the_things_that_it_must_not_change_a
     things = (shown[0] | shown[1]).any(-1).reshape(8, 16, 8, 16).any((1, 3))
     weights = token_weights(target, (8, 8)).reshape(8, 8)
     assert 9 <= things.sum() <= 16 and (weights[things] == EDIT_WEIGHT).all() and (weights[~things] == 1).all()
+
+
+@pytest.mark.parametrize("task", ["edit/recolor", "identify region"])
+def test_the_tokens_that_an_edit_changes_or_its_region_covers_are_told_from_those_of_other_things(task, chat):
+    for seed in range(8):
+        dialogue = random_dialogue(np.random.default_rng(seed), {task: 1.0}, (2, 3), rounds=1)
+        (turn,) = dialogue.rounds
+        if turn.meant not in turn.source_scene.things:
+            continue  # a background, or a thing that is to be added
+        (_, target) = spell(dialogue, chat, (8, 8)).pictures
+        edited = target.labels[list(SHOWN).index("edited")].reshape(8, 8)
+        for thing in turn.source_scene.things:
+            x, y = (int(middle) // 16 for middle in POSITIONS[thing.position])
+            assert edited[y - 1 : y + 1, x - 1 : x + 1].any() == (thing == turn.meant)
 
 
 def test_a_new_background_is_no_change_of_some_tokens(chat):
