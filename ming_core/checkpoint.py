@@ -33,7 +33,7 @@ from .config import ConfigError, MingTokConfig, UniVisionConfig, read_config, wr
 from .files import write_whole, written_together
 from .mingtok import MingTok
 from .prompts import ChatFormat
-from .quantization import FORMATS, Quantized, arrange_plainly, quantize
+from .quantization import FORMATS, SCALE, Quantized, arrange_plainly, quantize
 from .univision import UniVision
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -42,7 +42,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFETENSORS_DTYPES = ("F32", "F16", "BF16")
 QUANTIZED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 QUANT_METHOD = "ming_weight_only"  # in config.json, so that no one takes the weights for another library's
-SCALE = "_scale"  # ends the names of the scales of quantised weights
 SHARD = 1 << 30  # bytes; a larger model is saved in files of about this size, of which one is in memory twice
 MAX_HEADER = 100 << 20  # bytes; the published model's largest is some hundred KB
 FINGERPRINT_BYTES = 4096  # read from each end of every tensor
@@ -91,6 +90,11 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     begin: int  # bytes in the file
     end: int
+
+    @property
+    def place(self) -> tuple[Path, int]:
+        """Sorts tensors as they lie on disk."""
+        return self.file, self.begin
 
 
 def load_mingtok(
@@ -316,21 +320,20 @@ class CheckpointFiles:
             quantize(model, quantization)
         with _Reader() as reader:
             # from front to back of one file after the other: read ahead by the system, and given back when done
-            for key, stored in sorted(self.tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
-                if key in slots:
-                    slot = slots[key]
-                    owner, _, attribute = slot.parameter.rpartition(".")
-                    module = model.get_submodule(owner)
-                    _give_memory(module, attribute, device, dtype)
-                    if quantization and isinstance(module, Quantized) and attribute in module.NAMES:
-                        module.store(attribute, slot.index, reader.read(stored).to(device))
-                    else:
-                        place = getattr(module, attribute).data
-                        place[slot.index] = reader.read(stored)
-                        self._check_scale(stored, place[slot.index])
-                    done += stored.end - stored.begin
-                    if on_progress:
-                        on_progress(done, total)
+            for key in sorted(slots, key=lambda key: self.tensors[key].place):
+                slot, stored = slots[key], self.tensors[key]
+                owner, _, attribute = slot.parameter.rpartition(".")
+                module = model.get_submodule(owner)
+                _give_memory(module, attribute, device, dtype)
+                if quantization and isinstance(module, Quantized) and attribute in module.NAMES:
+                    module.store(attribute, slot.index, reader.read(stored).to(device))
+                else:
+                    values = getattr(module, attribute).data
+                    values[slot.index] = reader.read(stored)
+                    self._check_scale(stored, values[slot.index])
+                done += stored.end - stored.begin
+                if on_progress:
+                    on_progress(done, total)
 
     def _check_scale(self, stored: Stored, scale: Tensor) -> None:
         if stored.key.endswith(SCALE) and not scale.isfinite().all():
@@ -378,7 +381,7 @@ class CheckpointFiles:
 
     def _fingerprint(self, tensors: Mapping[str, Stored], more: bytes) -> str:
         digests = {}
-        in_place = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].begin))
+        in_place = sorted(tensors.items(), key=lambda item: item[1].place)
         for file, tensors_there in itertools.groupby(in_place, key=lambda item: item[1].file):
             with open(file, "rb") as stream:
                 for key, stored in tensors_there:
@@ -414,7 +417,7 @@ class _Reader:
 
 def _give_memory(module: nn.Module, attribute: str, device: Any, dtype: torch.dtype) -> None:
     """Replace a parameter on the meta device, and the scale that belongs to it, by uninitialised memory."""
-    for name in (attribute, f"{attribute}{SCALE}"):
+    for name in (attribute, attribute + SCALE):
         parameter = getattr(module, name, None)
         if parameter is not None and parameter.is_meta:
             kind = dtype if parameter.is_floating_point() else parameter.dtype

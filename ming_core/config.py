@@ -9,6 +9,7 @@ something not implemented here is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -33,6 +34,17 @@ def _demand(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _demand_sizes(config: Any, *others: str) -> None:
+    """Every whole number is 1 or more, but for those named `others`, which are no sizes."""
+    for name, value in vars(config).items():
+        if type(value) is int and name not in others:
+            _demand(value >= 1, f"{name} {value} is not 1 or more")
+
+
+def _demand_multiple(name: str, value: int, of: int, of_name: str = "") -> None:
+    _demand(value % of == 0, f"{name} {value} is not a multiple of {of_name}{' ' if of_name else ''}{of}")
+
+
 @dataclass(frozen=True)
 class LowLevelEncoderConfig:
     img_size: int = 512
@@ -43,15 +55,10 @@ class LowLevelEncoderConfig:
     out_dim: int = 32
 
     def __post_init__(self) -> None:
-        _demand(
-            self.img_size % self.patch_size == 0,
-            f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}",
-        )
-        _demand(self.embed_dim % HEAD_DIM == 0, f"embed_dim {self.embed_dim} is not a multiple of {HEAD_DIM}")
-        _demand(
-            self.embed_dim % self.out_dim == 0,
-            f"embed_dim {self.embed_dim} is not a multiple of out_dim {self.out_dim}",
-        )
+        _demand_sizes(self)
+        _demand_multiple("img_size", self.img_size, self.patch_size, "patch_size")
+        _demand_multiple("embed_dim", self.embed_dim, HEAD_DIM)
+        _demand_multiple("embed_dim", self.embed_dim, self.out_dim, "out_dim")
         _demand_swiglu(self.ffn_layer)
 
     @property
@@ -69,10 +76,9 @@ class SemanticDecoderConfig:
     ffn_layer: str = "swiglufused"
 
     def __post_init__(self) -> None:
-        _demand(self.embed_dim % HEAD_DIM == 0, f"embed_dim {self.embed_dim} is not a multiple of {HEAD_DIM}")
-        _demand(
-            self.embed_dim % self.in_dim == 0, f"embed_dim {self.embed_dim} is not a multiple of in_dim {self.in_dim}"
-        )
+        _demand_sizes(self)
+        _demand_multiple("embed_dim", self.embed_dim, HEAD_DIM)
+        _demand_multiple("embed_dim", self.embed_dim, self.in_dim, "in_dim")
         _demand_swiglu(self.ffn_layer)
 
 
@@ -83,7 +89,8 @@ class PixelDecoderConfig:
     embed_dim: int = 1024
 
     def __post_init__(self) -> None:
-        _demand(self.embed_dim % HEAD_DIM == 0, f"embed_dim {self.embed_dim} is not a multiple of {HEAD_DIM}")
+        _demand_sizes(self)
+        _demand_multiple("embed_dim", self.embed_dim, HEAD_DIM)
 
 
 @dataclass(frozen=True)
@@ -107,10 +114,8 @@ class MingTokConfig:
             f"low_level_encoder.patch_size {encoder.patch_size} differs from semantic_decoder.patch_size "
             f"{semantic.patch_size}",
         )
-        _demand(
-            semantic.patch_size % pixel.patch_size == 0,
-            f"semantic_decoder.patch_size {semantic.patch_size} is not a multiple of pixel_decoder.patch_size "
-            f"{pixel.patch_size}",
+        _demand_multiple(
+            "semantic_decoder.patch_size", semantic.patch_size, pixel.patch_size, "pixel_decoder.patch_size"
         )
         _demand(self.scaling_factor > 0, f"scaling_factor {self.scaling_factor} is not above 0")
 
@@ -149,6 +154,8 @@ class LanguageModelConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        ids = ("eos_token_id", "image_patch_token", "image_start_token")
+        _demand_sizes(self, "first_k_dense_replace", *ids)
         for name, only in (
             ("hidden_act", "silu"),
             ("use_bias", False),
@@ -165,24 +172,22 @@ class LanguageModelConfig:
         scaling = self.rope_scaling
         kind = None if scaling is None else scaling.get("type", scaling.get("rope_type"))
         _demand(kind in (None, "3D", "default"), f'rope_scaling {scaling!r} is not supported: null or {{"type": "3D"}}')
-        _demand(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-            f"{self.num_key_value_heads}",
+        _demand_multiple(
+            "num_attention_heads", self.num_attention_heads, self.num_key_value_heads, "num_key_value_heads"
         )
         _demand(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd")
         _demand(
-            0 < self.num_experts_per_tok <= self.num_experts,
+            self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}",
         )
-        for name in ("eos_token_id", "image_patch_token", "image_start_token"):
+        for name in ids:
             value = getattr(self, name)
             _demand(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
 
 
 @dataclass(frozen=True)
 class FlowHeadConfig:
-    """`vishead_diffloss_config`. Width and depth are checked against, or read from, the tensors' shapes."""
+    """`vishead_diffloss_config`. Loading a checkpoint takes width and depth from the tensors."""
 
     diffloss_w: int = 3072
     diffloss_d: int = 12
@@ -219,14 +224,14 @@ class UniVisionConfig:
     mlp_depth: int = 2
 
     def __post_init__(self) -> None:
-        _demand(self.mlp_depth >= 1, f"mlp_depth {self.mlp_depth} is not 1 or more")
+        _demand_sizes(self)
         tokens = self.llm_config.num_image_tokens_for_gen
-        _demand(int(tokens**0.5) ** 2 == tokens, f"num_image_tokens_for_gen {tokens} is not a square number")
+        _demand(math.isqrt(tokens) ** 2 == tokens, f"num_image_tokens_for_gen {tokens} is not a square number")
 
     @property
     def drawing_grid(self) -> tuple[int, int]:
         """(rows, columns) of the tokens of a drawn picture."""
-        side = int(self.llm_config.num_image_tokens_for_gen**0.5)
+        side = math.isqrt(self.llm_config.num_image_tokens_for_gen)
         return side, side
 
 

@@ -8,6 +8,7 @@ Extending a conversation makes a new one; two continuations of one conversation 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -242,10 +243,11 @@ class Reader(Protocol):
     mingtok: MingTok
 
 
-def load_conversation(path: str | Path, model: Reader) -> Conversation:
+def load_conversation(path: str | Path, model: Reader, ready: Callable[[int], None] | None = None) -> Conversation:
     """Read what `save_conversation` wrote; the pictures' features are made anew, once a picture.
 
-    Raises FileError for a damaged file, and ValueError for the file of another model.
+    `ready` is called with the tokens of the largest picture, if there is one, when the file is found to be of this
+    model and MingTok is about to compute. Raises FileError for a damaged file, and ValueError for one of another model.
     """
     tensors, about = read_tensors(path, FILE_FORMAT)
     other = about.get("model", "")
@@ -254,6 +256,8 @@ def load_conversation(path: str | Path, model: Reader) -> Conversation:
             f"{path} was saved with another model ({str(other)[:12]}) than this one ({model.fingerprint[:12]}): "
             "load that model to go on with it"
         )
+    if ready and (sizes := [t.numel() for name, t in tensors.items() if name.startswith("latents.")]):
+        ready(max(sizes) // model.mingtok.config.semantic_decoder.in_dim)
     vocabulary = model.config.llm_config.vocab_size
     try:
         ids, latents = tensors["ids"].tolist(), iter(tensors[f"latents.{i}"] for i in range(len(tensors) - 1))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .captured import Captured, recorder
 from .config import UniVisionConfig
@@ -47,6 +47,7 @@ class Model(Protocol):
     mingtok: MingTok
     language_model: LanguageModel
     flow_head: FlowHead
+    linear_proj: nn.Module
     prefix_cache: PrefixCache
     fingerprint: str
 
@@ -72,9 +73,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a round stands after a token.
+    """Where a round stands after a token, or a part of a long prompt.
 
-    kind       "text" or "image"
+    kind       "prompt" (after a part of a long one), "text" or "image"
     done       tokens of this kind so far, of at most `total`
     text       text: all that was written so far, in the first picture's row
     latents    image: [B, done, C], normalised latents so far; views, not to be written to
@@ -125,9 +126,10 @@ def understand(
 ) -> Turn:
     """See UniVision.understand."""
     with torch.no_grad():
-        opened = open_round(model, plan_round(model, conversation, prompt, features, max_new_tokens, max_new_tokens))
+        grown = plan_round(model, conversation, prompt, features, max_new_tokens, max_new_tokens)
+        opened = open_round(model, grown, on_token)
         rows = Rows(opened.prefix, capacity=max_new_tokens)
-        generator = _generator(seed, "text", opened.noise_round)
+        generator = _generator(seed, "text", opened)
         writer = _Writer(model, max_new_tokens, sampling, generator, on_token, return_logits)
         written = writer.write(rows, opened.hidden[None], forbidden=model.chat.image_open_id)[0]
         segments = answer_segments(model, written.ids[:-1])
@@ -160,8 +162,8 @@ def draw(
         raise ValueError(f"temperature is {temperature}: give a number of 0 or more")
     room = drawing_room(model, max_new_tokens)
     with torch.no_grad():
-        opened = open_round(model, plan_round(model, conversation, prompt, features, room, max_new_tokens))
-        noise = seeded_noise(model, seeds, noise, opened.noise_round) * temperature
+        opened = open_round(model, plan_round(model, conversation, prompt, features, room, max_new_tokens), on_token)
+        noise = seeded_noise(model, seeds, noise, opened) * temperature
         writer = _Writer(model, max_new_tokens, Sampling(), None, on_token, return_logits)
 
         single, before = _begin_picture(model, opened, start, writer)
@@ -178,9 +180,9 @@ def draw(
                 *answer_segments(model, said.ids[:-1]),
             ]
             grown = close_round(model, opened, segments, rows, row)
-            ids = before.ids + said.ids
-            logits = torch.stack(before.logits + said.logits) if return_logits else None
-            turns.append(Turn(model.chat.decode(ids), ids, picture, grown, opened.prefilled, logits))
+            whole = _Written(before.ids + said.ids, before.logits + said.logits)
+            text, logits = model.chat.decode(whole.ids), whole.stacked_logits()
+            turns.append(Turn(text, whole.ids, picture, grown, opened.prefilled, logits))
         return turns
 
 
@@ -203,8 +205,11 @@ class Round:
     prefix: Prefix
     hidden: Tensor  # [H], of the prompt's last token
     prefilled: int
-    noise_round: int
-    depth: int  # of what is in view
+
+    @property
+    def depth(self) -> int:
+        """How many drawings lie behind what is in view."""
+        return self.conversation.depth
 
 
 def plan_round(
@@ -241,10 +246,10 @@ def drawing_room(model: Model, max_new_tokens: int) -> int:
     return max_new_tokens + 1 + model.config.llm_config.num_image_tokens_for_gen
 
 
-def open_round(model: Model, grown: Conversation) -> Round:
+def open_round(model: Model, grown: Conversation, on_token: OnToken = None) -> Round:
     """Prefill what the prefix cache does not know of a planned round."""
-    prefix, hidden, prefilled = _prefill(model, grown)
-    return Round(grown, prefix, hidden, prefilled, grown.rounds - 1 + grown.depth, grown.depth)
+    prefix, hidden, prefilled = _prefill(model, grown, on_token)
+    return Round(grown, prefix, hidden, prefilled)
 
 
 def _attached(model: Model, conversation: Conversation, features: Features | None) -> list[Picture]:
@@ -260,7 +265,7 @@ def _attached(model: Model, conversation: Conversation, features: Features | Non
     return [Picture(picture, drawn=False) for picture in new]
 
 
-def _prefill(model: Model, conversation: Conversation) -> tuple[Prefix, Tensor, int]:
+def _prefill(model: Model, conversation: Conversation, on_token: OnToken = None) -> tuple[Prefix, Tensor, int]:
     """Keys and values of a whole transcript, the last hidden state, and how many positions had to be forwarded.
 
     The last segment is always forwarded, since its hidden state is needed.
@@ -275,7 +280,12 @@ def _prefill(model: Model, conversation: Conversation) -> tuple[Prefix, Tensor, 
     embeddings = torch.cat([_embed(model, segment) for segment in new])
     gate = [isinstance(s, Picture) and not s.drawn for s in new for _ in range(s.length)]
     image_gate = torch.tensor(gate, device=embeddings.device) if any(gate) else None
-    hidden = model.language_model.prefill(embeddings, prefix, image_gate)
+
+    def tell(done: int) -> None:
+        if on_token:
+            on_token(Progress("prompt", done, len(embeddings)))
+
+    hidden = model.language_model.prefill(embeddings, prefix, image_gate, tell)
     if not hidden.isfinite().all():
         raise out_of_range(hidden.dtype)
     _remember(model, keys, new, begin, prefix.slice)
@@ -327,6 +337,7 @@ class _Writer:
     ) -> None:
         self.model, self.limit, self.sampling, self.generator = model, limit, sampling, generator
         self.on_token, self.keep_logits = on_token, keep_logits
+        self.stream = TextStream(model.chat)  # what the first row says before a picture and after it
 
     def write(
         self, rows: Rows, hidden: Tensor, *, forbidden: int | None = None, stop: int | None = None, written: int = 0
@@ -340,8 +351,7 @@ class _Writer:
         language_model, ends = self.model.language_model, {self.model.config.llm_config.eos_token_id, stop}
         out = [_Written() for _ in range(rows.rows)]
         open_rows = set(range(rows.rows))
-        stream = TextStream(self.model.chat) if self.on_token else None
-        for count in range(written + 1, max(self.limit, written + 1) + 1):
+        for count in range(written + 1, self.limit + 1):
             logits = language_model.logits(hidden)
             chosen = self._choose(logits, forbidden)
             for row in sorted(open_rows):
@@ -350,11 +360,11 @@ class _Writer:
                     out[row].logits.append(logits[row].cpu())
                 if chosen[row] in ends:
                     open_rows.discard(row)
-            if stream:
-                text = stream.push(chosen[0]) if len(out[0].ids) == count - written else stream.text
+            if self.on_token:
+                text = self.stream.push(chosen[0]) if len(out[0].ids) == count - written else self.stream.text
                 self.on_token(Progress("text", count, self.limit, text))
-            if not open_rows or count >= self.limit:
-                return out
+            if not open_rows or count == self.limit:
+                break
             hidden = language_model.step(language_model.embed(torch.tensor(chosen, device=hidden.device)), rows)
         return out
 
@@ -369,10 +379,10 @@ class _Writer:
             # drawn on the CPU, so that a seed means the same everywhere; rows of no numbers are drawn from too, for now
             best = best.cpu()
             warmth = max(self.sampling.temperature, COLDEST)
-            odds = ((logits.cpu() - best) / warmth).softmax(-1).nan_to_num(1)
-            odds, order = odds.sort(dim=-1, descending=True)
-            odds[odds.cumsum(-1) - odds >= self.sampling.top_p] = 0
-            chosen = order.gather(1, torch.multinomial(odds, 1, generator=self.generator))
+            shares = ((logits.cpu() - best) / warmth).softmax(-1).nan_to_num(1)
+            shares, order = shares.sort(dim=-1, descending=True)
+            shares[shares.cumsum(-1) - shares >= self.sampling.top_p] = 0
+            chosen = order.gather(1, torch.multinomial(shares, 1, generator=self.generator))
         ids = chosen.where(best.isfinite(), NO_TOKEN)[:, 0].tolist()
         if NO_TOKEN in ids:
             raise out_of_range(self.model.language_model.dtype)
@@ -506,12 +516,12 @@ def _own(features: Features) -> Features:
     return features._replace(tokens=features.tokens.clone(), latents=features.latents.clone())
 
 
-def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, noise_round: int) -> Tensor:
+def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, opened: Round) -> Tensor:
     """float32 [B, N, C] on the CPU: the given noise, checked, or that of (seed, round)."""
     n = model.config.llm_config.num_image_tokens_for_gen
     channels = model.flow_head.net.channels
     if given is None:
-        draws = [torch.randn(n, channels, generator=_generator(seed, "image", noise_round)) for seed in seeds]
+        draws = [torch.randn(n, channels, generator=_generator(seed, "image", opened)) for seed in seeds]
         return torch.stack(draws)
     if given.shape[0] != len(seeds):
         raise ValueError(f"noise is given for {given.shape[0]} pictures: give that of {len(seeds)}, one a seed")
@@ -520,8 +530,12 @@ def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, noise_rou
     return given[:, :n].float().cpu()
 
 
-def _generator(seed: int, purpose: str, noise_round: int) -> torch.Generator:
-    """A private generator: other seeds, purposes and rounds give unrelated streams."""
-    content = f"{seed % 2**64}/{purpose}/{noise_round}".encode()
+def _generator(seed: int, purpose: str, opened: Round) -> torch.Generator:
+    """A private generator: other seeds, purposes and rounds give unrelated streams.
+
+    Along a conversation the prompts grow, along a line of drawings the depth, also where features travel without the
+    conversation: so no two rounds of a chain have both in common.
+    """
+    content = f"{seed % 2**64}/{purpose}/{opened.conversation.rounds}/{opened.depth}".encode()
     number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
     return torch.Generator().manual_seed(number)

@@ -53,15 +53,9 @@ class Experts(nn.Module):
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.count, self.hidden = count, hidden
+        self.count = count
         self.gate_up = nn.Parameter(torch.empty(count, 2 * hidden, dim, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(count, dim, hidden, device=device, dtype=dtype))
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Small random weights for training from nothing; a loaded model never calls this."""
-        for weight in (self.gate_up, self.down):
-            weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
 
     def weights(self, name: str, experts: Any, like: Tensor) -> Tensor:
         """Weights `name` of one expert, [N, K], or of an index of several, [.., N, K], on the device of `like`."""

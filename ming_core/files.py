@@ -64,8 +64,22 @@ def written_together(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def check_format(path: str | Path, file_format: str) -> None:
+    """Raises FileError for a file that is not of this format; only its header is read."""
+    with _opened(path, file_format):
+        pass
+
+
 def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, about) of a file that `write_tensors` made with about["format"] == file_format. Raises FileError."""
+    with _opened(path, file_format) as (file, about):
+        # cloned: a mapped tensor would keep the file open, and change with it
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, file_format: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(file, about); whatever is wrong with it while it is read is a FileError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
@@ -73,8 +87,7 @@ def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
             if kind != file_format:
                 kind = kind or "something else"
                 raise FileError(f'{path}: this is a file of "{kind}", not of "{file_format}": choose another file')
-            # cloned: a mapped tensor would keep the file open, and change with it
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
+            yield file, about
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:

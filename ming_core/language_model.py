@@ -11,7 +11,7 @@ attention looks at the past is the business of a cache object with one method, `
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,8 +22,6 @@ from .captured import wanted
 from .config import LanguageModelConfig
 from .experts import GATHER_LIMIT, GatedMlp, MixtureOfExperts
 from .transformer import Buffers, KeyValueBuffer, Placed
-
-log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 512  # tokens forwarded at once; bounds the mask of a chunk to [512, length so far]
 
@@ -109,7 +107,7 @@ class Rows:
 
     def __init__(self, prefix: Prefix, capacity: int, rows: int = 1, visible: Tensor | None = None) -> None:
         layers, heads, _, head_dim = prefix.keys.shape
-        self.prefix, self.rows, self.capacity = prefix, rows, capacity
+        self.prefix, self.rows = prefix, rows
         make = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
         self.buffers = Buffers(KeyValueBuffer(rows, heads, capacity, head_dim, **make) for _ in range(layers))
         self._see(visible)
@@ -155,7 +153,7 @@ class Rows:
         """A copy in host memory of what one row has added, from its start-th token to its end-th."""
         keys = torch.stack([b.keys[row, :, start:end] for b in self.buffers])
         values = torch.stack([b.values[row, :, start:end] for b in self.buffers])
-        return KeyValues(keys.detach().to("cpu", copy=True), values.detach().to("cpu", copy=True))
+        return KeyValues(keys.detach().cpu(), values.detach().cpu())  # stacking has copied them
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One softmax over the shared prefix and the row's own tokens; the prefix is read once for all rows."""
@@ -354,13 +352,22 @@ class LanguageModel(Placed):
     def prefix(self, capacity: int) -> Prefix:
         return Prefix(self.config, capacity, device=self.device, dtype=self.dtype)
 
-    def prefill(self, x: Tensor, prefix: Prefix, image_gate: Tensor | None = None) -> Tensor:
+    def prefill(
+        self,
+        x: Tensor,
+        prefix: Prefix,
+        image_gate: Tensor | None = None,
+        tell: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Forward the next T embeddings [T, H] of one sequence; returns the last hidden state [H].
 
-        image_gate: bool [T]. Runs in chunks: memory grows with the length, not with its square.
+        image_gate: bool [T]. Runs in chunks: memory grows with the length, not with its square. `tell` is called
+        between them with the number of embeddings that are done, and may raise to stop.
         """
         hidden = x[-1]
         for start in range(0, len(x), PREFILL_CHUNK):
+            if start and tell:
+                tell(start)
             chunk = x[None, start : start + PREFILL_CHUNK]
             positions = torch.arange(prefix.length, prefix.length + chunk.shape[1], device=x.device)[None]
             gate = None if image_gate is None else image_gate[None, start : start + PREFILL_CHUNK]

@@ -79,21 +79,6 @@ class ChatFormat:
     def answer(self, ids: Sequence[int]) -> Text:
         return Text(tuple(ids), ANSWER, self.decode(ids))
 
-    def history(self, messages: Sequence[tuple[str, Sequence[str | Sequence[Picture]]]]) -> list[Part]:
-        """The published template for (role, contents) messages, the answers among them given as text.
-
-        For prompts that are written out by hand; a Conversation never has the end token between its rounds.
-        """
-        parts = []
-        for role, contents in messages:
-            if role == HUMAN:
-                parts.append(self.prompt(contents))
-            else:
-                said = "".join(str(c) for c in contents)
-                segments = (Text(self.encode(said), ANSWER, said), Text((self.end_id,), MARK, END))
-                parts.append(Part(True, segments))
-        return parts
-
     def _special(self, token: str) -> int:
         if token not in self._special_ids:
             raise ValueError(f"the tokenizer has no special token {token}: it belongs to another model")

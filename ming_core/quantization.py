@@ -34,6 +34,7 @@ from .experts import Experts
 log = logging.getLogger(__name__)
 
 FORMATS = ("int8", "int4")
+SCALE = "_scale"  # ends the names of the scales of quantised weights
 GROUPS = (64, 32)  # columns; the first that divides the width
 QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
@@ -237,7 +238,7 @@ def _can_pack(values: Tensor, device: torch.device) -> bool:
 
 
 class Quantized(nn.Module):
-    """A module with quantised weights: the parameter `name` and its `name_scale`, for each name of `NAMES`."""
+    """A module with quantised weights: the parameter `name` and its `name` + SCALE, for each name of `NAMES`."""
 
     NAMES: tuple[str, ...] = ()
     order = "plain"  # or the type of the device whose int4 kernel the weights lie ready for
@@ -249,7 +250,7 @@ class Quantized(nn.Module):
         shape, dtype = ((*stack, n, k // 2), torch.uint8) if group else ((*stack, n, k), torch.int8)
         scales = (*stack, k // group, n, 2) if group else (*stack, n)
         self.register_parameter(name, _frozen(torch.empty(shape, dtype=dtype, device=weight.device)))
-        self.register_parameter(f"{name}_scale", _frozen(weight.new_empty(scales)))
+        self.register_parameter(name + SCALE, _frozen(weight.new_empty(scales)))
         if not weight.is_meta:
             for index in itertools.product(*map(range, stack)):
                 self.store(name, index, weight.detach()[index])
@@ -257,7 +258,7 @@ class Quantized(nn.Module):
     @torch.no_grad()
     def store(self, name: str, index: tuple, weight: Tensor) -> None:
         """Quantise rows [n, K] into the place that `index` (experts, rows) says."""
-        values, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        values, scale = getattr(self, name), getattr(self, name + SCALE)
         if values.dtype == torch.int8:
             values[index], scale[index] = quantize_int8(weight)
             return
@@ -284,7 +285,7 @@ class Quantized(nn.Module):
     def ready(self, x: Tensor) -> bool:
         """Arrange the weights for a product with x; True: they are in the order of its device's kernel."""
         every = [getattr(self, name) for name in self.NAMES]
-        scale = getattr(self, f"{self.NAMES[0]}_scale")
+        scale = getattr(self, self.NAMES[0] + SCALE)
         packable = all(_can_pack(values, x.device) for values in every)
         packed = packable and _kernel_serves("int4", x, scale)
         self.arrange(x.device.type if packed else "plain")
@@ -298,7 +299,6 @@ class QuantizedLinear(Quantized):
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._register("weight", linear.weight, kind)
         self.bias = linear.bias
 
@@ -315,7 +315,7 @@ class QuantizedExperts(Quantized, Experts):
 
     def __init__(self, experts: Experts, kind: str) -> None:
         nn.Module.__init__(self)
-        self.count, self.hidden = experts.count, experts.hidden
+        self.count = experts.count
         for name in self.NAMES:
             self._register(name, getattr(experts, name), kind)
 
@@ -330,7 +330,7 @@ class QuantizedExperts(Quantized, Experts):
         return self._product("down", expert, F.silu(gate) * up, packed)
 
     def _product(self, name: str, expert: int, x: Tensor, packed: bool) -> Tensor:
-        values, scale = (getattr(self, n)[expert].to(x.device) for n in (name, f"{name}_scale"))
+        values, scale = (getattr(self, n)[expert].to(x.device) for n in (name, name + SCALE))
         return product(x, values, scale, packed)
 
 

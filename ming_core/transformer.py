@@ -194,7 +194,7 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        feed_forward: Callable[..., nn.Module] = SwiGLU,
+        feed_forward: Callable[..., nn.Module],
         *,
         operations: Any = nn,
         device: Any = None,
@@ -212,6 +212,6 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def block_stack(depth: int, dim: int, feed_forward: Callable[..., nn.Module] = SwiGLU, **make: Any) -> nn.ModuleList:
+def block_stack(depth: int, dim: int, feed_forward: Callable[..., nn.Module], **make: Any) -> nn.ModuleList:
     """`depth` blocks, nested one level deeper as in the published key names: blocks.0.{i}."""
     return nn.ModuleList([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])

@@ -104,7 +104,8 @@ class UniVision(Placed):
         conversation   what was said so far; `Conversation()` for the first round
         features       pictures to attach to the prompt; those in view already are not attached again
         sampling       greedy unless its temperature is above 0, then drawn with `seed`
-        on_token       called after every token; raise from it to stop, which loses nothing but this round
+        on_token       called after every token and between parts of a long prompt; raise from it to stop, which loses
+                       nothing but this round
         return_logits  keep a row of logits for every emitted token
 
         Raises ValueError for a blank prompt, pictures or a conversation of another model, or a transcript that would

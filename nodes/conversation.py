@@ -9,6 +9,7 @@ from PIL import Image
 from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn, UniVision
 from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
+from ..ming_core.conversation import FILE_FORMAT
 from ..ming_core.decoding import EMPTY_PROMPT, STARTS
 from ..ming_core.flow_head import METHODS
 from ..ming_core.images import to_images, to_uint8
@@ -28,7 +29,7 @@ def _prompt_verdict(text: str | None) -> bool | str:
 def _reporter(most: int, model: UniVision | None = None) -> Callable[[Progress], None]:
     """on_token for a round of at most `most` tokens: moves the bar with each, shows the text and the picture so far.
 
-    Of several pictures the first is shown.
+    Of several pictures the first is shown. While a long prompt is read the bar stands, but Interrupt is heard.
     """
     report = host.progress(most)
     previewing = model is not None and host.previews_wanted()
@@ -36,7 +37,7 @@ def _reporter(most: int, model: UniVision | None = None) -> Callable[[Progress],
 
     def on_token(progress: Progress) -> None:
         nonlocal value, total
-        value += 1
+        value += progress.kind != "prompt"
         picture = None
         if progress.kind == "image":
             total = value - progress.done + progress.total + 1  # known now, but for what the model says afterwards
@@ -307,6 +308,7 @@ class MingSaveConversation(SavesFile):
 
 class MingLoadConversation(SavedFile):
     DESCRIPTION = "Loads a saved conversation, to go on with it. It needs the model that it was held with."
+    FILE_FORMAT = FILE_FORMAT
     CATEGORY = TOOLS
     RETURN_TYPES, RETURN_NAMES = ("MING_CONVERSATION",), ("conversation",)
     OUTPUT_TOOLTIPS = ("The conversation, as it was saved.",)
@@ -323,8 +325,10 @@ class MingLoadConversation(SavedFile):
         }
 
     def load(self, model: host.Loaded, file: str) -> tuple[Conversation]:
-        path = host.saved_path(file)
-        return (read_conversation(path, host.ready(model)),)
+        def ready(tokens: int) -> None:
+            host.ready(model, model.model.mingtok.working_memory(1, tokens))
+
+        return (read_conversation(host.saved_path(file), model.model, ready),)
 
 
 class MingConversationPicture:

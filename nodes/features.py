@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from ..ming_core import Features, FileError
 from ..ming_core import load_features as read_features
 from ..ming_core import save_features as write_features
-from ..ming_core.features import change, principal_colours
+from ..ming_core.features import FILE_FORMAT, change, principal_colours
+from ..ming_core.files import check_format
 from . import host
 from .filenames import prefix_verdict
-from .mingtok import latent_dict
+from .mingtok import DEPTH, latent_dict
 from .widgets import FEATURES, file_name, number, socket
 
 MAP_SIDE = 512  # pixels of the longer side of a map over tokens
@@ -43,7 +44,9 @@ class SavesFile:
 
 
 class SavedFile:
-    """A node with a `file` widget that lists saved files."""
+    """A node with a `file` widget that lists saved files, of which it loads those of its `FILE_FORMAT`."""
+
+    FILE_FORMAT: str
 
     @classmethod
     def files(cls, tooltip: str) -> tuple:
@@ -53,7 +56,7 @@ class SavedFile:
     def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
         try:
             if file is not None:  # None: it is linked, and looked for when it is known
-                host.saved_path(file)
+                check_format(host.saved_path(file), cls.FILE_FORMAT)
         except FileError as error:
             return str(error)
         return True
@@ -78,7 +81,8 @@ class MingFeaturesPreview:
         return {"required": {"features": socket("MING_FEATURES", "Features to look at.")}}
 
     def show(self, features: Features) -> tuple[torch.Tensor]:
-        return (enlarge(principal_colours(features)).permute(0, 2, 3, 1).contiguous(),)
+        image = enlarge(principal_colours(features)).permute(0, 2, 3, 1).contiguous()
+        return (image.to(host.pictures_device()),)
 
 
 class MingFeaturesCompare:
@@ -107,7 +111,8 @@ class MingFeaturesCompare:
         difference = change(features_a, features_b)
         heatmap = enlarge(difference.clamp(0, 1)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
         mask = enlarge((difference > threshold).float())[:, 0]
-        return heatmap, mask, float(1 - difference.mean())
+        where = host.pictures_device()
+        return heatmap.to(where), mask.to(where), float(1 - difference.mean())
 
 
 class MingFeaturesToLatent:
@@ -123,7 +128,7 @@ class MingFeaturesToLatent:
         return {"required": {"features": socket("MING_FEATURES", "Features of seen or drawn pictures.")}}
 
     def take(self, features: Features) -> tuple[dict]:
-        return (latent_dict(features.latents),)
+        return ({**latent_dict(features.latents), DEPTH: features.depth},)
 
 
 class MingSaveFeatures(SavesFile):
@@ -149,6 +154,7 @@ class MingSaveFeatures(SavesFile):
 
 class MingLoadFeatures(SavedFile):
     DESCRIPTION = "Loads saved features."
+    FILE_FORMAT = FILE_FORMAT
     CATEGORY = FEATURES
     RETURN_TYPES, RETURN_NAMES = ("MING_FEATURES",), ("features",)
     OUTPUT_TOOLTIPS = ("The features, as they were saved.",)

@@ -7,6 +7,8 @@ import re
 import time
 from pathlib import Path
 
+FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # in names of files
+
 
 def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int]:
     """Where files of a `filename_prefix` go: (folder, base name, first free number), as core counts.
@@ -28,7 +30,9 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
 
 
 def check_prefix(prefix: str, folder: Path) -> Path:
-    """`folder` / `prefix`, or a ValueError when that is not inside `folder` or names no file."""
+    """`folder` / `prefix`, or a ValueError when that is not inside `folder`, names no file, or cannot be a name."""
+    if wrong := sorted(FORBIDDEN.intersection(prefix)):
+        raise ValueError(f"filename_prefix {prefix!r} holds {' '.join(wrong)}, which no file name may on Windows")
     path = Path(folder, prefix.replace("\\", "/"))
     inside = "\0" not in prefix and path.resolve().is_relative_to(Path(folder).resolve())
     if not inside or path.resolve() == Path(folder).resolve():

@@ -72,6 +72,8 @@ class LoadImage:
                 if not images or pixels.shape == images[0].shape:
                     images.append(pixels)
                     masks.append(mask)
+                if file.format == "MPO":  # what follows is the same view from another eye, or a preview
+                    break
         return torch.stack(images), torch.stack(masks)
 
 

@@ -85,6 +85,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pictures_device() -> torch.device:
+    """Where IMAGE and MASK belong: ComfyUI keeps them on the GPU when it is started with --gpu-only."""
+    return comfy.model_management.intermediate_device() if comfy else torch.device("cpu")
+
+
 def resting_device() -> torch.device:
     """Where a freshly loaded model is put, before it computes."""
     return comfy.model_management.unet_offload_device() if comfy else device()
@@ -219,7 +224,7 @@ def keep(loaded: Loaded | None, coming: int = 0) -> None:
             entry.ming_model = loaded
         if hasattr(entry, "ming_model"):
             patcher = entry.ming_model.patcher
-            on_gpu = 0 if patcher.load_device == patcher.offload_device else patcher.loaded_size()
+            on_gpu = 0 if patcher.load_device.type == "cpu" else patcher.loaded_size()
             left -= patcher.model_size() - on_gpu
             if left < 0:
                 del entry.ming_model

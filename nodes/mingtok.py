@@ -13,6 +13,7 @@ from . import host
 from .widgets import CATEGORY, combo, socket
 
 LATENT_TYPE = "mingtok"
+DEPTH = "ming_depth"  # in a LATENT: how many drawings lie behind the picture, so that its next round has new noise
 DETAILS = {"standard": 1, "high": 2}  # times the native side
 AT_ONCE = 8  # pictures of a batch that are computed together
 
@@ -108,7 +109,7 @@ class MingTokSemanticFeatures:
         model = host.ready(mingtok, mingtok.model.working_memory(min(pictures, AT_ONCE), h * w))
         expanded = _few_at_a_time(pictures, lambda few: model.semantic_features(samples[few]))
         tokens, latents = (torch.cat(parts) for parts in zip(*((f.tokens, f.latents) for f in expanded), strict=True))
-        return (expanded[0]._replace(tokens=tokens, latents=latents),)
+        return (expanded[0]._replace(tokens=tokens, latents=latents, depth=latent.get(DEPTH, 0)),)
 
 
 class MingTokDecode:
@@ -137,4 +138,4 @@ class MingTokDecode:
             some = features._replace(tokens=features.tokens[few], latents=features.latents[few])
             return to_images(model.decode(some))
 
-        return (torch.cat(_few_at_a_time(features.batch, images)),)
+        return (torch.cat(_few_at_a_time(features.batch, images)).to(host.pictures_device()),)

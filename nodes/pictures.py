@@ -7,6 +7,7 @@ import torch
 from ..ming_core.images import psnr, ssim
 from ..ming_core.shapes import degrade as spoil
 from ..ming_core.shapes import describe, draw, parse_scene, scene_from_seed
+from . import host
 from .widgets import TOOLS, combo, integer, seed, socket
 
 DEGRADE = ["none", "pixelated", "grey", "noisy"]
@@ -47,7 +48,8 @@ class MingExampleScene:
     def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:
         wanted = parse_scene(scene) if scene.strip() else scene_from_seed(seed)
         pixels = spoil(draw(wanted, size), degrade, seed)
-        return torch.from_numpy(pixels).float().div(255)[None], describe(wanted)
+        image = torch.from_numpy(pixels).float().div(255)[None]
+        return image.to(host.pictures_device()), describe(wanted)
 
 
 class MingImageMetrics:
@@ -73,5 +75,6 @@ class MingImageMetrics:
                 f"the pictures differ in shape ({list(image_a.shape)} and {list(image_b.shape)}): bring them to one "
                 "size, for example with ImageScale, and to as many pictures, both with or both without alpha"
             )
+        image_a, image_b = image_a.cpu(), image_b.cpu()
         noise, structure = psnr(image_a, image_b), ssim(image_a, image_b)
         return noise, structure, f"PSNR {noise:.2f} dB, SSIM {structure:.4f}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import logging
 import os
 import shutil
@@ -204,13 +205,13 @@ def _batches(run: Run) -> Iterator[Iterator[Any]]:
     """The batches from the run's step on, made here or a few ahead by worker processes."""
     data, seed = run.objective.data, run.stage.seed
     if not run.workers:
-        yield (make_batch(data, seed, step) for step in _count(run.step))
+        yield (make_batch(data, seed, step) for step in itertools.count(run.step))
         return
     spawn = get_context("spawn")
     # Ctrl-C in a terminal reaches every process; the batch that is waited for must come nevertheless
     deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with ProcessPoolExecutor(run.workers, mp_context=spawn, **deaf) as pool:
-        steps = _count(run.step)
+        steps = itertools.count(run.step)
 
         def ahead() -> Iterator[Any]:
             waiting = deque(pool.submit(make_batch, data, seed, next(steps)) for _ in range(2 * run.workers))
@@ -220,12 +221,6 @@ def _batches(run: Run) -> Iterator[Iterator[Any]]:
 
         yield ahead()
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _count(first: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += 1
 
 
 @contextlib.contextmanager

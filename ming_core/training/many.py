@@ -75,7 +75,7 @@ def _draw(
     language_model, llm = model.language_model, model.config.llm_config
     rounds = [opened for opened, _ in batch.values()]
     guided = Guided.by(Guidance(), len(next(iter(batch.values()))[1]))
-    noise = [seeded_noise(model, [wishes[i].seed], _one(wishes[i].noise), batch[i][0].noise_round) for i in batch]
+    noise = [seeded_noise(model, [wishes[i].seed], _one(wishes[i].noise), batch[i][0]) for i in batch]
 
     prefix = language_model.prefix(sum(opened.prefix.length for opened in rounds))
     visible = torch.zeros(len(batch) * guided.rows, prefix.keys.shape[2], dtype=torch.bool)

@@ -31,7 +31,7 @@ VOCABULARY = 768  # 256 bytes, six special tokens, and the commonest pieces of t
 
 
 def univision_config(mingtok: MingTokConfig, chat: ChatFormat, vocabulary: int) -> UniVisionConfig:
-    """The built-in Ming-UniVision around a MingTok and a tokenizer: some 8 million values."""
+    """The built-in Ming-UniVision around a MingTok and a tokenizer: some 9 million values."""
     language_model = LanguageModelConfig(
         vocab_size=vocabulary,
         hidden_size=256,

@@ -138,8 +138,8 @@ def spell(
     have (no picture, nothing before) is the unconditional one.
     """
     ids: list[int] = []
-    labels: list[int] = []
-    counts: list[float] = []
+    wanted: dict[int, int] = {}  # what a position must predict next
+    short: set[int] = set()  # positions that predict a short answer
     placed: list[Placed] = []
     meant: dict[int, Thing] = {}
     talk = Conversation()
@@ -155,20 +155,17 @@ def spell(
         emitted = _emitted(chat, grid, turn)
         talk = talk.extended(emitted, "")
         begin = len(ids)
-        labels += [IGNORE] * (begin - len(labels))
         _append(emitted, turn.target, ids, placed, chat.patch_id, _labels(turn, grid), _before(turn))
         if row == 0:
             if turn.meant is not None:
                 meant[begin - 1] = turn.meant
-            labels[begin - 1] = ids[begin]
-            labels += [*ids[begin + 1 :], chat.end_id]
-            if turn.target is not None:
-                labels[begin:-1] = [IGNORE] * (len(labels) - 1 - begin)
-        short = turn.answer is not None and len(labels) - begin <= SHORT_ANSWER
-        counts += [1.0] * (begin - 1 - len(counts))  # the answer's first token is predicted from here on
-        counts += [SHORT_WEIGHT if short else 1.0] * (len(labels) - len(counts))
-    labels += [IGNORE] * (len(ids) - len(labels))
-    counts += [1.0] * (len(ids) - len(counts))
+            end = len(ids) if turn.target is None else begin + 1  # of a picture only `<image>` is predicted
+            wanted |= {i - 1: ids[i] for i in range(begin, end)}
+            wanted[len(ids) - 1] = chat.end_id
+        if turn.answer is not None and len(ids) - begin <= SHORT_ANSWER:
+            short |= set(range(begin - 1, len(ids)))
+    labels = [wanted.get(i, IGNORE) for i in range(len(ids))]
+    counts = [SHORT_WEIGHT if i in short else 1.0 for i in range(len(ids))]
     n = len(hidden)
     positions = [*range(n), *range(n - int(hidden.sum()), len(ids) - int(hidden.sum()))]
     return Sequence(ids, labels, counts, positions, tuple(placed), meant, hidden)

@@ -13,6 +13,7 @@ from ming_univision.ming_core import (
     Guidance,
     Sampling,
     Solver,
+    language_model,
     load_conversation,
     load_univision,
     save_conversation,
@@ -228,19 +229,32 @@ def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, pictur
     assert model.mingtok.calls == calls
 
 
-def test_no_two_rounds_share_noise_and_the_depth_counts_when_features_travel_alone(model, picture, monkeypatch):
+def test_no_two_rounds_of_a_chain_share_noise_however_their_pictures_and_conversations_travel(
+    model, picture, monkeypatch
+):
     from ming_univision.ming_core import decoding
 
-    rounds, exact = [], decoding.seeded_noise
-    monkeypatch.setattr(decoding, "seeded_noise", lambda m, s, g, r: rounds.append(r) or exact(m, s, g, r))
-    _, second, third = three_rounds(model, picture)
-    alone = picture
-    for _ in range(3):  # features handed on without a conversation
-        alone = model.generate_image(Conversation(), "Refine it.", features=alone, **SHORT).features
-    assert rounds[:2] == [1, 3] and rounds[2:] == [0, 1, 2] and alone.depth == 3
-    assert second.features.depth == 1 and third.features.depth == 2
-    a, b = (exact(model, [0], None, r) for r in (0, 1))
-    assert not torch.equal(a, b) and torch.equal(a, exact(model, [2**64], None, 0))
+    noises, exact = [], decoding.seeded_noise
+    monkeypatch.setattr(decoding, "seeded_noise", lambda *given: noises.append(exact(*given)) or noises[-1])
+    asked = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    drawn = model.generate_image(asked.conversation, "Refine it.", **SHORT)
+    again = model.generate_image(drawn.conversation, "Refine it.", **SHORT)
+    for alone in (drawn.features, again.features):  # features handed on without their conversation
+        for _ in range(3):
+            alone = model.generate_image(Conversation(), "Refine it.", features=alone, **SHORT).features
+    assert [turn.features.depth for turn in (drawn, again)] == [1, 2] and alone.depth == 5
+    chains = (noises[:2] + noises[2:5], noises[:2] + noises[5:])
+    assert all(len({noise.numpy().tobytes() for noise in chain}) == 5 for chain in chains)
+
+
+def test_the_same_seed_gives_the_same_noise_to_a_branch_and_another_seed_another(model, picture, monkeypatch):
+    from ming_univision.ming_core import decoding
+
+    noises, exact = [], decoding.seeded_noise
+    monkeypatch.setattr(decoding, "seeded_noise", lambda *given: noises.append(exact(*given)) or noises[-1])
+    for seed in (0, 2**64, 1):
+        model.generate_image(Conversation(), "Refine it.", features=picture, seed=seed, **SHORT)
+    assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
 
 
 def test_the_global_random_state_is_untouched(model, picture):
@@ -289,6 +303,44 @@ def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monke
     with pytest.raises(RuntimeError, match="draw now") as error:
         model.generate_image(Conversation(), "A cat.", start="model decides", max_new_tokens=4)
     assert f'"{said}"' in str(error.value)
+
+
+def test_the_text_that_progress_shows_goes_on_after_a_picture(model, monkeypatch):
+    llm, exact = model.config.llm_config, model.language_model.logits
+    script = [5, 6, llm.image_start_token, 7, 8, llm.eos_token_id]
+
+    def scripted(hidden):
+        said = torch.full_like(exact(hidden), float("-inf"))
+        said[..., script.pop(0)] = 0.0
+        return said
+
+    monkeypatch.setattr(model.language_model, "logits", scripted)
+    seen = []
+    turn = model.generate_image(Conversation(), "A cat.", start="model decides", on_token=seen.append)
+    assert not script and turn.token_ids[:2] == [5, 6]
+    assert [p.text for p in seen if p.kind == "text"][-1] == turn.text == model.chat.decode([5, 6, 7, 8])
+
+
+def test_a_long_prompt_can_be_stopped_between_its_parts_and_leaves_nothing_behind(model, picture, monkeypatch):
+    monkeypatch.setattr(language_model, "PREFILL_CHUNK", 5)
+    seen = []
+    turn = model.understand(Conversation(), "What is it?", features=picture, on_token=seen.append, **SHORT)
+    prompt = [p.done for p in seen if p.kind == "prompt"]
+    assert prompt == list(range(5, turn.prefilled, 5)) and seen[len(prompt)].kind == "text"
+
+    class Stop(BaseException):
+        pass
+
+    def stop(progress):
+        assert progress.kind == "prompt"
+        if progress.done == 10:
+            raise Stop
+
+    model.prefix_cache.clear()
+    with pytest.raises(Stop):
+        model.understand(Conversation(), "What is it?", features=picture, on_token=stop, **SHORT)
+    assert model.prefix_cache.bytes == 0
+    assert_same_turn(turn, model.understand(Conversation(), "What is it?", features=picture, **SHORT))
 
 
 def test_progress_counts_every_token_and_raising_from_it_stops_without_harm(model, picture):
@@ -351,7 +403,8 @@ def test_an_answer_ends_at_the_end_token_or_at_the_limit_and_its_last_token_is_n
     end = model.config.llm_config.eos_token_id
     model.language_model.lm_head.weight.data[end] = model.language_model.lm_head.weight.data[turn.token_ids[1]] * 2
     turn = model.understand(Conversation(), "What is it?", max_new_tokens=12)
-    assert end not in turn.token_ids[:-1] and len(turn.token_ids) <= 12
+    assert turn.token_ids.index(end) == len(turn.token_ids) - 1 < 11
+    assert turn.conversation.parts[-1].length == len(turn.token_ids) - 1
 
 
 def test_an_answer_never_begins_a_picture(model):

@@ -155,7 +155,8 @@ def test_a_long_prompt_is_prefilled_without_a_square_mask():
     other = {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "vocab_size": 8}
     ids = {"eos_token_id": 0, "image_patch_token": 1, "image_start_token": 2}
     model = LanguageModel(LanguageModelConfig(**small, **other, **ids))
-    model.model.layers[0].mlp.experts.reset_parameters(torch.Generator().manual_seed(0))
+    for weight in model.model.layers[0].mlp.experts.parameters():
+        weight.normal_(0, 8**-0.5, generator=torch.Generator().manual_seed(0))
     x = torch.randn(n, 8, generator=torch.Generator().manual_seed(1))
     with Largest() as largest:
         prefix = model.prefix(n)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from ming_univision.ming_core.conversation import Picture, Text, prompt_views
+from ming_univision.ming_core.conversation import ANSWER, MARK, Part, Picture, Text, prompt_views
 from ming_univision.ming_core.features import Features
-from ming_univision.ming_core.prompts import ChatFormat, TextStream
+from ming_univision.ming_core.prompts import END, HUMAN, ChatFormat, TextStream
 from tokenizers.pre_tokenizers import ByteLevel
 
 
@@ -37,6 +37,15 @@ def contents(message: dict, grids: list) -> list:
     return out
 
 
+def message_part(chat: ChatFormat, message: dict, grids: list) -> Part:
+    """A message of a recorded case; answers are given as text there, and end with the end token."""
+    said = contents(message, grids)
+    if message["role"] == HUMAN:
+        return chat.prompt(said)
+    text = "".join(said)
+    return Part(True, (Text(chat.encode(text), ANSWER, text), Text((chat.end_id,), MARK, END)))
+
+
 def spelled(parts) -> str:
     out = ""
     for segment in (s for p in parts for s in p.segments):
@@ -48,7 +57,7 @@ def test_every_recorded_template_gives_the_recorded_text_ids_and_masks(recorded,
     assert len(recorded["cases"]) >= 11
     for case in recorded["cases"]:
         grids = list(case["image_grid_thw"])
-        parts = chat.history([(m["role"], contents(m, grids)) for m in case["messages"]])
+        parts = [message_part(chat, message, grids) for message in case["messages"]]
         assert spelled(parts) == case["expanded_string_run_length"], case["name"]
         ids = [i for p in parts for s in p.segments for i in getattr(s, "ids", [chat.patch_id] * s.length)]
         assert ids == case["input_ids_surrogate"], case["name"]

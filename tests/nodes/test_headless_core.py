@@ -85,6 +85,13 @@ def test_an_animation_becomes_a_batch(tmp_path):
     assert mask.shape[0] == 3
 
 
+def test_of_a_camera_file_of_several_views_the_first_is_taken(tmp_path):
+    views = [Image.fromarray(ramp(32, 32) + np.uint8(k)) for k in (0, 9)]
+    views[0].save(tmp_path / "input" / "both.jpg", format="MPO", save_all=True, append_images=views[1:])
+    pictures, masks = load("both.jpg")
+    assert pictures.shape == (1, 32, 32, 3) and len(masks) == 1
+
+
 def test_sixteen_bit_and_grey_pictures_keep_their_range(tmp_path):
     Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(np.array([[0, 51, 255]], np.uint8)).save(tmp_path / "b.png")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision
 from ming_univision.ming_core.images import to_images, to_pixels
-from ming_univision.nodes import NODE_CLASS_MAPPINGS, headless_core, host, loaders
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, headless_core, host, loaders
 from ming_univision.nodes.headless import NodeError, known_node_classes, run_workflow
 from ming_univision.nodes.headless_workflow import WorkflowError, plan, read_workflow
 
@@ -129,6 +129,26 @@ def test_latents_come_back_through_cores_blend_and_through_a_file(small, tmp_pat
     (plain,) = node("MingTokSemanticFeatures", mingtok=small[1], latent={"samples": a["samples"].clone()})
     (same,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=a)
     assert plain == same
+
+
+def test_a_drawing_that_travelled_as_latents_still_has_new_noise_for_its_next_round(small):
+    features, *_ = node("MingGenerate", model=small[0], prompt="A cat.")
+    (latent,) = node("MingFeaturesToLatent", features=features[0])
+    (blended,) = headless_core.LatentBlend().blend(latent, latent, 0.5)
+    (again,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=blended)
+    assert again.depth == features[0].depth == 1
+
+
+def test_pictures_go_where_comfyui_wants_them(small, monkeypatch):
+    features = features_of(small, image())
+    monkeypatch.setattr(host, "pictures_device", lambda: torch.device("meta"))
+    for name, inputs, pictures in (
+        ("MingTokDecode", {"mingtok": small[1], "features": features}, 1),
+        ("MingFeaturesPreview", {"features": features}, 1),
+        ("MingFeaturesCompare", {"features_a": features, "features_b": features}, 2),
+        ("MingExampleScene", {}, 1),
+    ):
+        assert all(picture.is_meta for picture in node(name, **inputs)[:pictures])
 
 
 def test_latents_are_given_and_taken_as_copies(small):
@@ -269,7 +289,7 @@ def test_files_are_listed_only_if_they_can_be_loaded_also_where_a_link_is_involv
     assert saved == "ming/a/mine_00001_.safetensors [output]"
     assert others == ["real.safetensors [input]", "within.safetensors [input]"]
     assert node("MingLoadFeatures", file=saved)[0] == features
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match=r"leads out of|on Windows"):
         host.saved_path("ming/../../secret.safetensors [output]")
 
 
@@ -464,6 +484,29 @@ def test_what_cannot_be_is_refused_before_the_model_is_brought_to_the_gpu(small,
             node(name, mingtok=small[1], **inputs)
 
 
+def test_a_file_of_another_kind_or_model_is_refused_before_the_model_is_brought_to_the_gpu(small, monkeypatch):
+    features = features_of(small, image())
+    _, talk = node("MingUnderstand", model=small[0], prompt="What is it?", features=features)
+    node("MingSaveConversation", conversation=talk, filename_prefix="own")
+    node("MingSaveConversation", conversation=talk._replace(model="f" * 64), filename_prefix="strange")
+    node("MingSaveFeatures", features=features, filename_prefix="picture")
+    own, picture, strange = host.saved_files()
+    asked, ready = [], host.ready
+    monkeypatch.setattr(host, "ready", lambda *given: asked.append(given) or ready(*given))
+    for name, right, wrong in (
+        ("MingLoadConversation", own, picture),
+        ("MingLoadFeatures", picture, own),
+    ):
+        assert NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(right) is True
+        assert "choose another file" in NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(wrong)
+    for name in (strange, picture):
+        with pytest.raises(ValueError, match=r"another"):
+            node("MingLoadConversation", model=small[0], file=name)
+    assert not asked
+    (loaded,) = node("MingLoadConversation", model=small[0], file=own)
+    assert loaded == talk and asked == [(small[0], small[0].model.mingtok.working_memory(1, 16))]
+
+
 def test_an_edit_with_no_picture_anywhere_names_the_node_that_draws(small, unharmed):
     _, talk = node("MingUnderstand", model=small[0], prompt="Hello.")
     for conversation in (None, Conversation(), talk):
@@ -507,6 +550,13 @@ def test_a_file_name_that_climbs_out_of_its_folder(small, tmp_path, unharmed, pr
         pytest.skip("a drive is a plain name here")
     with pytest.raises(ValueError, match="leads out of"):
         node("MingSaveFeatures", features=features, filename_prefix=prefix)
+
+
+def test_a_file_name_that_windows_cannot_have_is_refused_there_before_the_run(monkeypatch):
+    monkeypatch.setattr(filenames, "FORBIDDEN", set('<>:"|?*'))
+    validate = NODE_CLASS_MAPPINGS["MingSaveConversation"].VALIDATE_INPUTS
+    assert validate("chats/%year%-%month%") is True
+    assert "holds : ?, which" in validate("what?/%date:yyyy%")
 
 
 @pytest.mark.parametrize(
