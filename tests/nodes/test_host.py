@@ -34,7 +34,10 @@ class FakeComfy:
                 fake.bars[-1].append((value, total, preview))
 
         self.utils = SimpleNamespace(ProgressBar=ProgressBar)
-        self.model_management = SimpleNamespace(throw_exception_if_processing_interrupted=self._interrupted)
+        self.model_management = SimpleNamespace(
+            throw_exception_if_processing_interrupted=self._interrupted,
+            intermediate_device=lambda: torch.device("cpu"),
+        )
         method = SimpleNamespace(NoPreviews="none", Auto="auto")
         self.cli_args = SimpleNamespace(
             LatentPreviewMethod=method, args=SimpleNamespace(preview_method=method.Auto, preview_size=256)

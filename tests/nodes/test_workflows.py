@@ -9,7 +9,8 @@ import torch
 from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 from ming_univision.nodes.headless import run_workflow
-from ming_univision.nodes.headless_workflow import read_workflow
+from ming_univision.nodes.headless_workflow import read_workflow, with_image
+from PIL import Image
 
 FOLDER = host.PACK / "workflows" / "api"
 CORE_NODES = {"LoadImage", "SaveImage", "PreviewImage", "PreviewAny", "LatentBlend", "ImageScale"}
@@ -96,6 +97,13 @@ def test_the_workflow_for_the_page_has_the_same_nodes_and_every_seed_stays_fixed
             assert isinstance(v, list) or widgets[k] == v
         if "seed" in api[i]["inputs"] and n["type"] != "MingUnderstand":
             assert "fixed" in n["widgets_values"]
+
+
+@pytest.mark.parametrize("name", [name for name, (encodes, *_) in CALLS.items() if encodes])
+def test_a_photograph_of_any_shape_takes_the_scenes_place(name, tmp_path):
+    Image.effect_noise((90, 60), 64).convert("RGB").save(tmp_path / "photo.jpg")
+    workflow = with_image(shortened(read_workflow(FOLDER / f"{name}.json")), tmp_path / "photo.jpg")
+    assert run_workflow(workflow, output_dir=tmp_path)
 
 
 def test_reconstruct_reports_a_good_likeness(tmp_path):
