@@ -19,7 +19,6 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import ming_core  # noqa: E402 - found through the line above
 from ming_core import Conversation, UniVision  # noqa: E402
 from ming_core.captured import SWITCH  # noqa: E402
-from ming_core.checkpoint import INDEX, published_slots  # noqa: E402
+from ming_core.checkpoint import INDEX, in_shards, published_slots  # noqa: E402
 from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config  # noqa: E402
 
 GB = 1e9
@@ -63,31 +62,17 @@ def make(folder: Path, config: UniVisionConfig) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "mingunivision", **write_config(config)}, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     slots = published_slots(UniVision(config, device="meta", dtype=torch.bfloat16))
-    shards = list(in_shards({key: slot.shape for key, slot in slots.items()}))
+    shards = list(in_shards({key: 2 * torch.Size(slot.shape).numel() for key, slot in slots.items()}, SHARD))
     weight_map, total = {}, 0
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for i, shapes in enumerate(shards):
+    for i, keys in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: random_tensor(key, shape, pool) for key, shape in shapes.items()}
+        tensors = {key: random_tensor(key, slots[key].shape, pool) for key in keys}
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
         print(f"{name}: {total / GB:.1f} GB after {time.perf_counter() - started:.0f} s", flush=True)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-
-
-def in_shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Consecutive tensors that make up to SHARD bytes in bf16."""
-    part: dict[str, tuple[int, ...]] = {}
-    filled = 0
-    for key, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        if part and filled + size > SHARD:
-            yield part
-            part, filled = {}, 0
-        part[key] = shape
-        filled += size
-    yield part
 
 
 def random_tensor(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:

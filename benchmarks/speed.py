@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ming_core import Conversation, Features, Guidance, Solver, UniVision
 from ming_core.conversation import Picture, guidance_views
+from ming_core.decoding import embed
 from ming_core.flow_head import Sampler
 from ming_core.language_model import Rows
 
@@ -63,16 +64,10 @@ def make_case(model: UniVision, rows: int) -> Case:
     if rows == 3:
         features = model.mingtok.semantic_features(torch.randn(1, channels, *grid, generator=generator))
     part = model.chat.prompt([[Picture(features, False)] if features else "", PROMPT])
-    embeddings, gate = [], []
-    for segment in part.segments:
-        seen = isinstance(segment, Picture)
-        gate += [seen] * segment.length
-        embeddings.append(
-            model.project(segment.features.tokens[0]) if seen else model.language_model.embed(torch.tensor(segment.ids))
-        )
+    embeddings, image_gate = embed(model, part.segments)
     noise = torch.randn(grid[0] * grid[1], channels, generator=generator)
     views = guidance_views((part,))
-    return Case(model, rows, features, torch.cat(embeddings), torch.tensor(gate) if any(gate) else None, views, noise)
+    return Case(model, rows, features, embeddings, image_gate, views, noise)
 
 
 Pair = tuple[str, Callable[[], object], Callable[[], object], float]  # name, ours, plain, weights that plain reads more

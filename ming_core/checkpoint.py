@@ -552,7 +552,7 @@ def _save(model: nn.Module, config: dict, others: Mapping[str, str], folder: Pat
     sizes = {
         key: math.prod(slot.shape) * _stored_dtype(key, slot, parameters, dtype).itemsize for key, slot in slots.items()
     }
-    shards = list(_in_shards(sizes))
+    shards = list(in_shards(sizes, SHARD))
     weight_map = {}
     with written_together(folder) as fresh:
         for i, keys in enumerate(shards):
@@ -578,12 +578,17 @@ def _stored_dtype(key: str, slot: Slot, parameters: Mapping[str, Tensor], dtype:
     return own if own in QUANTIZED_DTYPES else torch.bfloat16 if key.endswith(SCALE) else dtype
 
 
-def _in_shards(sizes: Mapping[str, int]) -> Iterable[list[str]]:
-    """Consecutive keys of up to SHARD bytes."""
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """What `save_univision` takes: the texts of a checkpoint's tokenizer files, by name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("tokenizer*.json")}
+
+
+def in_shards(sizes: Mapping[str, int], limit: int) -> Iterable[list[str]]:
+    """Consecutive keys of tensors that take up to `limit` bytes together."""
     keys: list[str] = []
     filled = 0
     for key, size in sizes.items():
-        if keys and filled + size > SHARD:
+        if keys and filled + size > limit:
             yield keys
             keys, filled = [], 0
         keys.append(key)

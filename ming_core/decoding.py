@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -277,9 +277,7 @@ def _prefill(model: Model, conversation: Conversation, on_token: OnToken = None)
     for entry in known:
         prefix.extend(entry)
     new, begin = segments[len(known) :], prefix.length
-    embeddings = torch.cat([_embed(model, segment) for segment in new])
-    gate = [isinstance(s, Picture) and not s.drawn for s in new for _ in range(s.length)]
-    image_gate = torch.tensor(gate, device=embeddings.device) if any(gate) else None
+    embeddings, image_gate = embed(model, new)
 
     def tell(done: int) -> None:
         if on_token:
@@ -292,11 +290,18 @@ def _prefill(model: Model, conversation: Conversation, on_token: OnToken = None)
     return prefix, hidden, len(embeddings)
 
 
-def _embed(model: Model, segment: Text | Picture) -> Tensor:
-    """[length, H]."""
-    if isinstance(segment, Picture):
-        return model.project(segment.features.tokens[0])
-    return model.language_model.embed(torch.tensor(segment.ids, device=model.device))
+def embed(model: Model, segments: Sequence[Text | Picture]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings [T, H], and bool [T] of those that the image gate routes; None: no such one."""
+    embeddings = torch.cat(
+        [
+            model.project(segment.features.tokens[0])
+            if isinstance(segment, Picture)
+            else model.language_model.embed(torch.tensor(segment.ids, device=model.device))
+            for segment in segments
+        ]
+    )
+    gate = [isinstance(s, Picture) and not s.drawn for s in segments for _ in range(s.length)]
+    return embeddings, torch.tensor(gate, device=embeddings.device) if any(gate) else None
 
 
 def _remember(

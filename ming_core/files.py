@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,22 @@ def written_together(folder: Path) -> Iterator[Path]:
         raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
+    """Have `write` fill a folder beside its place, then rename it there: a reader never finds half of one."""
+    fresh, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
+    for leftover in (fresh, old):  # of an earlier run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        write(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_format(path: str | Path, file_format: str) -> None:

@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE tensors to the model's pixels and back, with the published resize rules.
+"""ComfyUI's IMAGE tensors to the model's pixels and back, with the published resize rules; how alike two pictures are.
 
 IMAGE: float [B, H, W, C], 0..1. Model pixels: float32 [B, 3, S, S], -1..1, S the side the model wants. A picture is
 resized once, in 8 bit, by Pillow's antialiased bicubic filter, as published; one that has the right size already is
@@ -46,6 +46,11 @@ def to_images(pixels: Tensor) -> Tensor:
 def to_uint8(image: Tensor) -> np.ndarray:
     """One picture, float [H, W, C] in 0..1 -> uint8, rounded to the nearest level."""
     return (image.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def from_uint8(pictures: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> model pixels, float32 [B, 3, H, W] in -1..1."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from .checkpoint import load_univision, save_univision
+from .checkpoint import load_univision, save_univision, tokenizer_files
+from .files import write_whole_folder
 from .quantization import FORMATS
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_FILES = "tokenizer*.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,20 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.target.exists():
         log.error("%s is there already: name a new folder", options.target)
         return 1
-    part = options.target.with_name(f"{options.target.name}.part")  # of an earlier run that was killed, too
     try:
-        shutil.rmtree(part, ignore_errors=True)
         log.info("reading %s", options.source)
         model = load_univision(options.source, dtype=torch.bfloat16, quantization=options.format)
         log.info("writing %s", options.target)
-        tokenizer = {f.name: f.read_text(encoding="utf-8") for f in options.source.glob(TOKENIZER_FILES)}
-        save_univision(model, part, tokenizer, dtype=torch.bfloat16)
-        part.rename(options.target)
+        tokenizer = tokenizer_files(options.source)
+        write_whole_folder(lambda to: save_univision(model, to, tokenizer, dtype=torch.bfloat16), options.target)
     except ValueError as error:  # CheckpointError and FileError among them
         log.error("%s", error)
         return 1
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return 0
 
 

@@ -13,7 +13,6 @@ import csv
 import itertools
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import write_whole_folder
 from .optimizers import MovingAverage, learning_rate, make_optimizers
 from .recipe import Stage
 
@@ -181,19 +181,6 @@ class Run:
 def make_batch(data: Callable[[np.random.Generator], Any], seed: int, step: int) -> Any:
     """The batch of a step: a pure function of the data, the stage's seed and the step."""
     return data(np.random.default_rng([seed, step]))
-
-
-def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
-    """Have `write` fill a folder beside its place, then rename it there: a reader never finds half of one."""
-    fresh, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write(fresh)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _seed(seed: int, step: int) -> int:

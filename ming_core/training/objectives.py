@@ -16,7 +16,6 @@ the star's size and place as well.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from ..experts import MixtureOfExperts
 from ..features import to_tokens
 from ..flow_head import FinalLayer, FlowHead, ResBlock
+from ..images import from_uint8
 from ..language_model import Causal, RMSNorm
 from ..mingtok import MingTok
 from ..shapes import LABEL_CLASSES
@@ -173,7 +173,7 @@ class JointLoss(nn.Module):
         """Normalised latents [P, N, C], and the features that are fed: of noised latents where they are drawn."""
         tok = self.model.mingtok
         if len(batch.pictures):
-            latents = to_tokens(tok.encode(to_pixels(batch.pictures)))
+            latents = to_tokens(tok.encode(from_uint8(batch.pictures)))
         else:
             latents = batch.weights.new_empty(*batch.weights.shape, tok.config.semantic_decoder.in_dim)
         spread = torch.rand(len(latents), 1, 1, generator=generator) * self.weights.noise
@@ -204,17 +204,6 @@ def flow_loss(
     velocity = head.net(x, t, head.vis_head(hidden)[None])
     error = (velocity - (latents - noise)).square().mean(-1)  # (times, n)
     return (error * weights).sum() / (weights.sum() * times)
-
-
-def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, [B]; pixels [B, 3, H, W] in [-1, 1] (a range of 2)."""
-    error = (pictures.clamp(-1, 1) - targets).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-    return 10 * (math.log10(4.0) - torch.log10(error))
 
 
 # Layers that add to a residual stream begin small; those of the flow head that decide how much begin at 0.

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..conversation import Conversation
 from ..features import Features
-from ..images import to_images, to_uint8
+from ..images import from_uint8, to_images, to_uint8
 from ..shapes import Comparison, Dialogue, compare, random_dialogue, read_scene
 from ..univision import UniVision
-from .objectives import to_pixels
 
 QUESTIONS, DESCRIPTIONS, DRAWINGS, EDITS = 32, 8, 12, 6
 MAX_ANSWER = 96  # tokens
@@ -64,7 +63,7 @@ def _features(model: UniVision, pixels: np.ndarray | None) -> Features | None:
     if pixels is None:
         return None
     with torch.no_grad():
-        return model.mingtok.semantic_features(model.mingtok.encode(to_pixels(torch.from_numpy(pixels)[None])))
+        return model.mingtok.semantic_features(model.mingtok.encode(from_uint8(torch.from_numpy(pixels)[None])))
 
 
 def picture(model: UniVision, features: Features) -> np.ndarray:

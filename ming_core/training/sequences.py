@@ -53,7 +53,7 @@ UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees eve
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
+class PlacedPicture:
     """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it.
 
     labels: int64 [kinds, N], what each token of it shows (`SHOWN`), or IGNORE; None for a picture that is not drawn.
@@ -84,7 +84,7 @@ class Sequence:
     labels: list[int]
     counts: list[float]
     positions: list[int]
-    pictures: tuple[Placed, ...]
+    pictures: tuple[PlacedPicture, ...]
     meant: dict[int, Thing]
     hidden: np.ndarray
 
@@ -140,7 +140,7 @@ def spell(
     ids: list[int] = []
     wanted: dict[int, int] = {}  # what a position must predict next
     short: set[int] = set()  # positions that predict a short answer
-    placed: list[Placed] = []
+    placed: list[PlacedPicture] = []
     meant: dict[int, Thing] = {}
     talk = Conversation()
     hidden = np.zeros(0, dtype=bool)
@@ -197,7 +197,7 @@ def _append(
     part: Part,
     pixels: np.ndarray | None,
     ids: list[int],
-    placed: list[Placed],
+    placed: list[PlacedPicture],
     patch: int,
     labels: np.ndarray | None = None,
     before: np.ndarray | None = None,
@@ -207,7 +207,7 @@ def _append(
         if isinstance(segment, Text):
             ids += segment.ids
         else:
-            placed.append(Placed(pixels, len(ids), segment.drawn, labels, before))
+            placed.append(PlacedPicture(pixels, len(ids), segment.drawn, labels, before))
             ids += [patch] * segment.length
 
 
@@ -313,7 +313,7 @@ def attributes(thing: Thing) -> list[int]:
     return [values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()]
 
 
-def _shown(pictures: list[Placed], grid: tuple[int, int]) -> Tensor:
+def _shown(pictures: list[PlacedPicture], grid: tuple[int, int]) -> Tensor:
     shown = np.full((len(pictures), len(SHOWN), grid[0] * grid[1]), IGNORE, dtype=np.int64)
     for place, picture in zip(shown, pictures, strict=True):
         if picture.labels is not None:
@@ -321,7 +321,7 @@ def _shown(pictures: list[Placed], grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy(shown)
 
 
-def token_weights(picture: Placed, grid: tuple[int, int]) -> np.ndarray:
+def token_weights(picture: PlacedPicture, grid: tuple[int, int]) -> np.ndarray:
     """float32 [N]: how much the flow loss of each token counts; most of a picture is plain ground, soon learned, and
     most of an edit is copied."""
     if not picture.drawn:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import checkpoint_kind, load_mingtok, load_univision, save_mingtok, save_univision
+from ..checkpoint import checkpoint_kind, load_mingtok, load_univision, save_mingtok, save_univision, tokenizer_files
 from ..config import MingTokConfig
+from ..images import from_uint8, psnr, to_images
 from ..mingtok import MingTok
 from ..prompts import ChatFormat
 from ..univision import UniVision
-from .objectives import JointLoss, TokenizerLoss, TokenizerWeights, initialise, psnr, to_pixels
+from .objectives import JointLoss, TokenizerLoss, TokenizerWeights, initialise
 from .pictures import picture_batch
 from .probe import probe
 from .recipe import MINGTOK, VOCABULARY, Stage, univision_config
 from .sequences import Batch, DialogueData
-from .tokenizer import TOKENIZER_FILES, make_tokenizer
+from .tokenizer import make_tokenizer
 
 UNSEEN = 96  # evaluation pictures of each kind
 PIXEL_NOISE = 0.2  # on the latents while the pixel decoder is trained alone: about what drawn ones are wrong by
@@ -37,7 +39,7 @@ def objective(
     folder and has none.
     """
     if start is not None and checkpoint_kind(start) == "univision":
-        tokenizer = {name: (start / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+        tokenizer = tokenizer_files(start)
         model = load_univision(start)
         if stage.trains == "joint":
             return JointStage(stage, model, tokenizer, device)
@@ -99,7 +101,7 @@ class MingTokStage:
     def loss(self, batch: tuple[Tensor, dict[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
         pictures, labels = batch
         labels = {name: values.to(self.device) for name, values in labels.items()}
-        return self.module(to_pixels(pictures.to(self.device)), labels, generator)
+        return self.module(from_uint8(pictures.to(self.device)), labels, generator)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -107,10 +109,10 @@ class MingTokStage:
         tok, figures = self.module.mingtok, {}
         for kind in ("scene", "region", "grey", "pixelated"):
             pictures, labels = picture_batch(np.random.default_rng(1), UNSEEN, (1, 3), "eval", kind, self.grid)
-            pixels = to_pixels(torch.from_numpy(pictures)).to(self.device)
+            pixels = from_uint8(torch.from_numpy(pictures)).to(self.device)
             semantic = tok.semantic_decoder(tok.low_level_encoder(pixels)[:, :-1])
             drawn = tok.assemble(tok.patches(semantic), (self.grid, self.grid))
-            figures[f"psnr_{kind}"] = float(psnr(drawn, pixels).mean())
+            figures[f"psnr_{kind}"] = fmean(map(psnr, to_images(drawn), to_images(pixels)))
             if kind == "scene":
                 for name, logits in self.module.read(semantic).items():
                     known = torch.from_numpy(labels[name]).to(self.device)
@@ -135,7 +137,7 @@ class MingTokStage:
         """The config with the mean and standard deviation of the latents of a sample of training scenes."""
         tok = self.module.mingtok
         pictures = torch.from_numpy(picture_batch(np.random.default_rng(2), SAMPLE, (1, 3), kind="scene")[0])
-        raw = torch.cat([tok.low_level_encoder(to_pixels(p).to(self.device))[:, :-1] for p in pictures.split(32)])
+        raw = torch.cat([tok.low_level_encoder(from_uint8(p).to(self.device))[:, :-1] for p in pictures.split(32)])
         return replace(tok.config, mean=float(raw.mean()), scaling_factor=float(raw.std()))
 
 

@@ -17,7 +17,6 @@ from ..shapes import random_dialogue
 
 SPECIAL_TOKENS = (END, ROLE_OPEN, ROLE_CLOSE, PATCH, IMAGE_OPEN, IMAGE_CLOSE)
 DIALOGUES = 6000  # whose texts are read
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def make_tokenizer(vocabulary: int, seed: int = 0, dialogues: int = DIALOGUES) -> dict[str, str]:

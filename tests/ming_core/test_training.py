@@ -24,6 +24,8 @@ from ming_univision.ming_core.config import (
 from ming_univision.ming_core.conversation import Conversation, Picture, guidance_views
 from ming_univision.ming_core.decoding import _prefill
 from ming_univision.ming_core.features import to_grid
+from ming_univision.ming_core.files import write_whole_folder
+from ming_univision.ming_core.images import from_uint8
 from ming_univision.ming_core.language_model import Causal, Rows
 from ming_univision.ming_core.mingtok import MingTok
 from ming_univision.ming_core.prompts import ChatFormat
@@ -41,8 +43,8 @@ from ming_univision.ming_core.shapes import (
 )
 from ming_univision.ming_core.training import __main__ as command
 from ming_univision.ming_core.training import loop, pictures, stages
-from ming_univision.ming_core.training.loop import Run, make_batch, write_whole_folder
-from ming_univision.ming_core.training.objectives import initialise, psnr, to_pixels
+from ming_univision.ming_core.training.loop import Run, make_batch
+from ming_univision.ming_core.training.objectives import initialise
 from ming_univision.ming_core.training.optimizers import MovingAverage, Muon, learning_rate, orthogonalise
 from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
@@ -56,7 +58,7 @@ from ming_univision.ming_core.training.sequences import (
     TEXT_UNCONDITIONAL,
     UNCONDITIONAL,
     DialogueData,
-    Placed,
+    PlacedPicture,
     pack,
     spell,
     token_weights,
@@ -280,7 +282,7 @@ def test_a_mingtok_stage_writes_latents_of_mean_0_and_deviation_1(tokenizer, cha
     tok = load_mingtok(tmp_path)
     sample = pictures.picture_batch(np.random.default_rng(9), 64, (1, 3), kind="scene")[0]
     with torch.no_grad():
-        latents = tok.encode(to_pixels(torch.from_numpy(sample)))
+        latents = tok.encode(from_uint8(torch.from_numpy(sample)))
     assert abs(float(latents.mean())) < 0.1 and abs(float(latents.std()) - 1) < 0.1
     assert objective.module.mingtok.config.scaling_factor == 1.0
 
@@ -494,9 +496,9 @@ def test_a_batch_without_pictures_has_a_loss(tokenizer, chat):
 
 def test_tokens_on_things_weigh_more_than_plain_ground():
     pixels = draw(Scene((Thing("square", "red", "small", "top left"),), "white"))
-    weights = token_weights(Placed(pixels, 0, True), GRID).reshape(GRID)
+    weights = token_weights(PlacedPicture(pixels, 0, True), GRID).reshape(GRID)
     assert weights[0, 0] == OBJECT_WEIGHT and (weights[2:] == 1).all() and (weights[:, 2:] == 1).all()
-    assert not token_weights(Placed(pixels, 0, False), GRID).any()
+    assert not token_weights(PlacedPicture(pixels, 0, False), GRID).any()
 
 
 def test_an_edit_weighs_what_it_changes_and_the_things_that_it_must_not_change_alike(chat):
@@ -639,12 +641,6 @@ def test_averaged_weights_are_in_place_only_within():
     with average.in_place():
         assert torch.equal(layer.weight, average.weights["weight"]) and not torch.equal(layer.weight, own)
     assert torch.equal(layer.weight, own)
-
-
-def test_psnr_of_a_known_error():
-    assert float(psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.2))) == pytest.approx(
-        20.0
-    )  # 0.1 of the range
 
 
 # --- the command --------------------------------------------------------------------------------------------------
