@@ -192,3 +192,14 @@ def test_an_interrupt_stops_at_the_next_token_and_leaves_everything_as_it_was(co
     comfy.stop_after = None
     features, _, _ = run("MingGenerate", model=loaded, prompt="A cat.", conversation=before, max_new_tokens=4)
     torch.testing.assert_close(features[0].latents, expected.features.latents, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cuda", True), ("cpu", False)])
+def test_weights_that_rest_on_the_gpu_take_none_of_the_ram_that_kept_models_may(comfy, monkeypatch, device, kept):
+    on = torch.device(device)  # loaded and unloaded alike, as with --highvram and on a CPU
+    patcher = SimpleNamespace(load_device=on, offload_device=on, model_size=lambda: 100, loaded_size=lambda: 100)
+    entry = SimpleNamespace(model=patcher, ming_model=host.Loaded(None, patcher, "large"))
+    comfy.model_management.current_loaded_models = [entry]
+    monkeypatch.setattr(host, "host_memory", lambda: 100)
+    host.keep(None)
+    assert hasattr(entry, "ming_model") == kept
