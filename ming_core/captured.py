@@ -25,6 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .placement import rest_on
+
 log = logging.getLogger(__name__)
 
 SWITCH = "MING_UNIVISION_CUDA_GRAPHS"
@@ -101,11 +103,6 @@ def recorder(device: torch.device, *modules: nn.Module) -> Record | None:
         return None
     device = torch.empty(0, device=device).device  # with its number
     return Recorder(device) if rest_on(device, *modules) else None
-
-
-def rest_on(device: torch.device, *modules: nn.Module) -> bool:
-    """Whether all weights of the modules are on this device."""
-    return all(parameter.device == device for module in modules for parameter in module.parameters())
 
 
 class Recorder:

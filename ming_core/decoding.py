@@ -27,9 +27,9 @@ from .features import Features, to_grid
 from .flow_head import FlowHead, Guidance, Sampler, Solver
 from .language_model import KeyValues, LanguageModel, Prefix, Rows
 from .mingtok import MingTok
+from .placement import out_of_range
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat, TextStream
-from .transformer import out_of_range
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
+from .placement import rest_on
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,6 @@ class Experts(nn.Module):
         """Weights `name` of one expert, [N, K], or of an index of several, [.., N, K], on the device of `like`."""
         return getattr(self, name)[experts].to(like.device, like.dtype, non_blocking=True)
 
-    def resident(self, like: Tensor) -> bool:
-        """Whether the weights are where `like` is, so that an index on that device finds them."""
-        return all(weight.device == like.device for weight in self.parameters())
-
     def apply_expert(self, expert: int, x: Tensor) -> Tensor:
         """x [n, H] through one expert -> [n, H]."""
         gate, up = F.linear(x, self.weights("gate_up", expert, x)).chunk(2, dim=-1)
@@ -86,7 +83,7 @@ class Experts(nn.Module):
         return self._way(x, pairs) == self._sorted
 
     def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        here = self.resident(x)
+        here = rest_on(x.device, self)
         if grouped_product_serves(x) and (here or pairs >= GROUP_FROM * self.count):
             return self._grouped
         if here and x.is_cuda and pairs <= GATHER_LIMIT:

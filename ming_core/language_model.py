@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .buffers import Buffers, KeyValueBuffer
 from .captured import wanted
 from .config import LanguageModelConfig
 from .experts import GATHER_LIMIT, GatedMlp, MixtureOfExperts
-from .transformer import Buffers, KeyValueBuffer, Placed
+from .placement import Placed
 
 PREFILL_CHUNK = 512  # tokens forwarded at once; bounds the mask of a chunk to [512, length so far]
 

@@ -17,9 +17,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .buffers import Buffers, KeyValueBuffer
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
-from .transformer import LAYER_NORM_EPS, Buffers, GeluMlp, KeyValueBuffer, Placed, SwiGLU, block_stack, out_of_range
+from .placement import Placed, out_of_range
+from .transformer import LAYER_NORM_EPS, GeluMlp, SwiGLU, block_stack
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2

@@ -24,9 +24,9 @@ from .features import Features
 from .flow_head import FlowHead, Guidance, Solver
 from .language_model import LanguageModel
 from .mingtok import MingTok
+from .placement import Placed
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat
-from .transformer import Placed
 
 
 class UniVision(Placed):

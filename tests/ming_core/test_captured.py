@@ -5,6 +5,7 @@ import torch
 from ming_univision.ming_core import Conversation, Guidance, Solver, captured, decoding
 from ming_univision.ming_core.captured import Captured, recorder
 from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.placement import rest_on
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -158,6 +159,6 @@ def test_there_are_graphs_only_on_a_gpu_when_asked_for_and_after_no_failure(mode
 
 def test_weights_that_rest_elsewhere_are_noticed(model):
     here = torch.device("cpu")
-    assert captured.rest_on(here, model.language_model, model.flow_head)
+    assert rest_on(here, model.language_model, model.flow_head)
     model.language_model.model.layers[1].mlp.experts.to("meta")  # as good as any other device
-    assert not captured.rest_on(here, model.language_model, model.flow_head)
+    assert not rest_on(here, model.language_model, model.flow_head)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, Solver, UniVision
+from ming_univision.ming_core.buffers import KeyValueBuffer
 from ming_univision.ming_core.language_model import Prefix
-from ming_univision.ming_core.transformer import KeyValueBuffer
 
 
 def test_a_model_computes_where_its_weights_are_until_it_is_told_otherwise(model):
