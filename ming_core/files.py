@@ -65,7 +65,10 @@ def written_together(folder: Path) -> Iterator[Path]:
 
 
 def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
-    """Have `write` fill a folder beside its place, then rename it there: a reader never finds half of one."""
+    """Have `write` fill a folder beside its place, then rename it there: a reader never finds half of one.
+
+    Raises FileError.
+    """
     fresh, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (fresh, old):  # of an earlier run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -75,6 +78,8 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -24,7 +24,7 @@ from ming_univision.ming_core.config import (
 from ming_univision.ming_core.conversation import Conversation, Picture, guidance_views
 from ming_univision.ming_core.decoding import _prefill
 from ming_univision.ming_core.features import to_grid
-from ming_univision.ming_core.files import write_whole_folder
+from ming_univision.ming_core.files import FileError, write_whole_folder
 from ming_univision.ming_core.images import from_uint8
 from ming_univision.ming_core.language_model import Causal, Rows
 from ming_univision.ming_core.mingtok import MingTok
@@ -266,7 +266,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         (f / "a").write_text("2")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FileError, match="disk full"):
         write_whole_folder(half, folder)
     assert (folder / "a").read_text() == "1"
     write_whole_folder(lambda f: (f / "b").write_text("3"), folder)
