@@ -31,8 +31,6 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
 
 def check_prefix(prefix: str, folder: Path) -> Path:
     """`folder` / `prefix`, or a ValueError when that is not inside `folder`, names no file, or cannot be a name."""
-    if wrong := sorted(FORBIDDEN.intersection(prefix)):
-        raise ValueError(f"filename_prefix {prefix!r} holds {' '.join(wrong)}, which no file name may on Windows")
     path = Path(folder, prefix.replace("\\", "/"))
     inside = "\0" not in prefix and path.resolve().is_relative_to(Path(folder).resolve())
     if not inside or path.resolve() == Path(folder).resolve():
@@ -40,6 +38,8 @@ def check_prefix(prefix: str, folder: Path) -> Path:
             f"filename_prefix {prefix!r} leads out of {folder}, or names no file: give a name, with folders below that "
             "one if you like"
         )
+    if wrong := sorted(FORBIDDEN.intersection(prefix)):
+        raise ValueError(f"filename_prefix {prefix!r} holds {' '.join(wrong)}, which no file name may on Windows")
     return path
 
 

@@ -32,6 +32,7 @@ from ..shapes import (
     draw,
     patch_labels,
     random_dialogue,
+    read_region,
 )
 
 IGNORE = -100  # a label that asks for nothing
@@ -40,7 +41,6 @@ EDIT_WEIGHT = 8.0  # of a token where a thing stands before or after an edit: wh
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 QUIZ = 6  # questions about one picture, which is most of what a question costs
-WHITE = 255  # a region, on its dim grey source
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the ground
 
 # What there is to know of a thing, and the values of each.
@@ -220,9 +220,9 @@ def _labels(turn: Round, grid: tuple[int, int]) -> np.ndarray | None:
         known = patch_labels(turn.target_scene, grid[0])
         labels[: len(known)] = [known[name].reshape(-1) for name in LABEL_CLASSES]
     if turn.family == "edit":
-        labels[-1] = _cells(turn.target - draw(turn.source_scene).astype(np.int16), grid)
+        labels[-1] = _differ(turn.target, draw(turn.source_scene), grid)
     elif turn.family == "identify region":
-        labels[-1] = _cells(turn.target * (turn.target == WHITE), grid)
+        labels[-1] = _cells(read_region(turn.target), grid)
     return labels
 
 
@@ -326,19 +326,22 @@ def token_weights(picture: PlacedPicture, grid: tuple[int, int]) -> np.ndarray:
     most of an edit is copied."""
     if not picture.drawn:
         return np.zeros(grid[0] * grid[1], dtype=np.float32)
-    pixels = picture.pixels.astype(np.int16)
-    ground = np.median(pixels.reshape(-1, 3), axis=0)
-    standing = _cells(pixels - ground, grid)
+    ground = np.median(picture.pixels.reshape(-1, 3), axis=0)
+    standing = _differ(picture.pixels, ground, grid)
     weights = np.where(standing, OBJECT_WEIGHT, 1.0)
     if picture.before is not None:
-        stood = _cells(picture.before - ground, grid)
+        stood = _differ(picture.before, ground, grid)
         if not stood.all():  # as on another background
             weights[standing | stood] = EDIT_WEIGHT
     return weights.astype(np.float32)
 
 
-def _cells(difference: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """bool [N]: tokens in which any pixel of [H, W, 3] is far from 0."""
-    far = (np.abs(difference) > PLAIN).any(-1)
-    height, width = (side // n for side, n in zip(far.shape, grid, strict=True))
-    return far.reshape(grid[0], height, grid[1], width).any((1, 3)).reshape(-1)
+def _differ(picture: np.ndarray, other: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """bool [N]: tokens in which any pixel of a picture, uint8 [H, W, 3], is far from the other picture, or colour."""
+    return _cells((np.abs(picture.astype(np.int16) - other) > PLAIN).any(-1), grid)
+
+
+def _cells(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """bool [N]: tokens in which any of the pixels, bool [H, W], is true."""
+    height, width = (side // n for side, n in zip(pixels.shape, grid, strict=True))
+    return pixels.reshape(grid[0], height, grid[1], width).any((1, 3)).reshape(-1)

@@ -13,6 +13,7 @@ from ming_univision.ming_core import (
     Guidance,
     Sampling,
     Solver,
+    decoding,
     language_model,
     load_conversation,
     load_univision,
@@ -229,13 +230,15 @@ def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, pictur
     assert model.mingtok.calls == calls
 
 
-def test_no_two_rounds_of_a_chain_share_noise_however_their_pictures_and_conversations_travel(
-    model, picture, monkeypatch
-):
-    from ming_univision.ming_core import decoding
+@pytest.fixture
+def noises(monkeypatch):
+    """The noise of every drawing, in turn."""
+    drawn, exact = [], decoding.seeded_noise
+    monkeypatch.setattr(decoding, "seeded_noise", lambda *given: drawn.append(exact(*given)) or drawn[-1])
+    return drawn
 
-    noises, exact = [], decoding.seeded_noise
-    monkeypatch.setattr(decoding, "seeded_noise", lambda *given: noises.append(exact(*given)) or noises[-1])
+
+def test_no_two_rounds_of_a_chain_share_noise_however_their_pictures_and_conversations_travel(model, picture, noises):
     asked = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
     drawn = model.generate_image(asked.conversation, "Refine it.", **SHORT)
     again = model.generate_image(drawn.conversation, "Refine it.", **SHORT)
@@ -247,11 +250,7 @@ def test_no_two_rounds_of_a_chain_share_noise_however_their_pictures_and_convers
     assert all(len({noise.numpy().tobytes() for noise in chain}) == 5 for chain in chains)
 
 
-def test_the_same_seed_gives_the_same_noise_to_a_branch_and_another_seed_another(model, picture, monkeypatch):
-    from ming_univision.ming_core import decoding
-
-    noises, exact = [], decoding.seeded_noise
-    monkeypatch.setattr(decoding, "seeded_noise", lambda *given: noises.append(exact(*given)) or noises[-1])
+def test_the_same_seed_gives_the_same_noise_to_a_branch_and_another_seed_another(model, picture, noises):
     for seed in (0, 2**64, 1):
         model.generate_image(Conversation(), "Refine it.", features=picture, seed=seed, **SHORT)
     assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])

@@ -52,9 +52,10 @@ def test_each_step_asks_for_one_velocity_and_none_at_the_end(method):
 def test_one_step_of_both_methods_is_the_same_and_more_are_not(model):
     def latents(method, steps):
         solver = Solver(steps, method)
+        model.prefix_cache.clear()  # what is prefilled in fewer pieces is rounded in other ways
         return model.generate_image(Conversation(), "A cat.", solver=solver, max_new_tokens=1).features.latents
 
-    torch.testing.assert_close(latents("ab2", 1), latents("euler", 1), rtol=0, atol=1e-2)  # rounding grows
+    torch.testing.assert_close(latents("ab2", 1), latents("euler", 1))
     assert (latents("ab2", 4) - latents("euler", 4)).abs().max() > 0.01
 
 

@@ -289,7 +289,7 @@ def test_files_are_listed_only_if_they_can_be_loaded_also_where_a_link_is_involv
     assert saved == "ming/a/mine_00001_.safetensors [output]"
     assert others == ["real.safetensors [input]", "within.safetensors [input]"]
     assert node("MingLoadFeatures", file=saved)[0] == features
-    with pytest.raises(ValueError, match=r"leads out of|on Windows"):
+    with pytest.raises(ValueError, match="leads out of"):
         host.saved_path("ming/../../secret.safetensors [output]")
 
 
