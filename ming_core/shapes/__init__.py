@@ -7,7 +7,7 @@ from .degrade import DEGRADATIONS, degrade
 from .descriptions import describe, parse_scene
 from .drawing import LABEL_CLASSES, draw, masks, patch_labels
 from .edits import EDIT_KINDS, Edit, edit_region, random_edit, region_picture
-from .language import TASK_INSTRUCTIONS, caption, instruction
+from .language import TASK_INSTRUCTIONS, caption, instruction, mentions
 from .questions import QUESTION_KINDS
 from .reading import Comparison, FoundThing, Reading, compare, read_region, read_scene
 from .scenes import (
@@ -54,6 +54,7 @@ __all__ = [
     "edit_region",
     "instruction",
     "masks",
+    "mentions",
     "parse_scene",
     "patch_labels",
     "random_dialogue",

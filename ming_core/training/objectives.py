@@ -9,9 +9,10 @@ Ming-UniVision, around a frozen MingTok: predict the next token of answers, and 
 noise to the latent that comes next (rectified flow). The pictures it is to draw are fed with noise on their latents,
 as its own drawings will have errors, which would otherwise add up over the tokens. The flow loss alone is a faint
 teacher of what belongs where, so a throw-away linear layer also reads from the hidden state what the token to come
-shows: the labels that MingTok's features were aligned with, and whether an edit changes it. Another one reads at the
-end of a prompt which thing it is about, all of it: "what color is the star?" wants a colour, but to find it is to know
-the star's size and place as well.
+shows: the labels that MingTok's features were aligned with, and whether an edit changes it. Another one reads
+things in prompts, all of a thing: where the words for it end, so that its colour does not go to another; and at the end
+of a prompt about one thing, as "what color is the star?" wants a colour, but to find it is to know the star's size and
+place as well.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class JointWeights:
     text: float = 1.0
     flow: float = 1.0
     labels: float = 0.4
-    meant: float = 0.2
+    meant: float = 0.4
     balance: float = 0.01
     noise: float = 0.4  # on the normalised latents of drawn pictures: drawn from 0 to this for each picture
     times: int = 2  # (time, noise) pairs a token: each costs about as much as the token in the language model
@@ -107,7 +108,7 @@ class JointLoss(nn.Module):
         model.mingtok.requires_grad_(False)
         width = model.config.llm_config.hidden_size
         self.reader = nn.Linear(width, sum(SHOWN.values()))  # what a token to come shows
-        self.pointer = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))  # the thing that a prompt is about
+        self.pointer = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))  # a thing that a prompt tells
         for throw_away in (self.reader, self.pointer):
             nn.init.zeros_(throw_away.weight)
             nn.init.zeros_(throw_away.bias)
@@ -146,7 +147,7 @@ class JointLoss(nn.Module):
             generator,
         )
         parts["labels"] = self.label_loss(before, batch.shown[batch.drawn], batch.weights[batch.drawn].flatten())
-        parts["meant"] = self.meant_loss(hidden[batch.asked], batch.meant)
+        parts["meant"] = self.meant_loss(hidden[batch.told], batch.meant)
         parts["balance"] = torch.stack(self._routing).mean()
         terms = ("text", "flow", "labels", "meant", "balance")
         parts["loss"] = sum((getattr(weights, name) * parts[name] for name in terms), start=x.new_zeros(()))
@@ -163,7 +164,7 @@ class JointLoss(nn.Module):
         return loss
 
     def meant_loss(self, hidden: Tensor, meant: Tensor) -> Tensor:
-        """How badly the pointer tells the things that prompts are about. hidden [M, H]; meant [M, 4]."""
+        """How badly the pointer tells the things of prompts. hidden [M, H]; meant [M, 4]."""
         logits = self.pointer(hidden).split([len(values) for values in ATTRIBUTES.values()], dim=-1)
         losses = (F.cross_entropy(x, y, reduction="sum") for x, y in zip(logits, meant.unbind(1), strict=True))
         return sum(losses, start=hidden.new_zeros(())) / max(len(meant), 1)

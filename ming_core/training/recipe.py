@@ -70,6 +70,7 @@ class Stage:
     tasks      weights of tasks or families of tasks (`shapes.TASKS`); empty: the world's own mixture
     rounds     rounds of a dialogue; 0: one to five
     quizzes    share of the dialogues that are one picture with a row of questions
+    several    share of the other dialogues whose scenes have two things or more
     """
 
     name: str
@@ -85,6 +86,7 @@ class Stage:
     tasks: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
     quizzes: float = 0.0
+    several: float = 0.0
     checkpoint_minutes: float = 20.0
     seed: int = 0
 
@@ -161,23 +163,24 @@ RECIPE = (
         hours=4.0,
         settle=0.85,
         average=0.995,
-        # Most of what is learned last: one of several things, to draw or to edit.
+        # Most of what is learned last: which words go with which of several things, to draw or to edit.
         tasks={
-            "generate": 5.0,
-            "question": 1.2,
-            "describe": 1.2,
-            "edit/recolor": 4.0,
-            "edit/move": 3.5,
-            "edit/remove": 3.0,
+            "generate": 10.0,
+            "question": 1.6,
+            "describe": 2.0,
+            "edit/recolor": 2.5,
+            "edit/move": 2.5,
+            "edit/remove": 2.0,
             "edit/add": 0.8,
             "edit/background": 0.5,
-            "identify region": 3.0,
+            "identify region": 2.5,
             "refine": 0.3,
             "super-resolution": 0.3,
             "denoise": 0.3,
             "colorize": 0.8,
             "chat": 0.2,
         },
+        several=0.6,
         quizzes=0.08,
         seed=1,
     ),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..conversation import ANSWER, MARK, Conversation, Part, Picture, Text, guidance_views
+from ..conversation import ANSWER, MARK, PROMPT, Conversation, Part, Picture, Text, guidance_views
 from ..features import Features
 from ..prompts import ChatFormat
 from ..shapes import (
@@ -28,15 +28,19 @@ from ..shapes import (
     SIZES,
     Dialogue,
     Round,
+    Scene,
     Thing,
     draw,
+    mentions,
     patch_labels,
     random_dialogue,
     read_region,
 )
 
 IGNORE = -100  # a label that asks for nothing
-OBJECT_WEIGHT = 4.0  # of the flow loss of a token on a thing; 1 on plain background
+# Of the flow loss of a token on a thing; 1 on plain background. A model in doubt draws a thing that much more readily
+# than ground, so that with 4 it learned faster and drew things twice.
+OBJECT_WEIGHT = 2.0
 EDIT_WEIGHT = 8.0  # of a token where a thing stands before or after an edit: what changes and what must not, alike
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
@@ -76,7 +80,8 @@ class Sequence:
     counts     how much that counts
     positions  as rotary embedding counts them
     pictures   in order
-    meant      the thing that a prompt is about, by the position of the prompt's last token; prompts about none left out
+    meant      things, by the position of the token where a prompt has told them: the last one of its words for a thing,
+               and, of a prompt that is about one thing, its own last one
     hidden     bool [n]: of the first n tokens those that the others, the tokens from n on, do not see
     """
 
@@ -107,7 +112,7 @@ class Batch(NamedTuple):
     slots                   int64 [P], where in the flattened rows the first token of each picture stands
     weights                 float32 [P, N], of the flow loss of each token (0 for a picture that was seen)
     shown                   int64 [P, kinds, N], what each token shows (`SHOWN`), or IGNORE
-    asked                   int64 [M], where in the flattened rows the prompts end that are about one thing
+    told                    int64 [M], where in the flattened rows a prompt has told a thing
     meant                   int64 [M, 4], that thing (`ATTRIBUTES`)
     """
 
@@ -121,7 +126,7 @@ class Batch(NamedTuple):
     slots: Tensor
     weights: Tensor
     shown: Tensor
-    asked: Tensor
+    told: Tensor
     meant: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
@@ -148,6 +153,8 @@ def spell(
         row = view if index == len(dialogue.rounds) - 1 else 0
         asked = turn if row == 0 else _estranged(turn, stranger, row)
         talk = talk.extended(_prompt(chat, grid, asked), "")
+        if row == 0 and turn.target_scene is not None:
+            meant |= _mentioned(talk.parts[-1], turn.target_scene, len(ids), chat)
         _append(talk.parts[-1], asked.attached, ids, placed, chat.patch_id)
         if row:
             views = guidance_views(talk.parts)
@@ -191,6 +198,17 @@ def _blank(grid: tuple[int, int], drawn: bool) -> Picture:
     """A picture of which only the number of tokens matters."""
     nothing = torch.empty(1, 0)
     return Picture(Features(nothing, nothing, grid, ""), drawn)
+
+
+def _mentioned(part: Part, scene: Scene, start: int, chat: ChatFormat) -> dict[int, Thing]:
+    """The things of the scene that a prompt names, by the position of the last token of the words for each."""
+    found = {}
+    for segment in part.segments:
+        if isinstance(segment, Text) and segment.kind == PROMPT:
+            for end, thing in mentions(segment.text, scene):
+                found[start + len(chat.encode(segment.text[:end])) - 1] = thing
+        start += segment.length
+    return found
 
 
 def _append(
@@ -241,6 +259,7 @@ class DialogueData:
     tasks: dict[str, float]
     rounds: int
     quizzes: float = 0.0  # share of dialogues that are QUIZ questions about one picture
+    several: float = 0.0  # share of the others whose scenes have two things or more
     dropped: float = 0.15  # share of drawing samples that are guidance rows
     row_length: int = 384
     split: str = "train"
@@ -259,7 +278,10 @@ class DialogueData:
     def dialogue(self, rng: np.random.Generator) -> Dialogue:
         if self.quizzes and rng.random() < self.quizzes:
             return random_dialogue(rng, ["question"], self.things, self.split, QUIZ)
-        return random_dialogue(rng, self.tasks or None, self.things, self.split, self.rounds or None)
+        fewest, most = self.things
+        if self.several and rng.random() < self.several:
+            fewest = max(fewest, 2)
+        return random_dialogue(rng, self.tasks or None, (fewest, most), self.split, self.rounds or None)
 
 
 def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> Batch:
@@ -279,7 +301,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
     counts = np.ones((len(rows), length), dtype=np.float32)
     mask = np.zeros((len(rows), length, length), dtype=bool)
     mask[:, range(length), range(length)] = True  # padding sees itself: a softmax over nothing is NaN
-    pictures, slots, asked, meant = [], [], [], []
+    pictures, slots, told, meant = [], [], [], []
     for i, row in enumerate(rows):
         begin = 0
         for sequence in row:
@@ -289,7 +311,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
             mask[i, begin:end, begin:end] = sequence.mask()
             pictures += sequence.pictures
             slots += [i * length + begin + picture.start for picture in sequence.pictures]
-            asked += [i * length + begin + place for place in sequence.meant]
+            told += [i * length + begin + place for place in sequence.meant]
             meant += [attributes(thing) for thing in sequence.meant.values()]
             begin = end
     return Batch(
@@ -303,7 +325,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         if pictures
         else torch.empty(0, grid[0] * grid[1]),
         _shown(pictures, grid),
-        torch.tensor(asked, dtype=torch.long),
+        torch.tensor(told, dtype=torch.long),
         torch.tensor(meant, dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
     )
 

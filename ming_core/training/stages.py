@@ -175,6 +175,7 @@ class JointStage:
             dict(stage.tasks),
             stage.rounds,
             stage.quizzes,
+            stage.several,
         )
         self.things = stage.things
         self.module: nn.Module = JointLoss(model).to(device)

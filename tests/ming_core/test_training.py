@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 import random
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -444,16 +445,36 @@ def test_a_quiz_is_a_row_of_questions_about_one_picture(tokenizer):
     assert rounds[0].attached is not None and all(turn.attached is None for turn in rounds[1:])
 
 
+def test_a_share_of_the_dialogues_has_two_things_or_more(tokenizer):
+    def share(several: float) -> float:
+        data = DialogueData(tokenizer["tokenizer.json"], GRID, 1, (1, 3), {"generate": 1.0}, 1, several=several)
+        rng = np.random.default_rng(0)
+        return np.mean([len(data.dialogue(rng).rounds[0].target_scene.things) > 1 for _ in range(200)])
+
+    assert share(1.0) == 1.0 and share(0.0) < share(0.6) < 1.0
+
+
 def test_the_thing_that_a_prompt_is_about_is_told_where_the_prompt_ends(chat):
-    sequences = [spell(dialogue_of(tasks, 3, rounds=2, things=(2, 2)), chat, GRID) for tasks in ("question", "edit")]
+    sequences = [spell(dialogue_of(tasks, 3, rounds=2, things=(2, 2)), chat, GRID) for tasks in ("question", "edit/move")]
     batch = pack(sequences, 4096, GRID)
     ends = (batch.ids.flatten() == chat.role_close_id).nonzero().flatten().tolist()
-    assert len(batch.asked) > 1 and set(batch.asked.tolist()) <= set(ends)
+    assert len(batch.told) > 1 and set(batch.told.tolist()) <= set(ends)
     things = [thing for s in sorted(sequences, key=lambda s: -len(s.ids)) for thing in s.meant.values()]
     assert [
         {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
         for row in batch.meant.tolist()
     ] == [{name: getattr(thing, name) for name in ATTRIBUTES} for thing in things]
+
+
+def test_every_thing_of_a_caption_is_told_where_its_words_end(chat):
+    for seed in range(20):
+        dialogue = dialogue_of(("generate", "colorize"), seed, things=(2, 3))
+        scene, sequence = dialogue.rounds[0].target_scene, spell(dialogue, chat, GRID)
+        assert sorted(thing.content for thing in sequence.meant.values()) == sorted(t.content for t in scene.things)
+        for place, thing in sequence.meant.items():
+            told = chat.decode(sequence.ids[: place + 1]).lower()
+            assert told.endswith((thing.shape, "corner", "side", *re.split("[ -]", thing.position), "center", "middle"))
+            assert thing.shape in told[-len("large purple triangle in the bottom right corner") :]
 
 
 def test_a_guidance_row_is_not_asked_what_its_strange_prompt_is_about(chat):

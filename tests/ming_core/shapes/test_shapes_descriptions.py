@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ming_univision.ming_core.shapes import Scene, Thing, caption, describe, parse_scene, scene_from_seed
+from ming_univision.ming_core.shapes import Scene, Thing, caption, describe, mentions, parse_scene, scene_from_seed
 
 EXAMPLE = "a large red circle at the top left and a small blue star at the centre on a white background"
 
@@ -29,6 +29,20 @@ def test_every_varied_caption_means_its_scene():
 def test_captions_vary():
     rng = np.random.default_rng(0)
     assert len({caption(rng, scene_from_seed(1)) for _ in range(50)}) > 15
+
+
+def test_every_thing_is_found_in_a_caption_up_to_where_its_words_end():
+    rng = np.random.default_rng(0)
+    for seed in range(300):
+        scene = scene_from_seed(seed)
+        text = caption(rng, scene)
+        found = list(mentions(text, scene))
+        assert sorted(thing.content for _, thing in found) == sorted(thing.content for thing in scene.things)
+        begin = 0
+        for end, thing in found:
+            assert f"{thing.color} {thing.shape}" in text[begin:end]
+            assert not text[end:] or text[end:].startswith((",", ".", " and ", " on ", " against "))
+            begin = end
 
 
 @pytest.mark.parametrize(
