@@ -314,7 +314,7 @@ def prepare_environment() -> None:
         raise SetupError(f"The folder {VENV} cannot be written to: {error}. Remove it and start again.") from error
     ensure_pip(str(python))
     torch = find_torch(str(python))
-    announce(python, torch)
+    announce(torch)
     install(python, torch)
     write_stamp({**stamp, "finished": True, "requirements": requirements_digest(), "python": version})
     print(f"The environment {VENV} is ready.\n", flush=True)
@@ -357,12 +357,16 @@ def lend(folders: list[str]) -> None:
     """Puts package folders of the calling Python on the environment's import path, behind its own."""
     if not folders:
         return
+    encoding = "utf-8" if sys.version_info >= (3, 13) else locale.getpreferredencoding(False)  # as site reads it
+    try:
+        lines = ("\n".join(folders) + "\n").encode(encoding)
+    except UnicodeEncodeError:
+        return  # site could not read them either: PyTorch is installed instead
     python = str(environment_python())
     # A new environment may have an old setuptools of its own, which would hide a lent one that PyTorch asks for.
     output_of([python, "-m", "pip", "uninstall", "--yes", "setuptools"])
     found = output_of([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
-    encoding = "utf-8" if sys.version_info >= (3, 13) else locale.getpreferredencoding(False)  # as site reads it
-    Path((found or "").strip(), "lent_packages.pth").write_text("\n".join(folders) + "\n", encoding=encoding)
+    Path((found or "").strip(), "lent_packages.pth").write_bytes(lines)
 
 
 def ensure_pip(python: str) -> None:
@@ -382,29 +386,26 @@ def find_torch(python: str) -> dict | None:
     return torch if version and tuple(map(int, version.groups())) >= OLDEST_TORCH else None
 
 
-def announce(python: Path, torch: dict | None) -> None:
+def announce(torch: dict | None) -> None:
     """Says what is about to be downloaded, and how much of it."""
     print("About to download and install into it, once:")
     if torch:
         print(f"  PyTorch: nothing, version {torch['version']} is there already, in {torch['folders'][0]}")
     else:
-        print(f"  PyTorch {TORCH.split('==')[1]}: {torch_size(python)}")
+        print(f"  PyTorch {TORCH.split('==')[1]}: {torch_size()}")
     print("  what else the pack and its tests need, at most: about 50 MB, 200 MB on disk", flush=True)
 
 
-def torch_size(python: Path) -> str:
+def torch_size() -> str:
     """The download's size in words. Only on Linux does it depend on the package index: with or without CUDA."""
     if sys.platform == "win32":
         return "about 125 MB, 600 MB on disk"
     if sys.platform == "darwin":
         return "about 115 MB, 500 MB on disk"
-    asked = output_of([*pip(python), "--quiet", "--dry-run", "--report", "-", TORCH])
-    names = [package["metadata"]["name"] for package in json.loads(asked)["install"]] if asked else []
-    cpu, cuda = "about 210 MB (built for the CPU), 1 GB on disk", "about 2.5 GB with its CUDA libraries, 6 GB on disk"
-    if names and not any(name.startswith("nvidia-") for name in names):
-        return cpu
+    # Not asked of pip: its --dry-run downloads all of it to tell.
     return (
-        f"{cuda if names else f'{cpu}, or {cuda}'}\n"
+        "about 2.5 GB with its CUDA libraries, 6 GB on disk;\n"
+        "    from an index of CPU builds about 210 MB, 1 GB on disk.\n"
         "    To do with less: press Ctrl-C, install a CPU build of PyTorch 2.4 or newer for the Python\n"
         "    that you start this with, and start again; it is used as it is."
     )

@@ -243,11 +243,17 @@ class Reader(Protocol):
     mingtok: MingTok
 
 
-def load_conversation(path: str | Path, model: Reader, ready: Callable[[int], None] | None = None) -> Conversation:
+def load_conversation(
+    path: str | Path,
+    model: Reader,
+    ready: Callable[[int], None] | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> Conversation:
     """Read what `save_conversation` wrote; the pictures' features are made anew, once a picture.
 
     `ready` is called with the tokens of the largest picture, if there is one, when the file is found to be of this
-    model and MingTok is about to compute. Raises FileError for a damaged file, and ValueError for one of another model.
+    model and MingTok is about to compute; `on_picture`, after every picture, with how many are done and how many there
+    are, and it may raise to stop. Raises FileError for a damaged file, and ValueError for one of another model.
     """
     tensors, about = read_tensors(path, FILE_FORMAT)
     other = about.get("model", "")
@@ -260,7 +266,7 @@ def load_conversation(path: str | Path, model: Reader, ready: Callable[[int], No
         ready(max(sizes) // model.mingtok.config.semantic_decoder.in_dim)
     vocabulary = model.config.llm_config.vocab_size
     try:
-        ids, latents = tensors["ids"].tolist(), iter(tensors[f"latents.{i}"] for i in range(len(tensors) - 1))
+        ids, pictures, done = tensors["ids"].tolist(), len(tensors) - 1, 0
         for i in ids:
             if not (isinstance(i, int) and 0 <= i < vocabulary):
                 raise ValueError(f"token {i} is not in the vocabulary of {vocabulary}")
@@ -275,12 +281,15 @@ def load_conversation(path: str | Path, model: Reader, ready: Callable[[int], No
                     segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
                     del ids[:n]
                 else:
-                    segments.append(_restore(model, next(latents), entry))
+                    segments.append(_restore(model, tensors[f"latents.{done}"], entry))
+                    done += 1
+                    if on_picture:
+                        on_picture(done, pictures)
             parts.append(Part(bool(part["generated"]), tuple(segments)))
-        if ids or next(latents, None) is not None:
+        if ids or done < pictures:
             raise KeyError("parts")
         return Conversation(tuple(parts), about["model"])
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise FileError(f"{path}: not a whole conversation file ({error!r}); save the conversation again") from None
 
 

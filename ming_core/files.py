@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,19 +71,41 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
     Raises FileError.
     """
     fresh, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
-    for leftover in (fresh, old):  # of an earlier run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
+        if old.exists() and not folder.exists():  # an earlier run was killed between the two renames
+            _rename(old, folder)
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
         write(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritable(folder, error) from error
+        raise
+    try:
+        if folder.exists():
+            _rename(folder, old)
+        _rename(fresh, folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            _rename(old, folder)
+        raise FileError(
+            f"{folder} cannot be replaced ({error.strerror or error}): what was written is whole, in {fresh};"
+            " close what uses the folder, and rename that one"
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename(path: Path, to: Path) -> None:
+    """Some patience: on Windows it fails while anything, such as a virus scanner, has a file in the folder open."""
+    for seconds in (0.5, 1.0, 2.0):
+        try:
+            path.rename(to)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    path.rename(to)
 
 
 def check_format(path: str | Path, file_format: str) -> None:

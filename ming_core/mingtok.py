@@ -100,11 +100,12 @@ class LowLevelEncoder(nn.Module):
         """The position table [1, h*w + 1, D], stretched bicubically where the grid is not the native one."""
         if grid == (self.grid, self.grid):
             return self.pos_embed
-        table, cls = self.pos_embed.float().split([self.grid**2, 1], dim=1)
+        # On the CPU: on Macs older versions of PyTorch have no bicubic interpolation.
+        table, cls = self.pos_embed.float().cpu().split([self.grid**2, 1], dim=1)
         # As published: the sampling follows this scale (0.1 guards against rounding down), not the output's size.
         scale = tuple((n + 0.1) / self.grid for n in grid)
         table = F.interpolate(to_grid(table, (self.grid, self.grid)), scale_factor=scale, mode="bicubic")
-        return torch.cat([to_tokens(table), cls], dim=1).to(self.pos_embed.dtype)
+        return torch.cat([to_tokens(table), cls], dim=1).to(self.pos_embed)
 
 
 class SemanticDecoder(nn.Module):
@@ -207,11 +208,14 @@ class MingTok(Placed):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> normalised latents, float32 [B, C, h, w].
 
-        H and W are multiples of `patch_size`, at most twice `native_side`. Raises ValueError.
+        H and W are multiples of `patch_size`, at most twice `native_side`. Raises ValueError, and RuntimeError where
+        fp16 is too narrow for the model.
         """
         self._check_pixels(pixels)
         self.calls["encode"] += 1
         raw = self.low_level_encoder(pixels.to(self.device, self.dtype))[:, :-1].float()  # without the class latent
+        if not raw.isfinite().all():
+            raise out_of_range(self.dtype)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         return to_grid(self.normalise(raw), grid)
 

@@ -38,8 +38,23 @@ class Attention(nn.Module):
         if buffer is not None:
             k, v = buffer.append(k, v)
             seen = buffer.seen
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and n > 1)
+        if n == 1 and x.is_cuda:
+            x = attend_once(q, k, v, seen)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and n > 1)
         return self.proj(x.transpose(1, 2).reshape(b, n, dim))
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Attention of one query [B, heads, 1, d] to keys and values [B, heads, N, d]; seen: bool [1, N].
+
+    For CUDA, where torch's own goes to cuDNN on newer GPUs: that plans anew for every N, some 30 ms each, and with one
+    query it is wrong on some of them (pytorch issue 193893).
+    """
+    scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
+    if seen is not None:
+        scores = scores.where(seen, float("-inf"))
+    return scores.softmax(-1).to(q.dtype) @ v
 
 
 class SwiGLU(nn.Module):

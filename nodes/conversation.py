@@ -328,7 +328,12 @@ class MingLoadConversation(SavedFile):
         def ready(tokens: int) -> None:
             host.ready(model, model.model.mingtok.working_memory(1, tokens))
 
-        return (read_conversation(host.saved_path(file), model.model, ready),)
+        report = host.progress(1)
+
+        def on_picture(done: int, pictures: int) -> None:
+            report(done, total=pictures)
+
+        return (read_conversation(host.saved_path(file), model.model, ready, on_picture),)
 
 
 class MingConversationPicture:

@@ -167,7 +167,9 @@ def _make_room(folder: Path, missing: list[RemoteFile]) -> None:
     """Says what is about to be fetched, and makes the folder where the disk has room for it."""
     here = sum(min(part.stat().st_size, f.size) for f in missing if (part := f.part(folder)).exists())
     needed = sum(file.size for file in missing) - here
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if existing is None:
+        raise Refused(f"there is no {folder.anchor} to make {folder} on: choose another folder with --to")
     free = shutil.disk_usage(existing).free
     _say(f"to download: {_size(needed)}; free on that disk: {_size(free)}")
     if needed > free:

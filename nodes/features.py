@@ -29,10 +29,12 @@ def enlarge(maps: torch.Tensor) -> torch.Tensor:
 
 
 def saved_as(prefix: str, write: Callable[[Path], None]) -> dict:
-    """Write a new file of that name below output/ming, and show where."""
+    """Write a new file of that name below output/ming, and show what the nodes that load call it."""
     with host.new_file(prefix, ".safetensors") as path:
         write(path)
-    return {"ui": {"text": [str(path)]}}
+    name = host.saved_name(path)
+    host.show_text(name)
+    return {"ui": {"text": [name]}}
 
 
 class SavesFile:
@@ -62,9 +64,9 @@ class SavedFile:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, file: str | None, **_: object) -> str | float:
-        if file is None:
-            return float("nan")
+    def IS_CHANGED(cls, file: str | None, **_: object) -> str | tuple:
+        if file is None:  # it is linked: it may be any of them
+            return tuple((name, host.saved_path(name).stat().st_mtime_ns) for name in host.saved_files())
         return hashlib.sha256(host.saved_path(file).read_bytes()).hexdigest()
 
 

@@ -121,7 +121,9 @@ def run_workflow(
 
 def _check_writable(folder: Path) -> None:
     """Refuses an output folder that cannot be made or written to, without making it."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if existing is None:
+        raise WorkflowError(f"the output folder {folder} cannot be made: there is no {folder.anchor}; choose another")
     if not existing.is_dir():
         raise WorkflowError(f"the output folder {folder} cannot be made: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):

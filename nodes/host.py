@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import logging
 import os
 import re
@@ -253,12 +254,13 @@ def listen(listener: Listener) -> Iterator[None]:
 
 
 def progress(total: int) -> Callable[..., None]:
-    """A function (value, text=None, *, total=..., picture=None) to call after every token.
+    """A function (value, text=None, *, total=..., picture=None) to call after every token; made as a node begins.
 
     It raises when the user has interrupted. `text` is all that was written so far, `picture` what was drawn so far.
     """
     if comfy:
         bar = comfy.utils.ProgressBar(total)
+        _clear_text()
 
         def report(
             value: int, text: str | None = None, *, total: int = total, picture: Image.Image | None = None
@@ -285,13 +287,25 @@ def previews_wanted() -> bool:
     return _watching() is not None
 
 
+_has_text: set[str] = set()  # ids of nodes that show a text
+
+
 def show_text(text: str | None) -> None:
-    """Show a text on the node that runs."""
+    """Show a text on the node that runs, as it is: the page would take markup in it for its own."""
     if not comfy or not text:
         return
     client, context = _watching(), comfy_execution.utils.get_executing_context()
     if client is not None and context is not None:
-        _server().send_progress_text(text, context.node_id, client)
+        _server().send_progress_text(html.escape(text, quote=False), context.node_id, client)
+        _has_text.add(context.node_id)
+
+
+def _clear_text() -> None:
+    """Take the text of an earlier run off the node that runs: this one may have nothing to say."""
+    context = comfy_execution.utils.get_executing_context()
+    if context is not None and context.node_id in _has_text:
+        show_text(" ")  # the page ignores an empty one
+        _has_text.discard(context.node_id)
 
 
 def _watching() -> str | None:
@@ -392,8 +406,18 @@ def saved_files() -> list[str]:
     return names
 
 
-def saved_path(name: str) -> Path:
-    """The file that one of `saved_files` names. Raises FileError for a missing file or a name that climbs out."""
+def saved_name(path: Path) -> str:
+    """What `saved_files` calls a file below the output folder."""
+    return f"{path.relative_to(output_directory()).as_posix()} [output]"
+
+
+def saved_path(name: str | None) -> Path:
+    """The file that one of `saved_files` names. Raises FileError for a missing file or a name that climbs out.
+
+    None, and nothing, is what a list holds that was empty when the workflow was stored.
+    """
+    if not name:
+        raise FileError("no file is chosen: save one first, press R to see it in the list, and choose it there")
     match = re.fullmatch(r"(.+?) ?\[(output|input)\]", name)
     relative, place = match.groups() if match else (name, "input")
     root, listed = _saved_below(place)

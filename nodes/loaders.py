@@ -136,9 +136,11 @@ class _Loader:
     KIND = ""
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str | None, precision: str | None) -> tuple | float:
-        folder = found(cls.KIND).get(model_name)
-        return state_of(folder) if folder else float("nan")
+    def IS_CHANGED(cls, model_name: str | None, precision: str | None) -> tuple:
+        folders = found(cls.KIND)
+        if model_name is None:  # it is linked: it may be any of them
+            return tuple(map(state_of, folders.values()))
+        return state_of(folders[model_name]) if model_name in folders else ()
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_name: str | None = None) -> bool | str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -342,7 +341,7 @@ def preparing(quickstart, monkeypatch):
     monkeypatch.setattr(quickstart, "make_environment", make)
     monkeypatch.setattr(quickstart, "ensure_pip", lambda python: None)
     monkeypatch.setattr(quickstart, "find_torch", find)
-    monkeypatch.setattr(quickstart, "announce", lambda python, torch: done.append(("announce", torch)))
+    monkeypatch.setattr(quickstart, "announce", lambda torch: done.append(("announce", torch)))
     monkeypatch.setattr(quickstart, "install", lambda python, torch: done.append(("install", torch)))
     monkeypatch.setattr(quickstart, "python_version", lambda python: "3.11")
     done_and_torch = type("Preparing", (), {"done": done, "torch_of": torch_of})
@@ -435,6 +434,15 @@ def test_lent_packages_come_behind_the_environments_own(quickstart, monkeypatch,
     assert asked[0][1:] == ["-m", "pip", "uninstall", "--yes", "setuptools"]
 
 
+def test_folders_that_a_pth_file_cannot_name_are_not_lent(quickstart, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(quickstart, "output_of", lambda command: asked.append(command) or f"{tmp_path}\n")
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0))
+    monkeypatch.setattr(quickstart.locale, "getpreferredencoding", lambda _: "cp1252")
+    quickstart.lend(["C:/\u041e\u043b\u044f/site-packages"])
+    assert not asked
+
+
 def test_only_a_torch_that_imports_and_is_new_enough_is_found(quickstart, monkeypatch, tmp_path):
     package = tmp_path / "site-packages" / "torch"
     package.mkdir(parents=True)
@@ -517,28 +525,20 @@ def test_settings_that_send_pip_elsewhere_are_overruled(quickstart, monkeypatch)
 
 
 def test_the_announcement_tells_the_size_of_what_is_fetched(quickstart, monkeypatch, capsys):
-    quickstart.announce(Path("python"), {"version": "2.5.1", "folders": ["/caller"]})
+    quickstart.announce({"version": "2.5.1", "folders": ["/caller"]})
     said = capsys.readouterr().out
     assert "PyTorch: nothing, version 2.5.1" in said and "/caller" in said and "50 MB" in said
     monkeypatch.setattr(sys, "platform", "win32")
-    quickstart.announce(Path("python"), None)
+    quickstart.announce(None)
     assert "PyTorch 2.13.0: about 125 MB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("packages", "said", "not_said"),
-    [
-        (["torch", "sympy"], "about 210 MB", "CUDA"),
-        (["torch", "nvidia-cublas"], "about 2.5 GB", "210 MB"),
-        (None, "about 210 MB (built for the CPU), 1 GB on disk, or about 2.5 GB", "nothing"),
-    ],
-)
-def test_on_linux_pip_is_asked_which_build_it_would_fetch(quickstart, monkeypatch, packages, said, not_said):
-    report = packages and json.dumps({"install": [{"metadata": {"name": name}} for name in packages]})
-    monkeypatch.setattr(quickstart, "output_of", lambda command: report)
+def test_on_linux_both_sizes_are_told_and_nothing_is_downloaded_to_tell_them(quickstart, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "output_of", lambda command: pytest.fail(f"ran {command}"))
     monkeypatch.setattr(sys, "platform", "linux")
-    size = quickstart.torch_size(Path("python"))
-    assert said in size and not_said not in size
+    quickstart.announce(None)
+    said = capsys.readouterr().out
+    assert "about 2.5 GB" in said and "about 210 MB" in said and "Ctrl-C" in said
 
 
 @pytest.mark.parametrize(

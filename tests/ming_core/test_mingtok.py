@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ming_univision.ming_core import load_mingtok
 from ming_univision.ming_core.mingtok import as_finely
+from ming_univision.ming_core.transformer import attend_once
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,6 +58,21 @@ def test_features_do_not_change_with_the_latents_that_they_were_made_from(model)
     before = features.digest()
     latents.zero_()
     assert features.digest() == before
+
+
+def test_latents_that_outgrow_fp16_are_refused_with_the_remedy(checkpoint_folder):
+    tok = load_mingtok(checkpoint_folder, dtype=torch.float16)
+    tok.low_level_encoder.patch_embed.proj.weight.fill_(60000.0)
+    with pytest.raises(RuntimeError, match=r"float16: choose fp32 \(or bf16\)"):
+        tok.encode(torch.ones(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("seen", [None, 3])
+def test_one_query_attends_as_torch_would_have_it(seen):
+    q, k, v = (torch.randn(2, 4, n, 64) for n in (1, 9, 9))
+    mask = None if seen is None else (torch.arange(9) < seen)[None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attend_once(q, k, v, mask), expected)
 
 
 def test_features_that_outgrow_fp16_are_refused_with_the_remedy(checkpoint_folder):

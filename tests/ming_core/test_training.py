@@ -7,11 +7,12 @@ import random
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ming_univision.ming_core import load_mingtok, load_univision
+from ming_univision.ming_core import files, load_mingtok, load_univision
 from ming_univision.ming_core.checkpoint import save_mingtok, save_univision
 from ming_univision.ming_core.config import (
     FlowHeadConfig,
@@ -274,6 +275,54 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["b"]
 
 
+def _write(word):
+    return lambda folder: (folder / "a").write_text(word)
+
+
+def test_a_rename_that_a_scanner_holds_up_is_tried_again(tmp_path, monkeypatch):
+    rename, failures = Path.rename, [PermissionError(13, "in use")] * 2
+
+    def held_up(self, to):
+        if failures:
+            raise failures.pop()
+        return rename(self, to)
+
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Path, "rename", held_up)
+    write_whole_folder(_write("1"), tmp_path / "model")
+    assert (tmp_path / "model" / "a").read_text() == "1"
+
+
+def test_what_was_written_is_kept_where_the_old_folder_cannot_be_replaced(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", Path.rename
+    write_whole_folder(_write("1"), folder)
+
+    def refused(self, to):
+        if self.name == "model.new":
+            raise PermissionError(13, "in use")
+        return rename(self, to)
+
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(FileError, match=r"in use.*model\.new"):
+        write_whole_folder(_write("2"), folder)
+    assert (folder / "a").read_text() == "1"
+    assert (tmp_path / "model.new" / "a").read_text() == "2"
+
+
+def test_a_folder_that_a_killed_run_left_beside_its_place_is_not_lost(tmp_path):
+    folder = tmp_path / "model"
+    write_whole_folder(_write("1"), folder)
+    folder.rename(tmp_path / "model.old")
+
+    def fails(f):
+        raise OSError("disk full")
+
+    with pytest.raises(FileError, match="disk full"):
+        write_whole_folder(fails, folder)
+    assert (folder / "a").read_text() == "1"
+
+
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
@@ -455,7 +504,9 @@ def test_a_share_of_the_dialogues_has_two_things_or_more(tokenizer):
 
 
 def test_the_thing_that_a_prompt_is_about_is_told_where_the_prompt_ends(chat):
-    sequences = [spell(dialogue_of(tasks, 3, rounds=2, things=(2, 2)), chat, GRID) for tasks in ("question", "edit/move")]
+    sequences = [
+        spell(dialogue_of(tasks, 3, rounds=2, things=(2, 2)), chat, GRID) for tasks in ("question", "edit/move")
+    ]
     batch = pack(sequences, 4096, GRID)
     ends = (batch.ids.flatten() == chat.role_close_id).nonzero().flatten().tolist()
     assert len(batch.told) > 1 and set(batch.told.tolist()) <= set(ends)

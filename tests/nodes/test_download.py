@@ -248,6 +248,12 @@ def test_too_little_room_is_refused_with_the_figures_before_anything_is_fetched(
         assert word in said
 
 
+def test_a_drive_that_is_not_there_is_named(hub, run, folder, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    code, said = run()
+    assert code == 2 and f"there is no {folder.anchor} to make {folder} on: choose another folder" in said
+
+
 def test_a_file_of_another_revision_stays_until_the_new_one_has_arrived(hub, run, folder, monkeypatch):
     run()
     old = hub.files["config.json"]

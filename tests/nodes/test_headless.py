@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,12 +250,15 @@ def test_a_failing_node_is_named_and_its_error_is_the_cause(tmp_path):
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     Number.made = 0
     graph = {"1": node("Number", value=1), "2": node("Show", source=["1", 0])}
     with pytest.raises(WorkflowError, match="is a file"):
         run_workflow(graph, CLASSES, output_dir=tmp_path / "file" / "output", input_dir=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(WorkflowError, match="there is no"):
+        patch.setattr(Path, "exists", lambda path: False)  # as on a drive that is not there
+        run_workflow(graph, CLASSES, output_dir=tmp_path / "output", input_dir=tmp_path)
     assert Number.made == 0
 
 

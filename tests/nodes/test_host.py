@@ -56,6 +56,7 @@ def comfy(monkeypatch):
     fake = FakeComfy()
     context = SimpleNamespace(get_executing_context=lambda: SimpleNamespace(node_id="7"))
     monkeypatch.setattr(host, "comfy", fake)
+    monkeypatch.setattr(host, "_has_text", set())
     monkeypatch.setattr(host, "comfy_execution", SimpleNamespace(utils=context))
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=fake))
     monkeypatch.setitem(sys.modules, "server", server)
@@ -90,6 +91,36 @@ def test_the_bar_moves_with_every_token_of_an_answer_and_the_answer_shows_on_the
     texts = [t for t, _, _ in comfy.texts]
     assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
     assert comfy.texts[-1] == (text, "7", "browser")
+
+
+def test_markup_in_a_text_reaches_the_page_as_text(comfy):
+    host.show_text("a <b> & <img src=x onerror=alert(1)>")
+    assert comfy.texts == [("a &lt;b&gt; &amp; &lt;img src=x onerror=alert(1)&gt;", "7", "browser")]
+
+
+def test_the_text_of_an_earlier_run_is_taken_off_the_node(comfy):
+    host.show_text("An answer.")
+    comfy.texts.clear()
+    host.progress(1)
+    assert comfy.texts == [(" ", "7", "browser")]
+    host.progress(1)
+    assert len(comfy.texts) == 1
+
+
+def test_loading_a_conversation_moves_a_bar_and_can_be_stopped(comfy, loaded, tmp_path):
+    conversation = Conversation()
+    for _ in range(2):
+        _, (conversation,), _ = run("MingGenerate", model=loaded, prompt="A cat.", conversation=conversation)
+    with host.folders(output=tmp_path, input=tmp_path / "input"):
+        run("MingSaveConversation", conversation=conversation)
+        (name,) = host.saved_files()
+        comfy.bars.clear()
+        assert run("MingLoadConversation", model=loaded, file=name) == (conversation,)
+        assert [(value, total) for value, total, _ in comfy.bars[0]] == [(1, 2), (2, 2)]
+        comfy.bars.clear()
+        comfy.stop_after = 1
+        with pytest.raises(Interrupted):
+            run("MingLoadConversation", model=loaded, file=name)
 
 
 def test_the_bar_moves_with_every_token_of_a_picture_and_of_the_text_after_it(comfy, loaded):

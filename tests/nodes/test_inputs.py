@@ -296,8 +296,27 @@ def test_files_are_listed_only_if_they_can_be_loaded_also_where_a_link_is_involv
 @pytest.mark.parametrize("name", ["MingLoadFeatures", "MingLoadConversation"])
 def test_a_linked_file_name_is_looked_for_only_when_it_is_known(name):
     assert NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(file=None) is True
-    changed = NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None)
-    assert changed != changed
+
+
+@pytest.mark.parametrize("name", ["MingLoadFeatures", "MingLoadConversation"])
+def test_a_linked_file_is_loaded_again_only_when_any_file_has_changed(small, name):
+    node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="mine")
+    state = NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None)
+    assert NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None) == state
+    os.utime(host.saved_path(*host.saved_files()), (1, 1))
+    assert NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None) != state
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_list_that_was_empty_when_the_workflow_was_stored_is_told_so(small, nothing):
+    with pytest.raises(ValueError, match="no file is chosen: save one first"):
+        node("MingLoadFeatures", file=nothing)
+
+
+def test_a_save_node_tells_the_name_that_loads_the_file(small):
+    features = features_of(small, image())
+    (name,) = node("MingSaveFeatures", features=features, filename_prefix="a/mine")["ui"]["text"]
+    assert node("MingLoadFeatures", file=name)[0] == features
 
 
 def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, monkeypatch, checkpoint_folder):

@@ -81,8 +81,15 @@ def test_the_command_for_an_absent_model_names_the_python_that_runs():
 def test_a_linked_name_is_looked_for_only_when_it_is_known(node):
     node = NODE_CLASS_MAPPINGS[node]
     assert node.VALIDATE_INPUTS(model_name=None) is True
-    changed = node.IS_CHANGED(model_name=None, precision=None)
-    assert changed != changed  # never the same: the node runs, and says what is absent
+
+
+def test_behind_a_linked_name_the_model_is_loaded_again_only_when_any_has_changed(put):
+    node = NODE_CLASS_MAPPINGS["MingUniVisionLoader"]
+    put("models/mine")
+    state = node.IS_CHANGED(model_name=None, precision=None)
+    assert node.IS_CHANGED(model_name=None, precision=None) == state
+    put("models/other")
+    assert node.IS_CHANGED(model_name=None, precision=None) != state
 
 
 # --- Loaded -------------------------------------------------------------------------------------------------------
