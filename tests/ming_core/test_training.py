@@ -52,6 +52,7 @@ from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
     ATTRIBUTES,
     EDIT_WEIGHT,
+    FIRST_WEIGHT,
     IGNORE,
     OBJECT_WEIGHT,
     QUIZ,
@@ -568,8 +569,12 @@ def test_a_batch_without_pictures_has_a_loss(tokenizer, chat):
 
 def test_tokens_on_things_weigh_more_than_plain_ground():
     pixels = draw(Scene((Thing("square", "red", "small", "top left"),), "white"))
-    weights = token_weights(PlacedPicture(pixels, 0, True), GRID).reshape(GRID)
-    assert weights[0, 0] == OBJECT_WEIGHT and (weights[2:] == 1).all() and (weights[:, 2:] == 1).all()
+    weights = token_weights(PlacedPicture(pixels, 0, True), (8, 8)).reshape(8, 8)
+    first = np.zeros((8, 8), dtype=bool)
+    first[::3, ::3] = True  # of the nine cells, of two by two tokens with one between them
+    assert set(weights[:2, :2][~first[:2, :2]]) == {OBJECT_WEIGHT} and weights[0, 0] == OBJECT_WEIGHT * FIRST_WEIGHT
+    weights[:2, :2] = np.where(first[:2, :2], FIRST_WEIGHT, 1)
+    assert (weights == np.where(first, FIRST_WEIGHT, 1)).all()
     assert not token_weights(PlacedPicture(pixels, 0, False), GRID).any()
 
 
