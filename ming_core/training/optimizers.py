@@ -41,8 +41,8 @@ class Muon(torch.optim.Optimizer):
     can share a learning rate.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -56,7 +56,6 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(torch.cat(updates))
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for param, part in zip(params, update.split([len(u) for u in updates]), strict=True):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
                     param.add_(part.view_as(param), alpha=-scale)
 
     def _nesterov(self, param: nn.Parameter, momentum: float) -> Tensor:
