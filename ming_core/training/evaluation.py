@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 CHAIN_ROUNDS = 5
 CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
 PIXEL_CHANGED = 24  # levels of 255
-COMPARE_THRESHOLD = 0.3  # the default of MingFeaturesCompare
+COMPARE_THRESHOLD = 0.15  # the default of MingFeaturesCompare
 TRIES = 20  # dialogues made for each that is wanted, at most
 SHOWN = 48  # pictures between two lines of progress
 

@@ -141,7 +141,7 @@ NODES = {
     "MingFeaturesPreview": ("Ming Features Preview", {"features": "MING_FEATURES"}, {}, {"image": "IMAGE"}),
     "MingFeaturesCompare": (
         "Ming Features Compare",
-        {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES", "threshold": ("FLOAT", 0.3, 0, 2)},
+        {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES", "threshold": ("FLOAT", 0.15, 0, 2)},
         {},
         {"heatmap": "IMAGE", "mask": "MASK", "similarity": "FLOAT"},
     ),
