@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
-from .placement import rest_on
+from .placement import has_gradient, rest_on
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,7 @@ def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 def grouped_product_serves(x: Tensor) -> bool:
     """Whether torch has a grouped product for x that does not wait for the device."""
-    gradient = torch.is_grad_enabled() and x.requires_grad
-    return x.is_cuda and x.dtype == torch.bfloat16 and not gradient and _grouped_product_works(x.device)
+    return x.is_cuda and x.dtype == torch.bfloat16 and not has_gradient(x) and _grouped_product_works(x.device)
 
 
 @functools.cache

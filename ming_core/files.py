@@ -89,7 +89,8 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
         _rename(fresh, folder)
     except OSError as error:
         if old.exists() and not folder.exists():
-            _rename(old, folder)
+            with contextlib.suppress(OSError):  # then the next run brings it back
+                _rename(old, folder)
         raise FileError(
             f"{folder} cannot be replaced ({error.strerror or error}): what was written is whole, in {fresh};"
             " close what uses the folder, and rename that one"

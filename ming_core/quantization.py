@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import Experts
+from .placement import has_gradient
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
     elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
         aligned = flat if flat.data_ptr() % 32 == 0 else flat.clone()  # the same goes for its input
         out = torch._weight_int8pack_mm(aligned, values, scale)
-    elif values.dtype == torch.int8 and x.dtype != torch.float16 and not _has_gradient(x):
+    elif values.dtype == torch.int8 and x.dtype != torch.float16 and not has_gradient(x):
         # Half of the traffic: scaled weights would be written and read once more. Unscaled, fp16 could overflow.
         return F.linear(x, values.to(x.dtype)) * scale.to(x.dtype)
     else:
@@ -141,11 +142,7 @@ def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
 
 
 def _kernel_serves(kind: str, x: Tensor, scale: Tensor) -> bool:
-    return not _has_gradient(x) and x.dtype == scale.dtype and kernel_works(kind, x.device, x.dtype)
-
-
-def _has_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+    return not has_gradient(x) and x.dtype == scale.dtype and kernel_works(kind, x.device, x.dtype)
 
 
 @functools.cache

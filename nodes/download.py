@@ -25,6 +25,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from ..ming_core.checkpoint import CheckpointError, CheckpointFiles
 from . import host
+from .filenames import nearest_existing
 from .loaders import GB, PUBLISHED
 
 WANTED = re.compile(r"[\w.-]+\.(json|safetensors)|LICENSE[\w.-]*")  # at the top of the repository
@@ -167,7 +168,7 @@ def _make_room(folder: Path, missing: list[RemoteFile]) -> None:
     """Says what is about to be fetched, and makes the folder where the disk has room for it."""
     here = sum(min(part.stat().st_size, f.size) for f in missing if (part := f.part(folder)).exists())
     needed = sum(file.size for file in missing) - here
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    existing = nearest_existing(folder)
     if existing is None:
         raise Refused(f"there is no {folder.anchor} to make {folder} on: choose another folder with --to")
     free = shutil.disk_usage(existing).free

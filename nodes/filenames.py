@@ -29,6 +29,11 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
     return full.parent, full.name, max(numbers, default=0) + 1
 
 
+def nearest_existing(folder: Path) -> Path | None:
+    """The folder, or the first above it that is there; None on a drive that is not there."""
+    return next((path for path in (folder, *folder.parents) if path.exists()), None)
+
+
 def check_prefix(prefix: str, folder: Path) -> Path:
     """`folder` / `prefix`, or a ValueError when that is not inside `folder`, names no file, or cannot be a name."""
     path = Path(folder, prefix.replace("\\", "/"))

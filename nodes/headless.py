@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from . import host
+from .filenames import nearest_existing
 from .headless_workflow import Node, NodeClasses, Workflow, WorkflowError, plan
 
 
@@ -121,7 +122,7 @@ def run_workflow(
 
 def _check_writable(folder: Path) -> None:
     """Refuses an output folder that cannot be made or written to, without making it."""
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    existing = nearest_existing(folder)
     if existing is None:
         raise WorkflowError(f"the output folder {folder} cannot be made: there is no {folder.anchor}; choose another")
     if not existing.is_dir():

@@ -402,13 +402,14 @@ def saved_files() -> list[str]:
     for place in ("output", "input"):
         root, listed = _saved_below(place)
         found = (path for path in listed.rglob("*.safetensors") if path.is_file() and _is_inside(path, root, listed))
-        names += sorted(f"{path.relative_to(root).as_posix()} [{place}]" for path in found)
+        names += sorted(saved_name(path, place) for path in found)
     return names
 
 
-def saved_name(path: Path) -> str:
-    """What `saved_files` calls a file below the output folder."""
-    return f"{path.relative_to(output_directory()).as_posix()} [output]"
+def saved_name(path: Path, place: str = "output") -> str:
+    """What `saved_files` calls a file below the "output" or "input" folder."""
+    root, _ = _saved_below(place)
+    return f"{path.relative_to(root).as_posix()} [{place}]"
 
 
 def saved_path(name: str | None) -> Path:

@@ -14,10 +14,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .descriptions import DEFAULT_BACKGROUND, DEFAULT_SIZE, describe, join_words, with_article
+from .descriptions import DEFAULT_BACKGROUND, DEFAULT_SIZE, describe, join_words, parse_scene, with_article
 from .edits import Edit
 from .scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
-from .wording import pick, refer, spelled, typed
+from .wording import SPELLINGS, pick, refer, spelled, typed
 
 TASK_INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -97,15 +97,15 @@ def _place(rng: np.random.Generator, position: str) -> str:
 
 
 def _one_of(words: Iterable[str]) -> str:
-    return "|".join(word.replace("centre", "cent(?:re|er)|middle").replace(" ", "[ -]") for word in words)
+    spellings = (spelling for word in words for spelling in SPELLINGS.get(word, (word,)))
+    return "|".join(spelling.replace(" ", "[ -]") for spelling in spellings)
 
 
 # What `_mention` and `_added` write. Longest place first, for "top left" begins as "top" does.
 _PLACES = _one_of(sorted(POSITIONS, key=len, reverse=True))
 _MENTIONED = re.compile(
-    rf"(?:at the (?P<before>{_PLACES}) )?\ban? (?:(?:{_one_of(SIZES)}) )?"
-    rf"(?P<color>{_one_of(COLORS)}) (?P<shape>{_one_of(SHAPES)})\b"
-    rf"(?: (?:at|in|on) the (?P<after>{_PLACES})(?: corner| side)?)?",
+    rf"(?:at the (?:{_PLACES}) )?\ban? (?:(?:{_one_of(SIZES)}) )?(?:{_one_of(COLORS)}) (?:{_one_of(SHAPES)})\b"
+    rf"(?: (?:at|in|on) the (?:{_PLACES})(?: corner| side)?)?",
     re.IGNORECASE,
 )
 
@@ -113,10 +113,9 @@ _MENTIONED = re.compile(
 def mentions(text: str, scene: Scene) -> Iterator[tuple[int, Thing]]:
     """The things of the scene that a prompt with a caption names, each with the place where its words end."""
     for found in _MENTIONED.finditer(text):
-        place = (found["before"] or found["after"] or "").lower().replace("-", " ")
-        place = {"center": "centre", "middle": "centre"}.get(place, place)
+        (told,) = parse_scene(found.group()).things
         for thing in scene.things:
-            if (thing.color, thing.shape) == (found["color"], found["shape"]) and place in (thing.position, ""):
+            if thing.content == told.content:
                 yield found.end(), thing
 
 

@@ -16,7 +16,7 @@ from .scenes import Scene, Thing
 
 _Option = TypeVar("_Option")
 
-_SPELLINGS = {
+SPELLINGS = {
     **{"gray": ("gray", "gray", "grey"), "centre": ("centre", "centre", "center", "middle")},
     **{"color": ("color", "color", "colour"), "colors": ("colors", "colors", "colours")},
 }
@@ -29,7 +29,7 @@ def pick(rng: np.random.Generator, options: Sequence[_Option]) -> _Option:
 
 def spelled(rng: np.random.Generator, text: str) -> str:
     """The text with some words in another usual spelling."""
-    return re.sub(r"\b(gray|colors?|centre)\b", lambda match: pick(rng, _SPELLINGS[match.group()]), text)
+    return re.sub(r"\b(gray|colors?|centre)\b", lambda match: pick(rng, SPELLINGS[match.group()]), text)
 
 
 def typed(rng: np.random.Generator, text: str) -> str:
