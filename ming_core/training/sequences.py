@@ -42,10 +42,10 @@ IGNORE = -100  # a label that asks for nothing
 # Of the flow loss of a token on a thing; 1 on plain background. A model in doubt draws a thing that much more readily
 # than ground, so that with 4 it learned faster and drew things twice.
 OBJECT_WEIGHT = 2.0
-# How many times as much the first token of each cell counts, whatever stands there, in a picture that is no edit: which
-# thing comes is decided there, from the words, while its other quarters follow the first one.
+EDIT_WEIGHT = 4.0  # of a token where a thing stands before or after an edit: what changes and what must not, alike
+# How many times as much the first token of each cell counts, whatever stands there: which thing comes is decided there,
+# from the words and the picture before, while its other quarters follow the first one.
 FIRST_WEIGHT = 4.0
-EDIT_WEIGHT = 8.0  # of a token where a thing stands before or after an edit: what changes and what must not, alike
 SHORT_ANSWER = 8  # tokens: the answer to a question, not a description
 SHORT_WEIGHT = 4.0  # of the text loss of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
 QUIZ = 6  # questions about one picture, which is most of what a question costs
@@ -355,12 +355,11 @@ def token_weights(picture: PlacedPicture, grid: tuple[int, int]) -> np.ndarray:
     ground = np.median(picture.pixels.reshape(-1, 3), axis=0)
     standing = _differ(picture.pixels, ground, grid)
     weights = np.where(standing, OBJECT_WEIGHT, 1.0)
-    if picture.before is None:
-        weights[_first_tokens(grid)] *= FIRST_WEIGHT
-    else:
+    if picture.before is not None:
         stood = _differ(picture.before, ground, grid)
         if not stood.all():  # as on another background
             weights[standing | stood] = EDIT_WEIGHT
+    weights[_first_tokens(grid)] *= FIRST_WEIGHT
     return weights.astype(np.float32)
 
 
