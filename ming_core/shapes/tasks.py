@@ -46,7 +46,7 @@ FAMILIES = tuple(dict.fromkeys(task.split("/")[0] for task in TASKS))
 _MENDS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
 _ENHANCING = (*_MENDS, "refine")
 _ENHANCING_SOUND = 0.25  # how much rarer an enhancing task is on a sound picture in view (refine: as usual)
-_ALSO_GREY = 0.3  # share of pixelated and noisy pictures that are grey besides, where a round follows to colorize them
+_ALSO_GREY = 0.3  # share of pixelated and noisy pictures that are grey besides, where colorizing is a task too
 _ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
 _SAME_EDIT = 0.7  # share of identified regions whose edit is asked for next
 _ATTEMPTS = 4000  # scenes tried before a wish is called impossible: a few in training, hundreds in long eval chains
@@ -193,8 +193,7 @@ def _plan(
         raise ValueError(f"none of {', '.join(weights)} fits scenes of {fewest} to {most} things")
     task = _weighted(rng, options)
     first = count = pick(rng, counts[task])
-    grey = rounds > 1 and task in ("super-resolution", "denoise") and "colorize" in weights
-    grey = grey and rng.random() < _ALSO_GREY
+    grey = task in ("super-resolution", "denoise") and "colorize" in weights and rng.random() < _ALSO_GREY
     plan, in_view = [_step(rng, task, count, rules, grey)], False
     while len(plan) < rounds:
         before = plan[-1]
