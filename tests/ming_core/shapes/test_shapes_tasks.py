@@ -137,6 +137,15 @@ def test_a_grey_pixelated_picture_becomes_sharp_first_and_colored_next():
     assert greys > 2
 
 
+@pytest.mark.parametrize("task", ["super-resolution", "denoise"])
+def test_a_grey_picture_that_is_to_become_sharp_stays_grey_where_colorizing_is_a_task_too(task):
+    def greys(tasks):
+        targets = [dialogue.rounds[0].target for dialogue in dialogues(40, tasks=tasks, rounds=1)]
+        return sum(bool((target == target[..., :1]).all()) for target in targets)
+
+    assert greys({task: 1.0, "colorize": 1e-6}) > 4 and greys([task]) == 0
+
+
 def test_an_identified_region_is_that_of_the_edit_that_follows():
     followed = 0
     for dialogue in dialogues(60, tasks={"identify region": 5, "edit": 1}, rounds=2):
