@@ -113,9 +113,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NODE.INPUT=VALUE",
         dest="settings",
         action="append",
-        nargs="+",
         default=[],
-        help='change an input, for example 5.seed=7, or 5.features=["3", 0] for a link',
+        help='change an input, for example 5.seed=7, or "5.features=[3,0]" for a link; may be given more than once',
     )
     demo = commands.add_parser("demo", parents=[common], help="ask about a picture and edit it over several rounds")
     demo.set_defaults(command=run_workflow, workflow=DEMO)
@@ -157,8 +156,7 @@ def existing_file(text: str) -> Path:
 def run_workflow(options: argparse.Namespace) -> int:
     load_pack()
     cli = importlib.import_module("ming_univision.nodes.headless_cli")
-    settings = [setting for group in options.settings for setting in group]
-    return cli.main(options.workflow, settings=settings, image=options.image, output=options.output)
+    return cli.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
 
 
 def download_model(options: argparse.Namespace) -> int:

@@ -161,7 +161,7 @@ def load_univision(
 
 
 def save_mingtok(model: MingTok, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a MingTok as a published folder. Raises FileError; what was in the folder before is whole then."""
+    """Write a MingTok as a published folder. Raises FileError; what cannot be written whole changes nothing."""
     _save(model, write_config(model.config), {}, Path(folder), dtype)
 
 
@@ -171,7 +171,7 @@ def save_univision(
     """Write a UniVision as a published folder. tokenizer: file name -> content, tokenizer.json among them.
 
     dtype is that of the weights that are not quantised. A quantised model makes a quantised folder. Raises FileError;
-    what was in the folder before is whole then.
+    what cannot be written whole changes nothing.
     """
     config = dataclasses.replace(model.config, mingtok_config=model.mingtok.config)
     entries = {"model_type": "mingunivision", **write_config(config)}
@@ -554,7 +554,8 @@ def _save(model: nn.Module, config: dict, others: Mapping[str, str], folder: Pat
     }
     shards = list(in_shards(sizes, SHARD))
     weight_map = {}
-    with written_together(folder) as fresh:
+    stale = [INDEX] if len(shards) == 1 else []  # of what was there before
+    with written_together(folder, stale) as fresh:
         for i, keys in enumerate(shards):
             name = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             tensors = {}
@@ -569,7 +570,6 @@ def _save(model: nn.Module, config: dict, others: Mapping[str, str], folder: Pat
             write_whole(fresh / INDEX, json.dumps(index, indent=1).encode())
         for name, content in {**others, "config.json": json.dumps(config, indent=2)}.items():
             write_whole(fresh / name, content.encode())
-        (folder / INDEX).unlink(missing_ok=True)  # of what was there before
 
 
 def _stored_dtype(key: str, slot: Slot, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:

@@ -262,41 +262,56 @@ def load_conversation(
             f"{path} was saved with another model ({str(other)[:12]}) than this one ({model.fingerprint[:12]}): "
             "load that model to go on with it"
         )
-    if ready and (sizes := [t.numel() for name, t in tensors.items() if name.startswith("latents.")]):
-        ready(max(sizes) // model.mingtok.config.semantic_decoder.in_dim)
-    vocabulary = model.config.llm_config.vocab_size
     try:
-        ids, pictures, done = tensors["ids"].tolist(), len(tensors) - 1, 0
-        for i in ids:
-            if not (isinstance(i, int) and 0 <= i < vocabulary):
-                raise ValueError(f"token {i} is not in the vocabulary of {vocabulary}")
-        parts = []
-        for part in about["parts"]:
-            segments: list[Segment] = []
-            for entry in part["segments"]:
-                if "kind" in entry:
-                    n = entry["length"]
-                    if not 0 <= n <= len(ids) or entry["kind"] not in (ROLE, MARK, PROMPT, ANSWER):
-                        raise KeyError("ids")
-                    segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
-                    del ids[:n]
-                else:
-                    segments.append(_restore(model, tensors[f"latents.{done}"], entry))
-                    done += 1
-                    if on_picture:
-                        on_picture(done, pictures)
-            parts.append(Part(bool(part["generated"]), tuple(segments)))
-        if ids or done < pictures:
-            raise KeyError("parts")
-        return Conversation(tuple(parts), about["model"])
+        bare = _parse(tensors, about, model)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise FileError(f"{path}: not a whole conversation file ({error!r}); save the conversation again") from None
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise FileError(f"{path}: not a whole conversation file ({what}); save the conversation again") from None
+    pictures = bare.pictures
+    if ready and pictures:
+        ready(max(picture.length for picture in pictures))
+    expanded = []
+    for picture in pictures:
+        with torch.no_grad():
+            features = model.mingtok.semantic_features(picture.features.latents)
+        expanded.append(Picture(features._replace(depth=picture.features.depth), picture.drawn))
+        if on_picture:
+            on_picture(len(expanded), len(pictures))
+    whole = iter(expanded)
+    parts = [
+        part._replace(segments=tuple(next(whole) if isinstance(s, Picture) else s for s in part.segments))
+        for part in bare.parts
+    ]
+    return bare._replace(parts=tuple(parts))
 
 
-def _restore(model: Reader, latents: Tensor, entry: dict) -> Picture:
-    with torch.no_grad():
-        features = model.mingtok.semantic_features(latents[None])
-    return Picture(features._replace(depth=int(entry["depth"])), bool(entry["drawn"]))
+def _parse(tensors: dict[str, Tensor], about: dict, model: Reader) -> Conversation:
+    """The conversation of a file, its pictures' features without tokens yet."""
+    ids, vocabulary, done = tensors["ids"].tolist(), model.config.llm_config.vocab_size, 0
+    for i in ids:
+        if not (isinstance(i, int) and 0 <= i < vocabulary):
+            raise ValueError(f"token {i} is not in the vocabulary of {vocabulary}")
+    parts = []
+    for part in about["parts"]:
+        segments: list[Segment] = []
+        for entry in part["segments"]:
+            if "kind" in entry:
+                n = entry["length"]
+                if not 0 <= n <= len(ids) or entry["kind"] not in (ROLE, MARK, PROMPT, ANSWER):
+                    raise ValueError(f"{n} tokens of {entry['kind']!r}, where {len(ids)} are left")
+                segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
+                del ids[:n]
+            else:
+                latents = tensors[f"latents.{done}"][None]
+                model.mingtok.check_latents(latents)
+                grid, depth = tuple(latents.shape[2:]), int(entry["depth"])
+                features = Features(latents[:, 0, :0], latents, grid, model.mingtok.fingerprint, depth)
+                segments.append(Picture(features, bool(entry["drawn"])))
+                done += 1
+        parts.append(Part(bool(part["generated"]), tuple(segments)))
+    if ids or done < len(tensors) - 1:
+        raise ValueError(f"{len(ids)} tokens and {len(tensors) - 1 - done} pictures are of no part")
+    return Conversation(tuple(parts), about["model"])
 
 
 def _about(segment: Segment) -> dict:

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,18 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
-    """A folder to write files into, which move to `folder` once all are written; on failure none does.
+def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write files into, which move to `folder` once all are written; then the `stale` ones there go.
 
-    Raises FileError.
+    Raises FileError. If one cannot be written none moves; if one cannot be moved, those before it have.
     """
     fresh = folder / f".new.{secrets.token_hex(8)}"
     try:
         yield fresh
         for path in sorted(fresh.iterdir()):
-            os.replace(path, folder / path.name)
+            _move(path, folder / path.name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
@@ -73,7 +75,7 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
     fresh, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
     try:
         if old.exists() and not folder.exists():  # an earlier run was killed between the two renames
-            _rename(old, folder)
+            _move(old, folder)
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -85,12 +87,12 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
         raise
     try:
         if folder.exists():
-            _rename(folder, old)
-        _rename(fresh, folder)
+            _move(folder, old)
+        _move(fresh, folder)
     except OSError as error:
         if old.exists() and not folder.exists():
             with contextlib.suppress(OSError):  # then the next run brings it back
-                _rename(old, folder)
+                _move(old, folder)
         raise FileError(
             f"{folder} cannot be replaced ({error.strerror or error}): what was written is whole, in {fresh};"
             " close what uses the folder, and rename that one"
@@ -98,15 +100,15 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _rename(path: Path, to: Path) -> None:
-    """Some patience: on Windows it fails while anything, such as a virus scanner, has a file in the folder open."""
+def _move(path: Path, to: Path) -> None:
+    """Some patience: on Windows it fails while anything, such as a virus scanner, has the file or one in it open."""
     for seconds in (0.5, 1.0, 2.0):
         try:
-            path.rename(to)
+            path.replace(to)
             return
         except PermissionError:
             time.sleep(seconds)
-    path.rename(to)
+    path.replace(to)
 
 
 def check_format(path: str | Path, file_format: str) -> None:

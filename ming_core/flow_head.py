@@ -27,11 +27,11 @@ METHODS = ("euler", "ab2")
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far the picture is pulled towards the prompt (`text`) and the pictures before it (`image`).
+    """How far the picture is pulled towards the prompt (`text`) and towards the prompt's pictures and past (`image`).
 
     1 is no guidance. With a row that saw everything (c), one that saw no text (t) and one that saw neither (u):
-    v = g_t v_c + (g_i - g_t) v_t + (1 - g_i) v_u. Without pictures in view only c and u exist:
-    v = g_t v_c + (1 - g_t) v_u.
+    v = g_t v_c + (g_i - g_t) v_t + (1 - g_i) v_u. With no picture in the prompt and nothing before it only c and u
+    exist: v = g_t v_c + (1 - g_t) v_u.
     """
 
     text: float = 3.0

@@ -48,8 +48,8 @@ class Attention(nn.Module):
 def attend_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """Attention of one query [B, heads, 1, d] to keys and values [B, heads, N, d]; seen: bool [1, N].
 
-    For CUDA, where torch's own goes to cuDNN on newer GPUs: that plans anew for every N, some 30 ms each, and with one
-    query it is wrong on some of them (pytorch issue 193893).
+    For CUDA, where torch's own goes to cuDNN on newer GPUs: by reports (there was no GPU to measure on) that plans anew
+    for every N, and with one query it is wrong on some cards.
     """
     scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
     if seen is not None:

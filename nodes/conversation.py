@@ -202,7 +202,7 @@ class MingGenerate(_Drawing):
             0.0,
             10.0,
             0.05,
-            "How closely earlier pictures are followed; only where the conversation shows one.",
+            "How closely what came before is followed; only with a conversation.",
             **ADVANCED,
         )
         return {

@@ -81,9 +81,9 @@ def test_demo_and_run_take_a_picture_an_output_folder_and_settings(quickstart, t
     picture, workflow = str(tmp_path / "x.png"), str(tmp_path / "x.json")
     demo = quickstart.parse(["demo", "--image", picture, "--output", "there"])
     assert (demo.workflow, demo.image, demo.output) == (quickstart.DEMO, Path(picture), Path("there"))
-    run = quickstart.parse(["run", workflow, "--set", "1.a=1", "2.b=x y", "--set", "3.c=-1"])
+    run = quickstart.parse(["run", "--set", "1.a=1", "--set", "2.b=x y", workflow, "--set", "3.c=-1"])
     assert (run.workflow, run.image, run.output) == (Path(workflow), None, None)
-    assert run.settings == [["1.a=1", "2.b=x y"], ["3.c=-1"]]
+    assert run.settings == ["1.a=1", "2.b=x y", "3.c=-1"]
 
 
 def test_download_takes_a_published_name_and_a_folder(quickstart, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_workflow_runs_in_the_loaded_pack(quickstart, monkeypatch):
 
     monkeypatch.setattr(quickstart, "load_pack", lambda: calls.append("loaded"))
     monkeypatch.setattr(quickstart.importlib, "import_module", lambda name: Cli())
-    assert quickstart.run_workflow(quickstart.parse(["demo", "--set", "1.a=1", "2.b=2"])) == 3
+    assert quickstart.run_workflow(quickstart.parse(["demo", "--set", "1.a=1", "--set", "2.b=2"])) == 3
     assert calls == ["loaded", (quickstart.DEMO, {"settings": ["1.a=1", "2.b=2"], "image": None, "output": None})]
 
 

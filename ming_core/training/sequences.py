@@ -364,7 +364,10 @@ def token_weights(picture: PlacedPicture, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _first_tokens(grid: tuple[int, int]) -> list[int]:
-    """The first token of each cell of the world: the upper left quarter of a thing."""
+    """The first token of each cell of the world: the upper left quarter of a thing.
+
+    The middle of a cell is where four tokens meet: a pixel above and to the left of it lies the first.
+    """
     rows, columns = grid
     return [int((y - 1) * rows / CANVAS) * columns + int((x - 1) * columns / CANVAS) for x, y in POSITIONS.values()]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ming_univision.ming_core import (
     MingTok,
     UniVision,
     checkpoint,
+    files,
     load_mingtok,
     load_univision,
     save_mingtok,
@@ -272,6 +274,15 @@ def test_a_save_that_fails_leaves_the_checkpoint_that_was_there_whole(folder, mo
 
     with monkeypatch.context() as patch, pytest.raises(FileError):
         patch.setattr(checkpoint, "write_whole", until_the_disk_is_full)
+        save_univision(model, folder, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def in_use(path, to):
+        raise PermissionError(13, "in use")
+
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="in use"):
+        patch.setattr(Path, "replace", in_use)
+        patch.setattr(files.time, "sleep", lambda seconds: None)
         save_univision(model, folder, tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     save_univision(model, folder, tokenizer)

@@ -281,30 +281,30 @@ def _write(word):
 
 
 def test_a_rename_that_a_scanner_holds_up_is_tried_again(tmp_path, monkeypatch):
-    rename, failures = Path.rename, [PermissionError(13, "in use")] * 2
+    replace, failures = Path.replace, [PermissionError(13, "in use")] * 2
 
     def held_up(self, to):
         if failures:
             raise failures.pop()
-        return rename(self, to)
+        return replace(self, to)
 
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(Path, "rename", held_up)
+    monkeypatch.setattr(Path, "replace", held_up)
     write_whole_folder(_write("1"), tmp_path / "model")
     assert (tmp_path / "model" / "a").read_text() == "1"
 
 
 def test_what_was_written_is_kept_where_the_old_folder_cannot_be_replaced(tmp_path, monkeypatch):
-    folder, rename = tmp_path / "model", Path.rename
+    folder, replace = tmp_path / "model", Path.replace
     write_whole_folder(_write("1"), folder)
 
     def refused(self, to):
         if self.name == "model.new":
             raise PermissionError(13, "in use")
-        return rename(self, to)
+        return replace(self, to)
 
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(FileError, match=r"in use.*model\.new"):
         write_whole_folder(_write("2"), folder)
     assert (folder / "a").read_text() == "1"
