@@ -258,8 +258,14 @@ def is_finished() -> bool:
         stamp.get("finished") is True
         and stamp.get("requirements") == requirements_digest()
         and stamp.get("python") == python_version(environment_python())
-        and all(os.path.isdir(folder) for folder in stamp.get("lent_folders", []))
+        and lent_is_there(stamp)
     )
+
+
+def lent_is_there(stamp: dict) -> bool:
+    """Whether the package folders that the environment borrows are still there, with PyTorch in the first one."""
+    folders = stamp.get("lent_folders", [])
+    return all(map(os.path.isdir, folders)) and all(os.path.isdir(os.path.join(f, "torch")) for f in folders[:1])
 
 
 def read_stamp() -> dict:
@@ -298,6 +304,8 @@ def prepare_environment() -> None:
     stamp = read_stamp()
     if in_environment() or (environment_python().exists() and not stamp.get("made_here")):
         print(f"Using the environment {VENV}", flush=True)
+        if not lent_is_there(stamp):
+            stamp = {**stamp, "lent_folders": []}  # PyTorch is installed instead
     else:
         lent = find_torch(sys.executable)
         stamp = {"made_here": True, "lent_folders": lent["folders"] if lent else []}
@@ -341,7 +349,7 @@ def make_environment(stamp: dict) -> None:
 
 def clear_environment() -> None:
     if read_stamp().get("made_here"):
-        old = VENV.with_name(f"{VENV.name}.old")  # removed half-way it would look like somebody else's
+        old = VENV.with_name(f"{VENV.name}.quickstart-old")  # removed half-way it would look like somebody else's
         shutil.rmtree(str(old), ignore_errors=True)
         VENV.rename(old)
         shutil.rmtree(str(old))

@@ -505,7 +505,7 @@ def _univision_config(folder: Path, files: CheckpointFiles) -> tuple[UniVisionCo
     """The config with MingTok's part filled in, and the flow head's sizes as its tensors have them."""
     config = _config(UniVisionConfig, folder)
     if config.mingtok_config is None:
-        config = dataclasses.replace(config, mingtok_config=_sibling_mingtok(folder) or MingTokConfig())
+        config = dataclasses.replace(config, mingtok_config=_sibling_mingtok(folder, files) or MingTokConfig())
     shape = {k.removeprefix("model.diffloss.net."): s.shape for k, s in files.tensors.items() if ".diffloss." in k}
     try:
         depth = 1 + max(int(k.split(".")[1]) for k in shape if k.startswith("res_blocks."))
@@ -516,12 +516,22 @@ def _univision_config(folder: Path, files: CheckpointFiles) -> tuple[UniVisionCo
     return dataclasses.replace(config, vishead_diffloss_config=flow), hidden
 
 
-def _sibling_mingtok(folder: Path) -> MingTokConfig | None:
-    """The config of a MingTok checkpoint that lies beside this folder."""
+def _sibling_mingtok(folder: Path, files: CheckpointFiles) -> MingTokConfig | None:
+    """The config of the MingTok checkpoint beside this folder that has the shapes of the one inside."""
+    inside = {key: stored.shape for key, stored in files.only_vision().tensors.items()}
+    found = {}
     for other in sorted(folder.resolve().parent.iterdir()):
         if "mingtok" in other.name.lower() and checkpoint_kind(other) == "mingtok":
-            return _config(MingTokConfig, other)
-    return None
+            config = _config(MingTokConfig, other)
+            slots = published_slots(MingTok(config, device="meta"))
+            if all(inside.get(key) == slot.shape for key, slot in slots.items()):
+                found[config] = other
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder}: its config.json has no mingtok_config, and {' and '.join(map(str, found.values()))} differ: "
+            "leave only the MingTok that belongs to it beside it"
+        )
+    return next(iter(found), None)
 
 
 def _config(cls: type, folder: Path) -> Any:

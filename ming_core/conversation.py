@@ -297,7 +297,8 @@ def _parse(tensors: dict[str, Tensor], about: dict, model: Reader) -> Conversati
         for entry in part["segments"]:
             if "kind" in entry:
                 n = entry["length"]
-                if not 0 <= n <= len(ids) or entry["kind"] not in (ROLE, MARK, PROMPT, ANSWER):
+                known = entry["kind"] in (ROLE, MARK, PROMPT, ANSWER) and isinstance(entry["text"], str)
+                if not (known and 0 <= n <= len(ids)):
                     raise ValueError(f"{n} tokens of {entry['kind']!r}, where {len(ids)} are left")
                 segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
                 del ids[:n]

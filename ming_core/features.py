@@ -97,6 +97,7 @@ def change(a: Features, b: Features) -> Tensor:
                 "MingTok and one detail, as many pictures of each"
             )
     difference = 1 - F.cosine_similarity(a.tokens, b.tokens, dim=-1)
+    difference = difference.masked_fill((a.tokens == b.tokens).all(-1), 0)  # rounding would leave a little
     return to_grid(difference[..., None], a.grid).clamp(0, 2)
 
 

@@ -40,7 +40,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(data)
-        os.replace(temporary, path)
+        _move(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -57,7 +57,8 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     fresh = folder / f".new.{secrets.token_hex(8)}"
     try:
         yield fresh
-        for path in sorted(fresh.iterdir()):
+        # largest first: what is in use is the weights, and then nothing has moved yet
+        for path in sorted(fresh.iterdir(), key=lambda path: -path.stat().st_size):
             _move(path, folder / path.name)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
@@ -72,7 +73,8 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
 
     Raises FileError.
     """
-    fresh, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
+    # names that nobody gives to folders of their own: what bears them is removed
+    fresh, old = (folder.with_name(f".{folder.name}.ming-{suffix}") for suffix in ("new", "old"))
     try:
         if old.exists() and not folder.exists():  # an earlier run was killed between the two renames
             _move(old, folder)

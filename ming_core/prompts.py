@@ -33,6 +33,8 @@ class ChatFormat:
         self._special_ids = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
         self._plain = Tokenizer.from_str(tokenizer_json)  # left whole: without some tokens, others change their ids
         self._plain.encode_special_tokens = True  # as the text that they are
+        self._plain.no_truncation()  # a file says how it was used last: nothing is cut here, nor filled up
+        self._plain.no_padding()
         self.end_id = self._special(END)
         self.role_open_id, self.role_close_id = self._special(ROLE_OPEN), self._special(ROLE_CLOSE)
         self.image_open_id, self.image_close_id = self._special(IMAGE_OPEN), self._special(IMAGE_CLOSE)

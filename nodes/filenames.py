@@ -23,7 +23,9 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
     for name, text in fields.items():
         prefix = prefix.replace(f"%{name}%", text)
     full = Path(os.path.normpath(check_prefix(prefix, folder)))
-    counted = re.compile(re.escape(os.path.normcase(full.name)) + r"_(\d+)")
+    # %batch_num% is left to whoever saves a batch, and is a number in what is there
+    name = r"\d+".join(map(re.escape, os.path.normcase(full.name).split("%batch_num%")))
+    counted = re.compile(name + r"_(\d+)")
     names = os.listdir(full.parent) if full.parent.is_dir() else []
     numbers = [int(match[1]) for name in names if (match := counted.match(os.path.normcase(name)))]
     return full.parent, full.name, max(numbers, default=0) + 1

@@ -46,6 +46,7 @@ class MingExampleScene:
         return True
 
     def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:
+        seed %= 2**64  # a linked one is not held to the widget's range
         wanted = parse_scene(scene) if scene.strip() else scene_from_seed(seed)
         pixels = spoil(draw(wanted, size), degrade, seed)
         image = torch.from_numpy(pixels).float().div(255)[None]

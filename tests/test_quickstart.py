@@ -9,6 +9,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def quickstart(tmp_path, monkeypatch):
 def finished(quickstart, monkeypatch):
     """The stamp of a finished environment that was made here, with a Python 3.11 and one lent folder."""
     quickstart.VENV.mkdir()
-    (quickstart.ROOT / "lent").mkdir()
+    (quickstart.ROOT / "lent" / "torch").mkdir(parents=True)
     monkeypatch.setattr(quickstart, "python_version", lambda python: "3.11")
     stamp = {
         "made_here": True,
@@ -372,6 +373,17 @@ def test_a_lent_torch_that_does_not_work_in_the_environment_is_installed(quickst
     preparing.torch_of.update(caller={"version": "2.5.1", "folders": [str(tmp_path)]})
     quickstart.prepare_environment()
     assert ("install", None) in preparing.done
+
+
+@pytest.mark.parametrize("gone", ["lent", "lent/torch"])
+def test_an_environment_whose_lent_torch_is_gone_gets_its_own_even_where_it_runs_this_script(
+    quickstart, finished, preparing, monkeypatch, gone
+):
+    shutil.rmtree(quickstart.ROOT / gone)
+    assert not quickstart.is_finished()
+    monkeypatch.setattr(quickstart, "in_environment", lambda: True)
+    quickstart.prepare_environment()
+    assert ("install", None) in preparing.done and quickstart.is_finished()
 
 
 def test_an_interrupted_installation_is_made_anew(quickstart, preparing, monkeypatch):

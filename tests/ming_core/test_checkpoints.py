@@ -229,6 +229,19 @@ def test_a_sibling_folder_that_only_sounds_like_a_mingtok_is_passed_over(folder,
     assert load_univision(folder).mingtok.config == load_univision(checkpoint_folder).mingtok.config
 
 
+def test_of_several_sibling_mingtoks_those_of_other_shapes_are_passed_over_and_two_that_fit_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())["mingtok_config"]
+    deeper = {**config, "pixel_decoder": {**config["pixel_decoder"], "decoder_depth": 9}}
+    for name, content in (("A-MingTok", deeper), ("MingTok-Vision", config)):
+        (folder.parent / name).mkdir()
+        (folder.parent / name / "config.json").write_text(json.dumps(content))
+    edit_config(folder, mingtok_config=...)
+    assert load_univision(folder).mingtok.config == read_config(MingTokConfig, config)
+    (folder.parent / "A-MingTok" / "config.json").write_text(json.dumps({**config, "mean": 0.25}))
+    with pytest.raises(CheckpointError, match=r"A-MingTok and .*MingTok-Vision differ"):
+        load_univision(folder)
+
+
 def test_without_any_mingtok_config_the_published_one_is_assumed_and_said_to_misfit(folder):
     edit_config(folder, mingtok_config=...)
     with pytest.raises(CheckpointError, match=r"vision\."):

@@ -482,7 +482,7 @@ def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tm
             load_features(path)
 
 
-@pytest.mark.parametrize("damage", ["unknown id", "negative length", "depth", "latents", "no model", "a list"])
+@pytest.mark.parametrize("damage", ["unknown id", "negative length", "depth", "latents", "no model", "a list", "text"])
 def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage):
     path = tmp_path / "talk.safetensors"
     save_conversation(model.understand(Conversation(), "What?", features=picture, **SHORT).conversation, path)
@@ -496,6 +496,8 @@ def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage
         next(s for s in segments if "depth" in s)["depth"] = "deep"
     elif damage == "latents":
         tensors["latents.0"] = tensors["latents.0"][:-1]
+    elif damage == "text":
+        segments[0]["text"] = 5
     elif damage == "no model":
         del about["model"]
     write_tensors(path, tensors, about)
@@ -519,7 +521,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(model, picture, tmp_path, mon
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ming_univision.ming_core.files.os.replace", full_disk)
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
     with pytest.raises(FileError, match="No space left"):
         save_features(picture._replace(depth=4), tmp_path / "f.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]

@@ -104,6 +104,22 @@ def test_added_tokens_that_are_not_special_keep_their_ids_and_special_ones_stay_
         assert chat.decode(ids) == text and 262 in ids and not set(ids) & set(range(256, 262))
 
 
+def test_a_tokenizer_file_that_says_to_cut_and_to_fill_up_is_not_obeyed(golden_folder, chat):
+    path = golden_folder / "chat_template" / "surrogate_tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    for text in ("a large red circle at the top left and a small blue star", "a"):
+        assert ChatFormat(json.dumps(content)).encode(text) == chat.encode(text)
+
+
 def test_half_a_character_in_a_prompt_is_replaced_and_two_halves_are_put_together(chat):
     said = chat.prompt(["a\ud83d b \ud83d\udc31"]).segments[1]
     assert said.text == "a\N{REPLACEMENT CHARACTER} b \N{CAT FACE}" and said.ids == chat.encode(said.text)

@@ -299,22 +299,22 @@ def test_what_was_written_is_kept_where_the_old_folder_cannot_be_replaced(tmp_pa
     write_whole_folder(_write("1"), folder)
 
     def refused(self, to):
-        if self.name == "model.new":
+        if self.name == ".model.ming-new":
             raise PermissionError(13, "in use")
         return replace(self, to)
 
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Path, "replace", refused)
-    with pytest.raises(FileError, match=r"in use.*model\.new"):
+    with pytest.raises(FileError, match=r"in use.*model\.ming-new"):
         write_whole_folder(_write("2"), folder)
     assert (folder / "a").read_text() == "1"
-    assert (tmp_path / "model.new" / "a").read_text() == "2"
+    assert (tmp_path / ".model.ming-new" / "a").read_text() == "2"
 
 
 def test_a_folder_that_a_killed_run_left_beside_its_place_is_not_lost(tmp_path):
     folder = tmp_path / "model"
     write_whole_folder(_write("1"), folder)
-    folder.rename(tmp_path / "model.old")
+    folder.rename(tmp_path / ".model.ming-old")
 
     def fails(f):
         raise OSError("disk full")

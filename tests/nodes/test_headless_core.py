@@ -131,6 +131,8 @@ def test_the_counter_looks_only_at_files_of_that_name(tmp_path):
     for name in ("a_00007_.png", "a_b_00050_.png", "ab_00099_.png", "a.png", "a_x.png"):
         (tmp_path / name).write_text("")
     assert numbered_path("a", tmp_path) == (tmp_path, "a", 8)
+    (tmp_path / "a_12_00004_.png").write_text("")
+    assert numbered_path("a_%batch_num%", tmp_path) == (tmp_path, "a_%batch_num%", 5)
     assert numbered_path("%width%x%height%", tmp_path, 6, 4) == (tmp_path, "6x4", 1)
 
 

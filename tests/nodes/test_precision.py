@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_by_its_real_size(folder, monkeypatch, prec
 
 def test_a_quantised_folder_appears_whole_or_not_at_all_and_what_a_killed_run_left_is_no_obstacle(folder, monkeypatch):
     command, target = [str(folder), str(folder.parent / "small")], folder.parent / "small"
-    left = folder.parent / "small.new"
+    left = folder.parent / ".small.ming-new"
     left.mkdir()
     (left / "model-00001-of-00009.safetensors").touch()
 
