@@ -18,6 +18,7 @@ from torch import Tensor
 from .files import FileError, read_tensors, write_tensors
 
 FILE_FORMAT = "ming features 1"
+CHANGED = 0.15  # from which difference on a token counts as changed: docs/TRAINING.md says how it was chosen
 
 
 def to_tokens(latents: Tensor) -> Tensor:

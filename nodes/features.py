@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..ming_core import Features, FileError
 from ..ming_core import load_features as read_features
 from ..ming_core import save_features as write_features
-from ..ming_core.features import FILE_FORMAT, change, principal_colours
+from ..ming_core.features import CHANGED, FILE_FORMAT, change, principal_colours
 from ..ming_core.files import check_format
 from . import host
 from .filenames import prefix_verdict
@@ -105,7 +105,7 @@ class MingFeaturesCompare:
             "required": {
                 "features_a": socket("MING_FEATURES", "Features before."),
                 "features_b": socket("MING_FEATURES", "Features after: as many pictures, of the same grid."),
-                "threshold": number(0.15, 0.0, 2.0, 0.01, "From which difference on a token counts as changed."),
+                "threshold": number(CHANGED, 0.0, 2.0, 0.01, "From which difference on a token counts as changed."),
             }
         }
 

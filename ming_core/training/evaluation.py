@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import Conversation, Features, Solver, Turn, UniVision, load_univision
-from ..features import change
+from ..features import CHANGED, change
 from ..images import psnr, to_images, to_pixels
 from ..shapes import (
     Dialogue,
@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 CHAIN_ROUNDS = 5
 CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
 PIXEL_CHANGED = 24  # levels of 255
-COMPARE_THRESHOLD = 0.15  # the default of MingFeaturesCompare
 TRIES = 20  # dialogues made for each that is wanted, at most
 SHOWN = 48  # pictures between two lines of progress
 
@@ -228,7 +227,7 @@ def edits(examiner: Examiner) -> Iterator[Score]:
         if any(untouched):
             kept.append(all(ok for ok, same in zip(seen.right, untouched, strict=True) if same))
         source = examiner.features(turn.attached)
-        found = change(source, result.features)[0, 0].numpy() > COMPARE_THRESHOLD
+        found = change(source, result.features)[0, 0].numpy() > CHANGED
         masks.append(_overlap(found, _changed_cells(turn, source.grid)))
     yield share("edits done as asked", done, "88 %")
     if kept:  # there may be no other thing in a few scenes
