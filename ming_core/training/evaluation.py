@@ -393,7 +393,8 @@ def plot(results: list[Chain], path: Path) -> None:
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for chain in results:
             axes.plot(range(1, CHAIN_ROUNDS + 1), chain.table()[key], marker="o", label=chain.name)
-        axes.set(title=title, xlabel="round", xticks=range(1, CHAIN_ROUNDS + 1), ylim=(0, None))
+        axes.set(title=title, xlabel="round", xticks=range(1, CHAIN_ROUNDS + 1))
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
