@@ -75,7 +75,8 @@ def share(name: str, hits: list[bool], aim: str) -> Score:
     p = sum(hits) / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Score(name, p, max(0.0, middle - half), min(1.0, middle + half), n, aim)
+    low, high = min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # rounding must not leave p out
+    return Score(name, p, low, high, n, aim)
 
 
 def mean(name: str, values: list[float], aim: str, unit: str) -> Score:
