@@ -133,7 +133,7 @@ def plot(results: list[Result], path: Path) -> None:
             steps, [100 * r.right.value for r in of_method], (low, high), marker="o", capsize=3, label=method
         )
     left.set(title="error of a token, %, root mean square", ylim=(0, None))
-    right.set(title="drawings with every object right, %", ylim=(0, 100))
+    right.set(title="drawings with every object right, %", ylim=(0, 104))
     for axes in (left, right):
         axes.set(xlabel="velocity evaluations a token", xticks=EVALUATIONS)
         axes.grid(alpha=0.3)

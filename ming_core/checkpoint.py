@@ -509,7 +509,7 @@ def _univision_config(folder: Path, files: CheckpointFiles) -> tuple[UniVisionCo
     shape = {k.removeprefix("model.diffloss.net."): s.shape for k, s in files.tensors.items() if ".diffloss." in k}
     try:
         depth = 1 + max(int(k.split(".")[1]) for k in shape if k.startswith("res_blocks."))
-        width, hidden = shape["input_proj.weight"][0], shape["res_blocks.0.mlp.w3.weight"][1]
+        width, hidden = shape["input_proj.weight"][0], shape["res_blocks.0.mlp.w12.weight"][0] // 2
     except (KeyError, ValueError, IndexError):
         return config, None  # a tensor of the head is missing: the full check names it
     flow = dataclasses.replace(config.vishead_diffloss_config, diffloss_w=width, diffloss_d=depth)

@@ -1,5 +1,6 @@
 """Quantised weights: how exact, how small, made while loading, saved and loaded again, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from ming_univision.ming_core import (
 from ming_univision.ming_core.checkpoint import checkpoint_bytes, stored_quantization
 from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig
 from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.prompts import ChatFormat
 from ming_univision.ming_core.quantization import (
     FORMATS,
     Quantized,
@@ -29,6 +31,7 @@ from ming_univision.ming_core.quantization import (
     quantize_int4,
     quantize_int8,
 )
+from ming_univision.ming_core.training.objectives import initialise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -296,6 +299,22 @@ def test_a_quantised_folder_loads_the_same_and_keeps_its_originals_fingerprint(k
         assert (other.fingerprint, other.mingtok.fingerprint) == (whole.fingerprint, whole.mingtok.fingerprint)
     assert load_mingtok(saved).fingerprint == whole.mingtok.fingerprint
     assert stored_quantization(saved) == kind and stored_quantization(folder) is None
+
+
+@both
+def test_a_flow_head_of_whole_groups_throughout_as_the_published_one_comes_back_from_a_quantised_folder(
+    kind, folder, tmp_path
+):
+    chat = ChatFormat.from_folder(folder)
+    config = load_univision(folder).config
+    head = dataclasses.replace(config.vishead_diffloss_config, diffloss_w=64)
+    wide = UniVision(dataclasses.replace(config, vishead_diffloss_config=head), chat, flow_hidden=128)
+    initialise(wide, torch.Generator().manual_seed(0))
+    model = load_univision(save(wide, folder, tmp_path / "wide"), quantization=kind)
+    again = load_univision(save(model, folder, tmp_path / "saved"))
+    inner = again.flow_head.net.res_blocks[0].mlp.w3.weight
+    assert inner.dtype == (torch.uint8 if kind == "int4" else torch.int8)
+    assert torch.equal(draw(again), draw(model))
 
 
 @both
