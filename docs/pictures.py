@@ -2,8 +2,8 @@
 
     python docs/pictures.py [NAME ...]
 
-NAME: "reconstruction", "rounds", or a workflow; all of them by default. A thumbnail shows the scene that a workflow
-starts from, what each of its drawing nodes drew (decoded for the thumbnail alone), and what was answered.
+NAME: "reconstruction", "rounds", "examination", or a workflow; all of them by default. A thumbnail shows the scene that
+a workflow starts from, what each of its drawing nodes drew (decoded for the thumbnail alone), and what was answered.
 """
 
 from __future__ import annotations
@@ -110,18 +110,45 @@ def thumbnail(name: str) -> None:
     canvas.save(WORKFLOWS / f"{name}.jpg", quality=88)
 
 
+def captioned(strips: list[list[Image.Image]], titles: list[str], side: int, size: int) -> Image.Image:
+    """Strips of pictures one below the other, and below each column its title, in letters of `size` pixels."""
+    rows, font, line = [row(pictures, side, INK) for pictures in strips], ImageFont.load_default(size=size), size + 7
+    wrapped = [textwrap.wrap(title, side // (size // 2 + 1)) for title in titles]
+    top = len(rows) * (side + GAP)
+    canvas = Image.new("RGB", (rows[0].width, top + max(map(len, wrapped)) * line + GAP), INK)
+    for i, strip in enumerate(rows):
+        canvas.paste(strip, (0, i * (side + GAP)))
+    pen = ImageDraw.Draw(canvas)
+    for i, texts in enumerate(wrapped):
+        for k, text in enumerate(texts):
+            pen.text((i * (side + GAP) + GAP, top + k * line), text, fill=(0, 0, 0), font=font)
+    return canvas
+
+
 def rounds() -> None:
     """The demo's rounds, with what was said."""
     pictures, titles, answers = results("multi_round_edit")
-    side, font = 384, ImageFont.load_default(size=19)
-    strip = row(pictures, side, INK)
-    canvas = Image.new("RGB", (strip.width, side + 5 * LINE), INK)
-    canvas.paste(strip)
-    pen = ImageDraw.Draw(canvas)
-    for i, title in enumerate([f'The scene. "{answers[0]}"', *titles]):
-        for k, line in enumerate(textwrap.wrap(title, 38)):
-            pen.text((i * (side + GAP) + GAP, side + GAP + k * LINE), line, fill=(0, 0, 0), font=font)
+    canvas = captioned([pictures], [f'The scene. "{answers[0]}"', *titles], 384, 19)
     canvas.save(ROOT / "docs" / "rounds.png", optimize=True)
+
+
+def examination() -> None:
+    """The first scenes of the examination, as they come: drawings from words, and edits with the picture before."""
+    pack()
+    from ming_univision.ming_core import load_univision
+    from ming_univision.ming_core.training.evaluation import Examiner
+
+    examiner = Examiner(load_univision(ROOT / "models" / "tiny-shapes"), scenes=6)
+    parts = []
+    for task in ("generate", "edit"):
+        asked = examiner.rounds([task])
+        after = [decoded(examiner.model.mingtok, turn.features) for turn in examiner.drawn(asked)]
+        before = [Image.fromarray(turn.attached) for turn in asked if turn.attached is not None]
+        parts.append(captioned([before, after] if before else [after], [turn.prompt for turn in asked], 224, 15))
+    canvas = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), INK)
+    canvas.paste(parts[0])
+    canvas.paste(parts[1], (0, parts[0].height))
+    canvas.save(ROOT / "docs" / "examination.png", optimize=True)
 
 
 def reconstruction() -> None:
@@ -143,11 +170,14 @@ def reconstruction() -> None:
     canvas.save(ROOT / "docs" / "reconstruction.png", optimize=True)
 
 
+OTHERS = {"reconstruction": reconstruction, "rounds": rounds, "examination": examination}
+
+
 def main(names: list[str]) -> None:
     workflows = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
-    for name in names or ["reconstruction", "rounds", *workflows]:
+    for name in names or [*OTHERS, *workflows]:
         print(name, flush=True)
-        {"reconstruction": reconstruction, "rounds": rounds}.get(name, lambda name=name: thumbnail(name))()
+        OTHERS.get(name, lambda name=name: thumbnail(name))()
 
 
 if __name__ == "__main__":
