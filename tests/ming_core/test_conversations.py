@@ -507,6 +507,17 @@ def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage
         load_conversation(path, model)
 
 
+def test_what_is_raised_to_stop_reading_a_conversation_is_not_taken_for_damage(model, picture, tmp_path):
+    path = tmp_path / "talk.safetensors"
+    save_conversation(model.understand(Conversation(), "What?", features=picture, **SHORT).conversation, path)
+
+    def stop(done, pictures):
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="^stopped$"):
+        load_conversation(path, model, on_picture=stop)
+
+
 def test_saved_features_come_back_without_a_loss_and_without_a_model(model, picture, tmp_path):
     drawn = model.generate_image(Conversation(), "Make it blue.", features=picture, **SHORT).features
     save_features(drawn, tmp_path / "f.safetensors")

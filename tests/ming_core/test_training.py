@@ -294,6 +294,14 @@ def test_a_rename_that_a_scanner_holds_up_is_tried_again(tmp_path, monkeypatch):
     assert (tmp_path / "model" / "a").read_text() == "1"
 
 
+def test_folders_beside_it_that_the_user_called_old_and_new_are_left_alone(tmp_path):
+    for name in ("model.old", "model.new"):
+        (tmp_path / name).mkdir()
+    for text in "12":
+        write_whole_folder(_write(text), tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.new", "model.old"]
+
+
 def test_what_was_written_is_kept_where_the_old_folder_cannot_be_replaced(tmp_path, monkeypatch):
     folder, replace = tmp_path / "model", Path.replace
     write_whole_folder(_write("1"), folder)
