@@ -514,7 +514,7 @@ def test_what_is_raised_to_stop_reading_a_conversation_is_not_taken_for_damage(m
     def stop(done, pictures):
         raise ValueError("stopped")
 
-    with pytest.raises(ValueError, match="^stopped$"):
+    with pytest.raises(ValueError, match=r"^stopped$"):
         load_conversation(path, model, on_picture=stop)
 
 
