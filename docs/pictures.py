@@ -110,19 +110,27 @@ def thumbnail(name: str) -> None:
     canvas.save(WORKFLOWS / f"{name}.jpg", quality=88)
 
 
+def stacked(rows: list[Image.Image]) -> Image.Image:
+    """One below the other, all of one width."""
+    canvas = Image.new("RGB", (rows[0].width, sum(each.height + GAP for each in rows) - GAP), INK)
+    top = 0
+    for each in rows:
+        canvas.paste(each, (0, top))
+        top += each.height + GAP
+    return canvas
+
+
 def captioned(strips: list[list[Image.Image]], titles: list[str], side: int, size: int) -> Image.Image:
     """Strips of pictures one below the other, and below each column its title, in letters of `size` pixels."""
-    rows, font, line = [row(pictures, side, INK) for pictures in strips], ImageFont.load_default(size=size), size + 7
+    rows = [row(pictures, side, INK) for pictures in strips]
     wrapped = [textwrap.wrap(title, side // (size // 2 + 1)) for title in titles]
-    top = len(rows) * (side + GAP)
-    canvas = Image.new("RGB", (rows[0].width, top + max(map(len, wrapped)) * line + GAP), INK)
-    for i, strip in enumerate(rows):
-        canvas.paste(strip, (0, i * (side + GAP)))
-    pen = ImageDraw.Draw(canvas)
+    font, line = ImageFont.load_default(size=size), size + 7
+    caption = Image.new("RGB", (rows[0].width, max(map(len, wrapped)) * line + GAP), INK)
+    pen = ImageDraw.Draw(caption)
     for i, texts in enumerate(wrapped):
         for k, text in enumerate(texts):
-            pen.text((i * (side + GAP) + GAP, top + k * line), text, fill=(0, 0, 0), font=font)
-    return canvas
+            pen.text((i * (side + GAP) + GAP, k * line), text, fill=(0, 0, 0), font=font)
+    return stacked([*rows, caption])
 
 
 def rounds() -> None:
@@ -145,10 +153,7 @@ def examination() -> None:
         after = [decoded(examiner.model.mingtok, turn.features) for turn in examiner.drawn(asked)]
         before = [Image.fromarray(turn.attached) for turn in asked if turn.attached is not None]
         parts.append(captioned([before, after] if before else [after], [turn.prompt for turn in asked], 224, 15))
-    canvas = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), INK)
-    canvas.paste(parts[0])
-    canvas.paste(parts[1], (0, parts[0].height))
-    canvas.save(ROOT / "docs" / "examination.png", optimize=True)
+    stacked(parts).save(ROOT / "docs" / "examination.png", optimize=True)
 
 
 def reconstruction() -> None:
@@ -164,10 +169,7 @@ def reconstruction() -> None:
         features = mingtok.semantic_features(mingtok.encode(pixels))
     below = [decoded(mingtok, each) for each in features.pictures()]
     strips = [row(pictures, 160, INK) for pictures in ([Image.fromarray(a) for a in above], below)]
-    canvas = Image.new("RGB", (strips[0].width, 2 * 160 + GAP), INK)
-    for i, strip in enumerate(strips):
-        canvas.paste(strip, (0, i * (160 + GAP)))
-    canvas.save(ROOT / "docs" / "reconstruction.png", optimize=True)
+    stacked(strips).save(ROOT / "docs" / "reconstruction.png", optimize=True)
 
 
 OTHERS = {"reconstruction": reconstruction, "rounds": rounds, "examination": examination}

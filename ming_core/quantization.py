@@ -125,9 +125,8 @@ def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
     if packed:
         out = _int4_product(flat, values, scale)
     elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
-        aligned = (
-            flat if flat.data_ptr() % 32 == 0 else flat.clone()
-        )  # it reads 16 values of x at a time, too: 32 bytes
+        # it reads 16 values of x at a time, too: 32 bytes
+        aligned = flat if flat.data_ptr() % 32 == 0 else flat.clone()
         out = torch._weight_int8pack_mm(aligned, values, scale)
     elif values.dtype == torch.int8 and x.dtype != torch.float16 and not has_gradient(x):
         # Half of the traffic: scaled weights would be written and read once more. Unscaled, fp16 could overflow.

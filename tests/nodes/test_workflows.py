@@ -56,12 +56,13 @@ def test_the_workflow_runs_and_encodes_and_decodes_exactly_as_often_as_it_must(n
         return model
 
     monkeypatch.setattr(host, "ready", watched)
-    run_workflow(shortened(read_workflow(FOLDER / f"{name}.json")), output_dir=tmp_path)
+    results = run_workflow(shortened(read_workflow(FOLDER / f"{name}.json")), output_dir=tmp_path)
     ((tok, before),) = at_first_use.items()
     encodes, decodes, semantic = CALLS[name]
     assert tok.calls - before == +Counter(encode=encodes, decode=decodes, semantic=semantic)
     saved = list(tmp_path.rglob("*.png"))
     assert len(saved) == decodes
+    assert results
 
 
 @pytest.mark.parametrize("name", CALLS)
