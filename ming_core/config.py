@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HEAD_DIM = 64  # of every attention in MingTok; the checkpoints do not state it
+LARGEST = 1 << 28  # of all sizes; a config beyond is damaged, and making its model would only take long to fail
+MOST = 1000  # layers, and experts of a layer
+COUNTED = ("depth", "decoder_depth", "mlp_depth", "num_hidden_layers", "num_experts", "num_shared_experts")
 
 
 class ConfigError(ValueError):
@@ -35,10 +38,12 @@ def _demand(ok: bool, message: str) -> None:
 
 
 def _demand_sizes(config: Any, *others: str) -> None:
-    """Every whole number is 1 or more, but for those named `others`, which are no sizes."""
+    """Every whole number is 1 or more and can be meant, but for those named `others`, which are no sizes."""
     for name, value in vars(config).items():
         if type(value) is int and name not in others:
             _demand(value >= 1, f"{name} {value} is not 1 or more")
+            most = MOST if name in COUNTED else LARGEST
+            _demand(value <= most, f"{name} {value} is more than {most}")
 
 
 def _demand_multiple(name: str, value: int, of: int, of_name: str = "") -> None:

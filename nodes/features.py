@@ -105,7 +105,7 @@ class MingFeaturesCompare:
             "required": {
                 "features_a": socket("MING_FEATURES", "Features before."),
                 "features_b": socket("MING_FEATURES", "Features after: as many pictures, of the same grid."),
-                "threshold": number(CHANGED, 0.0, 2.0, 0.01, "From which difference on a token counts as changed."),
+                "threshold": number(CHANGED, 0.0, 2.0, 0.01, "Above which difference a token counts as changed."),
             }
         }
 

@@ -425,6 +425,8 @@ def test_a_folder_without_weights_or_tokenizer_or_config_is_refused(folder):
         ({"llm_config__num_key_value_heads": 0}, ["num_key_value_heads 0 is not 1 or more"]),
         ({"llm_config__hidden_size": -8}, ["hidden_size -8 is not 1 or more"]),
         ({"mlp_depth": 0}, ["mlp_depth 0 is not 1 or more"]),
+        ({"llm_config__num_hidden_layers": 10**30}, ["num_hidden_layers 1", "is more than 1000"]),
+        ({"llm_config__hidden_size": 1e12}, ["hidden_size 1000000000000 is more than"]),
         ({"mingtok_config__scaling_factor": 0}, ["scaling_factor 0"]),
         ({"vishead_diffloss_config__num_sampling_steps": "many"}, ["num_sampling_steps 'many'"]),
         ({"llm_config__hidden_size": 32}, ["expected [", "by config.json"]),
