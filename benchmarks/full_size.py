@@ -33,8 +33,10 @@ sys.path.insert(0, str(ROOT))
 import ming_core  # noqa: E402 - found through the line above
 from ming_core import Conversation, UniVision  # noqa: E402
 from ming_core.captured import SWITCH, Recorder  # noqa: E402
-from ming_core.checkpoint import INDEX, in_shards, published_slots  # noqa: E402
+from ming_core.checkpoint import in_shards  # noqa: E402
 from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config  # noqa: E402
+from ming_core.published import published_slots  # noqa: E402
+from ming_core.stored import INDEX  # noqa: E402
 
 GB = 1e9
 SHARD = 2e9  # bytes

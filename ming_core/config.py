@@ -20,7 +20,15 @@ from typing import Any
 HEAD_DIM = 64  # of every attention in MingTok; the checkpoints do not state it
 LARGEST = 1 << 28  # of all sizes; a config beyond is damaged, and making its model would only take long to fail
 MOST = 1000  # layers, and experts of a layer
-COUNTED = ("depth", "decoder_depth", "mlp_depth", "num_hidden_layers", "num_experts", "num_shared_experts")
+COUNTED = (
+    "depth",
+    "decoder_depth",
+    "mlp_depth",
+    "num_hidden_layers",
+    "num_experts",
+    "num_shared_experts",
+    "diffloss_d",
+)
 
 
 class ConfigError(ValueError):
@@ -201,9 +209,10 @@ class FlowHeadConfig:
     vis_head_arch: str = "linear2-norm"
 
     def __post_init__(self) -> None:
+        _demand_sizes(self)
         _demand(
-            self.num_sampling_steps.isdecimal() and int(self.num_sampling_steps) > 0,
-            f"num_sampling_steps {self.num_sampling_steps!r} is not a whole number above 0",
+            self.num_sampling_steps.isdecimal() and 0 < int(self.num_sampling_steps) <= MOST,
+            f"num_sampling_steps {self.num_sampling_steps!r} is not a whole number from 1 to {MOST}",
         )
         _demand(
             self.gen_method.startswith("flow_matching_swiglu"),

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from ..ming_core.checkpoint import CheckpointError, CheckpointFiles
+from ..ming_core.stored import CheckpointError, CheckpointFiles
 from . import host
 from .filenames import nearest_existing
 from .loaders import GB, PUBLISHED

@@ -106,9 +106,9 @@ def picture(model):
 @pytest.fixture
 def tensors_alive(monkeypatch):
     """Counts, while checkpoints are loaded: [tensors read, most of them that were alive at once]."""
-    from ming_univision.ming_core import checkpoint
+    from ming_univision.ming_core.stored import TensorReader
 
-    alive, counts, read = [], [0, 0], checkpoint._Reader.read
+    alive, counts, read = [], [0, 0], TensorReader.read
 
     def watched(self, stored):
         tensor = read(self, stored)
@@ -116,5 +116,5 @@ def tensors_alive(monkeypatch):
         counts[:] = len(alive), max(counts[1], sum(ref() is not None for ref in alive))
         return tensor
 
-    monkeypatch.setattr(checkpoint._Reader, "read", watched)
+    monkeypatch.setattr(TensorReader, "read", watched)
     return counts

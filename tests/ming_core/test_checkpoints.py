@@ -20,9 +20,10 @@ from ming_univision.ming_core import (
     save_mingtok,
     save_univision,
 )
-from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind, published_slots
+from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind
 from ming_univision.ming_core.config import ConfigError, MingTokConfig, UniVisionConfig, read_config
 from ming_univision.ming_core.files import write_whole
+from ming_univision.ming_core.published import published_slots
 from safetensors.torch import load_file, save_file
 
 PUBLISHED_VALUES = 18_804_506_432
@@ -232,7 +233,8 @@ def test_a_sibling_folder_that_only_sounds_like_a_mingtok_is_passed_over(folder,
 def test_of_several_sibling_mingtoks_those_of_other_shapes_are_passed_over_and_two_that_fit_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())["mingtok_config"]
     deeper = {**config, "pixel_decoder": {**config["pixel_decoder"], "decoder_depth": 9}}
-    for name, content in (("A-MingTok", deeper), ("MingTok-Vision", config)):
+    newer = {**config, "low_level_encoder": {**config["low_level_encoder"], "ffn_layer": "mlp"}}
+    for name, content in (("A-MingTok", deeper), ("MingTok-3", newer), ("MingTok-Vision", config)):
         (folder.parent / name).mkdir()
         (folder.parent / name / "config.json").write_text(json.dumps(content))
     edit_config(folder, mingtok_config=...)
@@ -240,6 +242,19 @@ def test_of_several_sibling_mingtoks_those_of_other_shapes_are_passed_over_and_t
     (folder.parent / "A-MingTok" / "config.json").write_text(json.dumps({**config, "mean": 0.25}))
     with pytest.raises(CheckpointError, match=r"A-MingTok and .*MingTok-Vision differ"):
         load_univision(folder)
+
+
+def test_a_sibling_mingtok_is_found_beside_the_link_to_a_model_and_beside_what_the_link_leads_to(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())["mingtok_config"]
+    edit_config(folder, mingtok_config=...)
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "linked").symlink_to(folder, target_is_directory=True)
+    for place in (models, folder.parent):
+        (place / "MingTok-Vision").mkdir()
+        (place / "MingTok-Vision" / "config.json").write_text(json.dumps(config))
+        assert load_univision(models / "linked").mingtok.config == read_config(MingTokConfig, config)
+        shutil.rmtree(place / "MingTok-Vision")
 
 
 def test_without_any_mingtok_config_the_published_one_is_assumed_and_said_to_misfit(folder):
@@ -429,6 +444,7 @@ def test_a_folder_without_weights_or_tokenizer_or_config_is_refused(folder):
         ({"llm_config__hidden_size": 1e12}, ["hidden_size 1000000000000 is more than"]),
         ({"mingtok_config__scaling_factor": 0}, ["scaling_factor 0"]),
         ({"vishead_diffloss_config__num_sampling_steps": "many"}, ["num_sampling_steps 'many'"]),
+        ({"vishead_diffloss_config__num_sampling_steps": "1" + 20 * "0"}, ["is not a whole number from 1 to 1000"]),
         ({"llm_config__hidden_size": 32}, ["expected [", "by config.json"]),
         ({"llm_config": ...}, ["no llm_config"]),
     ],
@@ -438,9 +454,18 @@ def test_a_wrong_config_value_is_named(folder, change, words):
     refused(folder, "config.json", *words)
 
 
-def test_a_config_that_is_no_json_is_named(folder):
-    (folder / "config.json").write_text("{nope")
+@pytest.mark.parametrize("content", ["{nope", "[" * 100_000])
+def test_a_config_that_is_no_json_is_named(folder, content):
+    (folder / "config.json").write_text(content)
+    assert checkpoint_kind(folder) is None
     refused(folder, "config.json is no JSON")
+
+
+def test_a_flow_head_of_more_blocks_than_can_be_meant_is_refused_at_once(folder):
+    tensors = tensors_of(folder)
+    tensors["model.diffloss.net.res_blocks.99999999.mlp.w12.weight"] = torch.zeros(1)
+    rewrite(folder, tensors)
+    refused(folder, "diffloss_d 100000000 is more than 1000")
 
 
 def test_a_failed_load_leaves_nothing_and_the_folder_loads_once_it_is_mended(folder):

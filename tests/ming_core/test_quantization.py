@@ -336,9 +336,24 @@ def test_a_large_model_is_saved_in_shards(folder, tmp_path, monkeypatch):
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     drawn = draw(model)
     assert torch.equal(draw(load_univision(saved)), drawn)
-    monkeypatch.undo()
-    save(model, folder, saved)  # over the shards, in one file
+    monkeypatch.setattr(checkpoint, "SHARD", 200_000)
+    (saved / "mine.safetensors").write_bytes(b"")
+    save(model, folder, saved)  # over the shards, in fewer
+    assert 1 < len(list(saved.glob("model-*.safetensors"))) < len(files)
     assert torch.equal(draw(load_univision(saved)), drawn)
+    monkeypatch.undo()
+    save(model, folder, saved)  # in one file
+    assert {path.name for path in saved.glob("*.safetensors*")} == {"model.safetensors", "mine.safetensors"}
+    assert torch.equal(draw(load_univision(saved)), drawn)
+
+
+def test_a_model_that_nothing_identifies_is_not_saved_quantised(folder, tmp_path):
+    model = load_univision(folder)
+    model.fingerprint = ""
+    quantize(model, "int8")
+    with pytest.raises(ValueError, match="save it, load and quantise"):
+        save(model, folder, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_arranging_back_and_forth_changes_nothing(folder):
