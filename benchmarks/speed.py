@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ming_core import Conversation, Features, Guidance, Solver, UniVision
 from ming_core.conversation import Picture, guidance_views
-from ming_core.decoding import embed
 from ming_core.flow_head import Sampler
 from ming_core.language_model import Rows
+from ming_core.rounds import embed
 
 PROMPT = "Please generate the corresponding image based on the description. a large red circle on a white background"
 STEPS = 16

@@ -9,11 +9,12 @@ pixels = model.mingtok.decode(turn.features)
 
 from .checkpoint import CheckpointError, load_mingtok, load_univision, save_mingtok, save_univision
 from .conversation import Conversation, load_conversation, save_conversation
-from .decoding import Progress, Sampling, Turn
+from .decoding import Sampling, Turn
 from .features import Features, load_features, save_features
 from .files import FileError
 from .flow_head import Guidance, Solver
 from .mingtok import MingTok
+from .rounds import Progress
 from .univision import UniVision
 
 __all__ = [

@@ -43,6 +43,8 @@ class KeyValueBuffer:
             self.values.index_copy_(2, self.place.index, values)
             return self.keys, self.values
         end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"{end} tokens are given to a buffer for {self.keys.shape[2]}")
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -80,8 +82,7 @@ class Buffers(list[KeyValueBuffer]):
             buffer.place = None
 
     def advance(self) -> None:
-        """After a step of fixed buffers; growing ones have done so already."""
-        if self.place is not None:
-            self.place.index += 1
-            for buffer in self:
-                buffer.length += 1
+        """After a step of fixed buffers; growing ones do so by themselves."""
+        self.place.index += 1
+        for buffer in self:
+            buffer.length += 1

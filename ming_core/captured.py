@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .buffers import Buffers
 from .placement import rest_on
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,40 @@ def recorder(device: torch.device, *modules: nn.Module) -> Record | None:
         return None
     device = torch.empty(0, device=device).device  # with its number
     return Recorder(device) if rest_on(device, *modules) else None
+
+
+class Loop:
+    """The steps that a drawing takes for every token: called as they are, or replayed where graphs are wanted.
+
+    modules: whose weights the steps read. Entered around the loop; `advance` belongs to the end of a token.
+    """
+
+    def __init__(self, device: torch.device, *modules: nn.Module) -> None:
+        self.device, self.record = device, recorder(device, *modules)
+        self.fixed: list[Buffers] = []
+
+    def step(
+        self, buffers: Buffers | None = None, *, waits: bool = False
+    ) -> Callable[[Callable[..., Tensors]], Captured]:
+        """Decorates a function that adds a token to `buffers`; `waits`: it waits for the device, and is just called."""
+        record = None if waits else self.record
+        if buffers is not None and record:
+            buffers.fix()
+            self.fixed.append(buffers)
+        return lambda function: Captured(function, record)
+
+    def advance(self) -> None:
+        for buffers in self.fixed:
+            buffers.advance()
+        if self.record and self.device.type == "cuda":  # else it would be given tokens far ahead of the one to stop at
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for buffers in self.fixed:
+            buffers.unfix()
 
 
 class Recorder:

@@ -35,11 +35,6 @@ class ConfigError(ValueError):
     """A config.json that cannot be meant: the message names the entry, its value and what is allowed."""
 
 
-def swiglu_width(dim: int) -> int:
-    """Hidden width of a SwiGLU layer: two thirds of 4 * dim, rounded up to a multiple of 8 (768 -> 2048)."""
-    return (int(4 * dim * 2 / 3) + 7) // 8 * 8
-
-
 def _demand(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
@@ -258,7 +253,6 @@ def read_config(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
         raise ConfigError(f"{where or 'the file'} is {type(values).__name__}, not a JSON object")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
-    # rope_theta 600000 and num_sampling_steps 16 are found as either number or string in configs
     arguments = {
         name: _convert(hints[name], value, f"{where}.{name}".lstrip("."))
         for name, value in values.items()
@@ -289,7 +283,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is int and number and value == int(value):
         return int(value)
-    if hint is str and number:
+    if hint is str and number:  # num_sampling_steps is found as either
         return f"{value:g}"
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

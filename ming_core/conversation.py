@@ -7,7 +7,6 @@ Extending a conversation makes a new one; two continuations of one conversation 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import UniVisionConfig
-from .features import Features, tensor_digest
+from .features import ByContent, Features, digest_of, tensor_digest
 from .files import FileError, read_tensors, write_tensors
 from .mingtok import MingTok
 
@@ -27,28 +26,13 @@ FILE_FORMAT = "ming conversation 1"
 ROLE, MARK, PROMPT, ANSWER = "role", "mark", "prompt", "answer"
 
 
-class _ByContent:
-    """Equality and hash by content digest, for named tuples whose tensors cannot be compared by ==."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.digest() == other.digest()
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return int.from_bytes(self.digest()[:8], "big", signed=True)
-
-
 class _Text(NamedTuple):
     ids: tuple[int, ...]
     kind: str
     text: str = ""
 
 
-class Text(_ByContent, _Text):
+class Text(ByContent, _Text):
     """A run of tokens; `text` is what it says, for people (identity goes by the ids and the kind)."""
 
     __slots__ = ()
@@ -62,7 +46,7 @@ class Text(_ByContent, _Text):
         return b"text:" + ",".join(map(str, self.ids)).encode()
 
     def digest(self) -> bytes:
-        return _hash(self.content(), self.kind.encode())
+        return digest_of(self.content(), self.kind.encode())
 
     def __repr__(self) -> str:
         return f"Text({self.kind}, {self.length} tokens)"
@@ -73,7 +57,7 @@ class _Picture(NamedTuple):
     drawn: bool
 
 
-class Picture(_ByContent, _Picture):
+class Picture(ByContent, _Picture):
     """One picture, seen (attached by the user) or drawn (by the model): float32 latents, grid, and which of the two."""
 
     __slots__ = ()
@@ -87,7 +71,7 @@ class Picture(_ByContent, _Picture):
         return kind + str(self.features.grid).encode() + tensor_digest(self.features.latents)
 
     def digest(self) -> bytes:
-        return _hash(self.content())
+        return digest_of(self.content())
 
     def __repr__(self) -> str:
         return f"Picture({'drawn' if self.drawn else 'seen'}, {self.features.grid[0]}x{self.features.grid[1]})"
@@ -101,7 +85,7 @@ class _Part(NamedTuple):
     segments: tuple[Segment, ...]
 
 
-class Part(_ByContent, _Part):
+class Part(ByContent, _Part):
     """What the user said in a round (a prompt part), or what the model emitted (a generated part)."""
 
     __slots__ = ()
@@ -115,7 +99,7 @@ class Part(_ByContent, _Part):
         return tuple(s for s in self.segments if isinstance(s, Picture))
 
     def digest(self) -> bytes:
-        return _hash(b"generated" if self.generated else b"prompt", *(s.digest() for s in self.segments))
+        return digest_of(b"generated" if self.generated else b"prompt", *(s.digest() for s in self.segments))
 
     def __repr__(self) -> str:
         return f"Part({'generated' if self.generated else 'prompt'}, {self.length} tokens)"
@@ -126,7 +110,7 @@ class _Conversation(NamedTuple):
     model: str = ""
 
 
-class Conversation(_ByContent, _Conversation):
+class Conversation(ByContent, _Conversation):
     """A transcript of rounds with one model (`model`: its fingerprint). `Conversation()` is the empty one."""
 
     __slots__ = ()
@@ -171,7 +155,7 @@ class Conversation(_ByContent, _Conversation):
         return "\n".join(lines)
 
     def digest(self) -> bytes:
-        return _hash(self.model.encode(), *(p.digest() for p in self.parts))
+        return digest_of(self.model.encode(), *(p.digest() for p in self.parts))
 
     def __repr__(self) -> str:
         return f"Conversation({self.rounds} rounds, {len(self.pictures)} pictures, {self.length} tokens)"
@@ -181,7 +165,7 @@ def segment_keys(segments: tuple[Segment, ...]) -> list[bytes]:
     """For each segment a key of everything up to its end: equal keys, equal keys and values in the language model."""
     keys, key = [], b""
     for segment in segments:
-        key = _hash(key, segment.content())
+        key = digest_of(key, segment.content())
         keys.append(key)
     return keys
 
@@ -202,7 +186,7 @@ def guidance_views(parts: tuple[Part, ...]) -> Tensor:
 
     bool [g, length]: the conditional row sees all, the unconditional row neither the newest prompt's words and
     pictures nor the newest generated part, the text-unconditional row everything but the newest prompt's words.
-    Where the last two agree (no picture in the newest prompt, nothing before it) there are two rows, else three.
+    Where the last two agree (no picture in the newest prompt, nothing generated before) there are two rows, else three.
     """
     *past, prompt = parts
     newest = max((i for i, p in enumerate(past) if p.generated), default=None)
@@ -226,16 +210,10 @@ def save_conversation(conversation: Conversation, path: str | Path) -> None:
     tensors = {f"latents.{i}": p.features.latents[0] for i, p in enumerate(pictures)}
     tensors["ids"] = torch.tensor(ids, dtype=torch.int32)
     parts = [{"generated": p.generated, "segments": [_about(s) for s in p.segments]} for p in conversation.parts]
-    about = {
-        "format": FILE_FORMAT,
-        "model": conversation.model,
-        "tokenizer": pictures[0].features.tokenizer if pictures else "",
-        "parts": parts,
-    }
-    write_tensors(path, tensors, about)
+    write_tensors(path, tensors, {"format": FILE_FORMAT, "model": conversation.model, "parts": parts})
 
 
-class Reader(Protocol):
+class ConversationModel(Protocol):
     """What is needed of a UniVision to read a conversation."""
 
     config: UniVisionConfig
@@ -245,7 +223,7 @@ class Reader(Protocol):
 
 def load_conversation(
     path: str | Path,
-    model: Reader,
+    model: ConversationModel,
     ready: Callable[[int], None] | None = None,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> Conversation:
@@ -285,7 +263,7 @@ def load_conversation(
     return bare._replace(parts=tuple(parts))
 
 
-def _parse(tensors: dict[str, Tensor], about: dict, model: Reader) -> Conversation:
+def _parse(tensors: dict[str, Tensor], about: dict, model: ConversationModel) -> Conversation:
     """The conversation of a file, its pictures' features without tokens yet."""
     ids, vocabulary, done = tensors["ids"].tolist(), model.config.llm_config.vocab_size, 0
     for i in ids:
@@ -298,7 +276,7 @@ def _parse(tensors: dict[str, Tensor], about: dict, model: Reader) -> Conversati
             if "kind" in entry:
                 n = entry["length"]
                 known = entry["kind"] in (ROLE, MARK, PROMPT, ANSWER) and isinstance(entry["text"], str)
-                if not (known and 0 <= n <= len(ids)):
+                if not (known and 0 < n <= len(ids)):
                     raise ValueError(f"{n} tokens of {entry['kind']!r}, where {len(ids)} are left")
                 segments.append(Text(tuple(ids[:n]), entry["kind"], entry["text"]))
                 del ids[:n]
@@ -326,10 +304,3 @@ def _readable(segment: Segment) -> str:
         h, w = segment.features.grid
         return f"[picture {'drawn' if segment.drawn else 'seen'}, {h}x{w} tokens]"
     return segment.text if segment.kind in (PROMPT, ANSWER) else ""
-
-
-def _hash(*parts: bytes) -> bytes:
-    digest = hashlib.blake2b(digest_size=32)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.digest()

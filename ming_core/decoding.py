@@ -10,51 +10,35 @@ they were; only keys and values that are whole go into the prefix cache.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .captured import Captured, recorder
-from .config import UniVisionConfig
-from .conversation import Conversation, Part, Picture, Text, guidance_views, segment_keys
+from .captured import Loop
+from .conversation import Conversation, Picture, guidance_views
 from .features import Features, to_grid
-from .flow_head import FlowHead, Guidance, Sampler, Solver
-from .language_model import KeyValues, LanguageModel, Prefix, Rows
-from .mingtok import MingTok
+from .flow_head import Guidance, Sampler, Solver
+from .language_model import Rows
 from .placement import out_of_range
-from .prefix_cache import PrefixCache
-from .prompts import ChatFormat, TextStream
-
-log = logging.getLogger(__name__)
+from .prompts import TextStream
+from .rounds import (
+    Model,
+    OnToken,
+    OpenRound,
+    Progress,
+    answer_segments,
+    close_round,
+    open_round,
+    plan_round,
+    round_generator,
+)
 
 STARTS = ("draw now", "model decides")
-EMPTY_PROMPT = "the prompt is empty: write what the model is to do"
 COLDEST = 1e-30  # a temperature below is taken as this one: in float32 it would be 0
 NO_TOKEN = -1  # chosen where the logits are no numbers
-
-
-class Model(Protocol):
-    """What the loops need of a UniVision."""
-
-    config: UniVisionConfig
-    chat: ChatFormat
-    mingtok: MingTok
-    language_model: LanguageModel
-    flow_head: FlowHead
-    linear_proj: nn.Module
-    prefix_cache: PrefixCache
-    fingerprint: str
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def project(self, tokens: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,25 +53,6 @@ class Sampling:
             raise ValueError(f"sampling.temperature is {self.temperature}: give a number of 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p is {self.top_p}: give a number above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a round stands after a token, or a part of a long prompt.
-
-    kind       "prompt" (after a part of a long one), "text" or "image"
-    done       tokens of this kind so far, of at most `total`
-    text       text: all that was written so far, in the first picture's row
-    latents    image: [B, done, C], normalised latents so far; views, not to be written to
-    tokens     image: [B, done, D], semantic features so far; likewise
-    """
-
-    kind: str
-    done: int
-    total: int
-    text: str = ""
-    latents: Tensor | None = None
-    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +75,11 @@ class Turn:
     logits: Tensor | None = None
 
 
-OnToken = Callable[[Progress], None] | None
-
-
 def understand(
     model: Model,
     conversation: Conversation,
     prompt: str,
+    *,
     features: Features | None,
     max_new_tokens: int,
     sampling: Sampling,
@@ -126,10 +89,10 @@ def understand(
 ) -> Turn:
     """See UniVision.understand."""
     with torch.no_grad():
-        grown = plan_round(model, conversation, prompt, features, max_new_tokens, max_new_tokens)
-        opened = open_round(model, grown, on_token)
+        planned = plan_round(model, conversation, prompt, features, max_new_tokens)
+        opened = open_round(model, planned, on_token)
         rows = Rows(opened.prefix, capacity=max_new_tokens)
-        generator = _generator(seed, "text", opened)
+        generator = round_generator(seed, "text", planned)
         writer = _Writer(model, max_new_tokens, sampling, generator, on_token, return_logits)
         written = writer.write(rows, opened.hidden[None], forbidden=model.chat.image_open_id)[0]
         segments = answer_segments(model, written.ids[:-1])
@@ -142,8 +105,9 @@ def draw(
     model: Model,
     conversation: Conversation,
     prompt: str,
-    features: Features | None,
+    *,
     seeds: list[int],
+    features: Features | None,
     guidance: Guidance,
     solver: Solver,
     temperature: float,
@@ -160,10 +124,10 @@ def draw(
         raise ValueError("no seed: give one for every picture that is to be drawn")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: give a number of 0 or more")
-    room = drawing_room(model, max_new_tokens)
     with torch.no_grad():
-        opened = open_round(model, plan_round(model, conversation, prompt, features, room, max_new_tokens), on_token)
-        noise = seeded_noise(model, seeds, noise, opened) * temperature
+        planned = plan_round(model, conversation, prompt, features, max_new_tokens, drawing=True)
+        noise = seeded_noise(model, seeds, noise, planned) * temperature
+        opened = open_round(model, planned, on_token)
         writer = _Writer(model, max_new_tokens, Sampling(), None, on_token, return_logits)
 
         single, before = _begin_picture(model, opened, start, writer)
@@ -195,137 +159,6 @@ class _Written:
 
     def stacked_logits(self) -> Tensor | None:
         return torch.stack(self.logits) if self.logits else None
-
-
-@dataclass
-class Round:
-    """A round whose prompt has been prefilled."""
-
-    conversation: Conversation  # with the prompt, without the answer
-    prefix: Prefix
-    hidden: Tensor  # [H], of the prompt's last token
-    prefilled: int
-
-    @property
-    def depth(self) -> int:
-        """How many drawings lie behind what is in view."""
-        return self.conversation.depth
-
-
-def plan_round(
-    model: Model, conversation: Conversation, prompt: str, features: Features | None, room: int, max_new_tokens: int
-) -> Conversation:
-    """The conversation with the pictures and the prompt of a round, of which nothing is computed yet.
-
-    room: tokens that the round may add. Raises ValueError for all that a round refuses; see UniVision.understand.
-    """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(EMPTY_PROMPT)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
-    if conversation.model not in ("", model.fingerprint):
-        raise ValueError(
-            f"this conversation was held with another model ({conversation.model[:12]}) than this one "
-            f"({model.fingerprint[:12]}): go on with the model that began it"
-        )
-    attached = _attached(model, conversation, features)
-    part = model.chat.prompt([attached, prompt] if attached else [prompt])
-    grown = conversation.extended(part, model.fingerprint)
-    limit = model.config.llm_config.max_position_embeddings
-    if grown.length + room > limit:
-        raise ValueError(
-            f"too long: {conversation.length} tokens of conversation, {part.length} of prompt and up to {room} to come "
-            f"are {grown.length + room}, and this model has {limit} positions; shorten the prompt, lower "
-            "max_new_tokens, or begin a new conversation"
-        )
-    return grown
-
-
-def drawing_room(model: Model, max_new_tokens: int) -> int:
-    """Tokens that a round with a picture may add: text, `<image>` and the image tokens."""
-    return max_new_tokens + 1 + model.config.llm_config.num_image_tokens_for_gen
-
-
-def open_round(model: Model, grown: Conversation, on_token: OnToken = None) -> Round:
-    """Prefill what the prefix cache does not know of a planned round."""
-    prefix, hidden, prefilled = _prefill(model, grown, on_token)
-    return Round(grown, prefix, hidden, prefilled)
-
-
-def _attached(model: Model, conversation: Conversation, features: Features | None) -> list[Picture]:
-    """The pictures of `features` that are not in view yet."""
-    if features is None:
-        return []
-    model.mingtok.check(features)
-    new = [picture for picture in features.pictures() if not conversation.shows(picture)]
-    if len(new) < features.batch:
-        log.info(
-            "%d of %d pictures are in view already and not attached again", features.batch - len(new), features.batch
-        )
-    return [Picture(picture, drawn=False) for picture in new]
-
-
-def _prefill(model: Model, conversation: Conversation, on_token: OnToken = None) -> tuple[Prefix, Tensor, int]:
-    """Keys and values of a whole transcript, the last hidden state, and how many positions had to be forwarded.
-
-    The last segment is always forwarded, since its hidden state is needed.
-    """
-    segments = conversation.segments
-    keys = segment_keys(segments)
-    prefix = model.language_model.prefix(conversation.length)
-    known = model.prefix_cache.lookup(keys[:-1])
-    for entry in known:
-        prefix.extend(entry)
-    new, begin = segments[len(known) :], prefix.length
-    embeddings, image_gate = embed(model, new)
-
-    def tell(done: int) -> None:
-        if on_token:
-            on_token(Progress("prompt", done, len(embeddings)))
-
-    hidden = model.language_model.prefill(embeddings, prefix, image_gate, tell)
-    if not hidden.isfinite().all():
-        raise out_of_range(hidden.dtype)
-    _remember(model, keys, new, begin, prefix.slice)
-    return prefix, hidden, len(embeddings)
-
-
-def embed(model: Model, segments: Sequence[Text | Picture]) -> tuple[Tensor, Tensor | None]:
-    """Embeddings [T, H], and bool [T] of those that the image gate routes; None: no such one."""
-    embeddings = torch.cat(
-        [
-            model.project(segment.features.tokens[0])
-            if isinstance(segment, Picture)
-            else model.language_model.embed(torch.tensor(segment.ids, device=model.device))
-            for segment in segments
-        ]
-    )
-    gate = [isinstance(s, Picture) and not s.drawn for s in segments for _ in range(s.length)]
-    return embeddings, torch.tensor(gate, device=embeddings.device) if any(gate) else None
-
-
-def _remember(
-    model: Model, keys: list[bytes], new: tuple | list, begin: int, read: Callable[[int, int], KeyValues]
-) -> None:
-    """Put the keys and values of the last segments into the prefix cache."""
-    if not model.prefix_cache.limit:
-        return
-    entries = []
-    for segment in new:
-        entries.append(read(begin, begin + segment.length))
-        begin += segment.length
-    model.prefix_cache.store(keys, entries)
-
-
-def close_round(model: Model, opened: Round, segments: list, rows: Rows, row: int) -> Conversation:
-    """The conversation with the generated part, whose keys and values one of the rows holds."""
-    grown = opened.conversation.extended(Part(True, tuple(segments)), model.fingerprint)
-    _remember(model, segment_keys(grown.segments), segments, 0, lambda a, b: rows.slice(row, a, b))
-    return grown
-
-
-def answer_segments(model: Model, ids: list[int]) -> list[Text]:
-    return [model.chat.answer(ids)] if ids else []
 
 
 class _Writer:
@@ -394,7 +227,7 @@ class _Writer:
         return ids
 
 
-def _begin_picture(model: Model, opened: Round, start: str, writer: _Writer) -> tuple[Rows, _Written]:
+def _begin_picture(model: Model, opened: OpenRound, start: str, writer: _Writer) -> tuple[Rows, _Written]:
     """A single row that stands before its `<image>`, and what it emitted, `<image>` included."""
     image = model.config.llm_config.image_start_token
     single = Rows(opened.prefix, capacity=writer.limit)
@@ -404,15 +237,20 @@ def _begin_picture(model: Model, opened: Round, start: str, writer: _Writer) -> 
     before = writer.write(single, opened.hidden[None], stop=image)[0]
     if before.ids[-1] != image:
         said = model.chat.decode(before.ids)
+        if before.ids[-1] == model.config.llm_config.eos_token_id:
+            raise RuntimeError(
+                f'the model answered in words and drew no picture: "{said}". Set start to "draw now" to have it draw'
+            )
         raise RuntimeError(
-            f'the model answered in words and drew no picture: "{said}". Set start to "draw now" to have it draw'
+            f'the model has not begun a picture in {writer.limit} tokens: "{said}". Raise max_new_tokens, or set start '
+            'to "draw now" to have it draw'
         )
     return single, before
 
 
 def _draw_pictures(
     model: Model,
-    opened: Round,
+    opened: OpenRound,
     single: Rows,
     noise: Tensor,
     guidance: Guidance,
@@ -432,7 +270,7 @@ def _draw_pictures(
     latents, tokens, x = draw_latents(model, rows, guided, noise, solver, on_token)
     rows = rows.select([b * guided.rows for b in range(batch)], rows.length + 1 + max_new_tokens)
     hidden = model.language_model.step(x[:: guided.rows], rows)  # the conditional rows alone write the text to come
-    return drawn_features(model, latents, tokens, opened.depth), rows, hidden
+    return drawn_features(model, latents, tokens, opened.conversation.depth), rows, hidden
 
 
 class Guided(NamedTuple):
@@ -461,48 +299,39 @@ def draw_latents(
     Returns normalised latents [B, N, C], semantic tokens [B, N, D], and the embedding of the last token in every row
     [B * guided.rows, H], which was not forwarded.
     """
-    language_model, flow_head = model.language_model, model.flow_head
+    language_model, flow_head, mingtok = model.language_model, model.flow_head, model.mingtok
     llm, (batch, n, _) = model.config.llm_config, noise.shape
-    stream = model.mingtok.stream(batch, n)
+    stream = mingtok.stream(batch, n)
     steps = solver.steps or model.config.vishead_diffloss_config.steps
-    make = {"device": model.device, "dtype": language_model.dtype}
-    sampler = Sampler(flow_head.net, guided.factors, steps, solver, **make)
-
+    sampler = Sampler(flow_head.net, guided.factors, steps, solver, device=model.device, dtype=language_model.dtype)
     noise = noise.to(model.device)
     latents = torch.empty_like(noise)
-    tokens = noise.new_empty(batch, n, model.mingtok.config.semantic_decoder.embed_dim)
+    tokens = noise.new_empty(batch, n, mingtok.config.semantic_decoder.embed_dim)
     x = language_model.embed(torch.full((batch * guided.rows,), llm.image_start_token, device=model.device))
+    loop = Loop(model.device, language_model, flow_head, mingtok.semantic_decoder, model.linear_proj)
 
+    @loop.step(rows.buffers, waits=language_model.waits(x))
     def condition(x: Tensor) -> tuple[Tensor]:
         z = flow_head.vis_head(language_model.step(x, rows))
         return (z.unflatten(0, (batch, guided.rows))[:, -len(guided.factors) :],)
 
+    @loop.step()
     def flow(z: Tensor, noise: Tensor) -> tuple[Tensor]:
         return (sampler.draw(z, noise),)
 
+    @loop.step(stream.buffers)
     def expand(latent: Tensor) -> tuple[Tensor, Tensor]:
         token = stream.append(latent[:, None])[:, 0]
         return token, model.project(token).repeat_interleave(guided.rows, dim=0)
 
-    record = recorder(model.device, language_model, flow_head, model.mingtok.semantic_decoder, model.linear_proj)
-    language_record = record if record and not language_model.waits(x) else None
-    if record:
-        stream.buffers.fix()
-    if language_record:
-        rows.buffers.fix()
-    conditioned = Captured(condition, language_record)
-    drawn, expanded = Captured(flow, record), Captured(expand, record)
-    for i in range(n):
-        (z,) = conditioned(x)
-        (latents[:, i],) = drawn(z, noise[:, i])
-        tokens[:, i], x = expanded(latents[:, i])
-        rows.buffers.advance()
-        stream.buffers.advance()
-        if record and latents.is_cuda:  # else the GPU would be given tokens far ahead of the one to stop at
-            torch.cuda.current_stream(latents.device).synchronize()
-        if on_token:
-            on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
-    rows.buffers.unfix()
+    with loop:
+        for i in range(n):
+            (z,) = condition(x)
+            (latents[:, i],) = flow(z, noise[:, i])
+            tokens[:, i], x = expand(latents[:, i])
+            loop.advance()
+            if on_token:
+                on_token(Progress("image", i + 1, n, latents=latents[:, : i + 1], tokens=tokens[:, : i + 1]))
     return latents, tokens, x
 
 
@@ -521,26 +350,17 @@ def _own(features: Features) -> Features:
     return features._replace(tokens=features.tokens.clone(), latents=features.latents.clone())
 
 
-def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, opened: Round) -> Tensor:
+def seeded_noise(model: Model, seeds: list[int], given: Tensor | None, planned: Conversation) -> Tensor:
     """float32 [B, N, C] on the CPU: the given noise, checked, or that of (seed, round)."""
     n = model.config.llm_config.num_image_tokens_for_gen
     channels = model.flow_head.net.channels
     if given is None:
-        draws = [torch.randn(n, channels, generator=_generator(seed, "image", opened)) for seed in seeds]
+        draws = [torch.randn(n, channels, generator=round_generator(seed, "image", planned)) for seed in seeds]
         return torch.stack(draws)
-    if given.shape[0] != len(seeds):
-        raise ValueError(f"noise is given for {given.shape[0]} pictures: give that of {len(seeds)}, one a seed")
-    if given.ndim != 3 or given.shape[1] not in (n, n + 1) or given.shape[2] != channels:
+    if given.ndim != 3 or len(given) != len(seeds):
+        raise ValueError(f"noise is {tuple(given.shape)}: give ({len(seeds)}, {n}, {channels}), a picture a seed")
+    if given.shape[1] not in (n, n + 1) or given.shape[2] != channels:
         raise ValueError(f"noise is {tuple(given.shape[1:])} a picture: give ({n}, {channels})")
+    if not given.isfinite().all():
+        raise ValueError("noise holds NaN or infinite values: give finite ones")
     return given[:, :n].float().cpu()
-
-
-def _generator(seed: int, purpose: str, opened: Round) -> torch.Generator:
-    """A private generator: other seeds, purposes and rounds give unrelated streams.
-
-    Along a conversation the prompts grow, along a line of drawings the depth, also where features travel without the
-    conversation: so no two rounds of a chain have both in common.
-    """
-    content = f"{seed % 2**64}/{purpose}/{opened.conversation.rounds}/{opened.depth}".encode()
-    number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
-    return torch.Generator().manual_seed(number)

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
-from .placement import has_gradient, rest_on
+from .placement import rest_on, wants_gradient
 
 log = logging.getLogger(__name__)
 
 GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU gathers the experts' weights rather than sorting tokens
-GROUP_FROM = 4  # pairs an expert from which on it pays to bring all experts over for one product
 
 
 class GatedMlp(nn.Module):
@@ -46,8 +45,8 @@ class Experts(nn.Module):
     gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
     down     [E, H, I]
 
-    They may rest on another device than the one that is computed on: then only those of the routed experts are copied,
-    unless there are so many tokens that all experts are wanted.
+    They may rest on another device than the one that is computed on: then those of the routed experts are copied, one
+    after the other.
     """
 
     fetches_weights = True  # a host may leave them where they rest
@@ -72,9 +71,9 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        return (self.products(x, chosen).float() * weights[..., None]).sum(1).to(x.dtype)
+        return (self.outputs(x, chosen).float() * weights[..., None]).sum(1).to(x.dtype)
 
-    def products(self, x: Tensor, chosen: Tensor) -> Tensor:
+    def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x [T, H] through each of its chosen experts [T, k] -> [T, k, H]."""
         return self._way(x, chosen.numel())(x, chosen)
 
@@ -83,11 +82,11 @@ class Experts(nn.Module):
         return self._way(x, pairs) == self._sorted
 
     def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        here = rest_on(x.device, self)
-        if grouped_product_serves(x) and (here or pairs >= GROUP_FROM * self.count):
-            return self._grouped
-        if here and x.is_cuda and pairs <= GATHER_LIMIT:
-            return self._gathered
+        if rest_on(x.device, self):
+            if grouped_product_serves(x):
+                return self._grouped
+            if x.is_cuda and pairs <= GATHER_LIMIT:
+                return self._gathered
         return self._sorted
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 def grouped_product_serves(x: Tensor) -> bool:
     """Whether torch has a grouped product for x that does not wait for the device."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and not has_gradient(x) and _grouped_product_works(x.device)
+    return x.is_cuda and x.dtype == torch.bfloat16 and not wants_gradient(x) and _grouped_product_works(x.device)
 
 
 @functools.cache

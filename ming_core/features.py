@@ -2,7 +2,7 @@
 
 A picture has two equivalent forms: compact latents, and the semantic tokens they expand to. `Features` carries both,
 so that a round can follow a round without pixels and without expanding anything twice. What identifies a picture is
-its latents, not its tokens: equality, hash and files go by them.
+its latents, not its tokens: equality and hash go by them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,45 @@ def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+def digest_of(*parts: bytes) -> bytes:
+    """32 bytes that identify these parts in this order."""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
 def tensor_digest(tensor: Tensor) -> bytes:
     """32 bytes that identify shape and float32 values."""
     values = tensor.detach().to("cpu", torch.float32).contiguous()
-    shape = ",".join(str(n) for n in values.shape)
-    return hashlib.blake2b(shape.encode() + b":" + values.numpy().tobytes(), digest_size=32).digest()
+    return digest_of(str(tuple(values.shape)).encode(), values.numpy().tobytes())
 
 
-class Features(NamedTuple):
+class ByContent:
+    """Equality and hash by content digest, for named tuples whose tensors cannot be compared by ==."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.digest() == other.digest()
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return int.from_bytes(self.digest()[:8], "big", signed=True)
+
+
+class _Features(NamedTuple):
+    tokens: Tensor
+    latents: Tensor
+    grid: tuple[int, int]
+    tokenizer: str
+    depth: int = 0
+
+
+class Features(ByContent, _Features):
     """A batch of B pictures of one grid, in host memory.
 
     tokens     float32 [B, h*w, D], semantic features, row by row
@@ -48,11 +79,7 @@ class Features(NamedTuple):
     depth      0 for a picture that was encoded, +1 for every drawing that lies behind it
     """
 
-    tokens: Tensor
-    latents: Tensor
-    grid: tuple[int, int]
-    tokenizer: str
-    depth: int = 0
+    __slots__ = ()
 
     @property
     def batch(self) -> int:
@@ -65,17 +92,7 @@ class Features(NamedTuple):
         ]
 
     def digest(self) -> bytes:
-        content = tensor_digest(self.latents) + f"{self.grid}|{self.tokenizer}|{self.depth}".encode()
-        return hashlib.blake2b(content, digest_size=32).digest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Features) and self.digest() == other.digest()
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return int.from_bytes(self.digest()[:8], "big", signed=True)
+        return digest_of(tensor_digest(self.latents), f"{self.grid}|{self.tokenizer}|{self.depth}".encode())
 
     def __repr__(self) -> str:
         h, w = self.grid

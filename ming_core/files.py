@@ -1,4 +1,4 @@
-"""Small safetensors files with a JSON header of our own: written whole or not at all, read with clear errors."""
+"""Files and folders that are written whole or not at all, and small safetensors files with a JSON header of our own."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Solver:
             raise ValueError(f"solver method {self.method!r} is unknown: give one of {METHODS}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"solver steps {self.steps}: give 1 or more, or None for the checkpoint's number")
-        if not self.time_shift > 0:
+        if not 0 < self.time_shift < math.inf:
             raise ValueError(f"solver time_shift {self.time_shift}: give a number above 0")
 
     def times(self, steps: int) -> Tensor:
@@ -87,6 +87,8 @@ class Solver:
         lengths = (times[:-1] - times[1:]).tolist()
         if self.method == "euler":
             return [(h, 0.0) for h in lengths]
+        if not all(lengths):
+            raise ValueError(f"solver time_shift {self.time_shift} leaves steps of no length: give one nearer to 1")
         # the line through two velocities, integrated over a step that need not be as long as the one before
         later = [(h + h * h / (2 * before), -h * h / (2 * before)) for before, h in pairwise(lengths)]
         return [(lengths[0], 0.0), *later]

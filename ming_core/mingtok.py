@@ -239,7 +239,7 @@ class MingTok(Placed):
 
         Computed in float32 whatever the dtype of the weights, as published.
         """
-        self.check(features)
+        self.check_features(features)
         self.calls["decode"] += 1
         patches = self.patches(features.tokens.to(self.device, torch.float32))
         return self.assemble(patches, features.grid).float().clamp(-1, 1)
@@ -270,7 +270,7 @@ class MingTok(Placed):
         return pictures * (layer + streamed) + block
 
     def stream(self, rows: int, capacity: int) -> SemanticStream:
-        """A semantic decoder that takes the latents of `rows` pictures a few at a time, `capacity` in all."""
+        """A semantic decoder that takes the latents of `rows` pictures one at a time, `capacity` of each in all."""
         return SemanticStream(self, rows, capacity)
 
     def normalise(self, raw: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class MingTok(Placed):
             c=3,
         )
 
-    def check(self, features: Features) -> None:
+    def check_features(self, features: Features) -> None:
         """Raises ValueError unless `features` hold pictures and were made by this tokenizer."""
         if features.batch == 0:
             raise ValueError("features hold no picture: encode one or more")

@@ -41,10 +41,12 @@ def rest_on(device: torch.device, *modules: nn.Module) -> bool:
 
 def out_of_range(dtype: torch.dtype) -> RuntimeError:
     """What to raise where what was computed is no number: in fp16 it may have outgrown the format."""
-    remedy = "choose fp32 (or bf16)" if dtype == torch.float16 else "the weights are damaged, download them again"
+    remedy = "choose fp32 (or bf16)"
+    if dtype != torch.float16:
+        remedy = "lower guidance and temperature if they are extreme; else the weights are damaged, download them again"
     return RuntimeError(f"the model computed NaN or infinite values in {str(dtype).removeprefix('torch.')}: {remedy}")
 
 
-def has_gradient(x: Tensor) -> bool:
+def wants_gradient(x: Tensor) -> bool:
     """Whether what is computed from x must let its gradient through."""
     return torch.is_grad_enabled() and x.requires_grad

@@ -7,7 +7,6 @@ tokenizer that takes them for plain text, so `<image>` in a prompt is seven char
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,13 +27,12 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        content = json.loads(tokenizer_json)
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._special_ids = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
-        self._plain = Tokenizer.from_str(tokenizer_json)  # left whole: without some tokens, others change their ids
-        self._plain.encode_special_tokens = True  # as the text that they are
-        self._plain.no_truncation()  # a file says how it was used last: nothing is cut here, nor filled up
-        self._plain.no_padding()
+        self._tokenizer = tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer.encode_special_tokens = True  # as the text that they are
+        tokenizer.no_truncation()  # a file says how it was used last: nothing is cut here, nor filled up
+        tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: i for i, token in added.items() if token.special}
         self.end_id = self._special(END)
         self.role_open_id, self.role_close_id = self._special(ROLE_OPEN), self._special(ROLE_CLOSE)
         self.image_open_id, self.image_close_id = self._special(IMAGE_OPEN), self._special(IMAGE_CLOSE)
@@ -53,7 +51,7 @@ class ChatFormat:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, none of them special whatever the text says."""
-        return tuple(self._plain.encode(whole_characters(text), add_special_tokens=False).ids)
+        return tuple(self._tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
@@ -91,7 +89,8 @@ class ChatFormat:
 
     def _text(self, text: str) -> list[Text]:
         text = whole_characters(text)
-        return [Text(self.encode(text), PROMPT, text)] if text else []
+        ids = self.encode(text)
+        return [Text(ids, PROMPT, text)] if ids else []
 
 
 def whole_characters(text: str) -> str:

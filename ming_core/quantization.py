@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import Experts
-from .placement import has_gradient
+from .placement import wants_gradient
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ GROUPS = (64, 32)  # columns; the first that divides the width
 QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
 CHUNK = 1 << 20  # values quantised at once: they stay in a processor's cache
+PIECE = 1 << 23  # values dequantised at once for a product: at most 200 MB beside them
 # From more rows on, dequantising once costs less than an int8 kernel that reads the weights for every row.
 KERNEL_ROWS = {"cpu": 32, "cuda": 4}
 LOST = "lost"  # an order that nothing can be computed in
@@ -94,8 +95,9 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(offset[..., None], nibbles, step[..., None]).flatten(-2)
 
 
-def _chunks(weight: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // weight.shape[1])
+def _chunks(weight: Tensor, size: int = CHUNK) -> Iterator[slice]:
+    """The rows of a weight, by about `size` values."""
+    step = max(1, size // weight.shape[1])
     return (slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step))
 
 
@@ -128,12 +130,18 @@ def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
         # it reads 16 values of x at a time, too: 32 bytes
         aligned = flat if flat.data_ptr() % 32 == 0 else flat.clone()
         out = torch._weight_int8pack_mm(aligned, values, scale)
-    elif values.dtype == torch.int8 and x.dtype != torch.float16 and not has_gradient(x):
-        # Half of the traffic: scaled weights would be written and read once more. Unscaled, fp16 could overflow.
-        return F.linear(x, values.to(x.dtype)) * scale.to(x.dtype)
     else:
-        return F.linear(x, dequantize(values, scale).to(x.dtype))
+        return torch.cat([_plain_product(x, values, scale, rows) for rows in _chunks(values, PIECE)], dim=-1)
     return out.view(*x.shape[:-1], -1)
+
+
+def _plain_product(x: Tensor, values: Tensor, scale: Tensor, rows: slice) -> Tensor:
+    """Of some rows of the weights, which are dequantised."""
+    if values.dtype == torch.int8 and x.dtype != torch.float16 and not wants_gradient(x):
+        # Half of the traffic: scaled weights would be written and read once more. Unscaled, fp16 could overflow.
+        return F.linear(x, values[rows].to(x.dtype)) * scale[rows].to(x.dtype)
+    scale = scale[rows] if values.dtype == torch.int8 else scale[:, rows]
+    return F.linear(x, dequantize(values[rows], scale).to(x.dtype))
 
 
 def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
@@ -143,7 +151,7 @@ def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
 
 
 def _kernel_serves(kind: str, x: Tensor, scale: Tensor) -> bool:
-    return not has_gradient(x) and x.dtype == scale.dtype and kernel_works(kind, x.device, x.dtype)
+    return not wants_gradient(x) and x.dtype == scale.dtype and kernel_works(kind, x.device, x.dtype)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .buffers import KeyValueBuffer
-from .config import HEAD_DIM, swiglu_width
+from .config import HEAD_DIM
 
 LAYER_NORM_EPS = 1e-6
 
@@ -36,6 +36,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
         seen = None
         if buffer is not None:
+            if n > 1 and buffer.length:
+                raise ValueError(f"{n} tokens after the first {buffer.length}: give one at a time")
             k, v = buffer.append(k, v)
             seen = buffer.seen
         if n == 1 and x.is_cuda:
@@ -55,6 +57,11 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> 
     if seen is not None:
         scores = scores.where(seen, float("-inf"))
     return scores.softmax(-1).to(q.dtype) @ v
+
+
+def swiglu_width(dim: int) -> int:
+    """Hidden width of a SwiGLU layer: two thirds of 4 * dim, rounded up to a multiple of 8 (768 -> 2048)."""
+    return (int(4 * dim * 2 / 3) + 7) // 8 * 8
 
 
 class SwiGLU(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import decoding
 from .config import MingTokConfig, UniVisionConfig
 from .conversation import Conversation
-from .decoding import Progress, Sampling, Turn
+from .decoding import Sampling, Turn
 from .features import Features
 from .flow_head import FlowHead, Guidance, Solver
 from .language_model import LanguageModel
@@ -27,6 +27,7 @@ from .mingtok import MingTok
 from .placement import Placed
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat
+from .rounds import Progress, drawn_tokens, plan_round
 
 
 class UniVision(Placed):
@@ -79,12 +80,13 @@ class UniVision(Placed):
         Raises what the round itself would raise before it computes anything: so a round that cannot be is refused
         before memory is made for it.
         """
-        room = decoding.drawing_room(self, max_new_tokens) if pictures else max_new_tokens
-        prefix = decoding.plan_round(self, conversation, prompt, features, room, max_new_tokens).length
+        planned = plan_round(self, conversation, prompt, features, max_new_tokens, drawing=pictures > 0)
+        prefix = planned.length
         if not pictures:
             return self.language_model.working_memory(prefix, 1, max_new_tokens)
         # three guidance rows a picture, and the row of those that goes on to the text after it
-        drawing = self.language_model.working_memory(prefix, 4 * pictures, max_new_tokens + room)
+        new = 2 * max_new_tokens + drawn_tokens(self)
+        drawing = self.language_model.working_memory(prefix, 4 * pictures, new)
         return drawing + self.mingtok.working_memory(pictures, self.config.llm_config.num_image_tokens_for_gen)
 
     def understand(
@@ -112,7 +114,15 @@ class UniVision(Placed):
         outgrow the model's positions; RuntimeError where fp16 is too narrow for the model.
         """
         return decoding.understand(
-            self, conversation, prompt, features, max_new_tokens, sampling or Sampling(), seed, on_token, return_logits
+            self,
+            conversation,
+            prompt,
+            features=features,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            seed=seed,
+            on_token=on_token,
+            return_logits=return_logits,
         )
 
     def generate_image(
@@ -154,16 +164,16 @@ class UniVision(Placed):
             self,
             conversation,
             prompt,
-            features,
-            list(seeds),
-            guidance or Guidance(),
-            solver or Solver(),
-            temperature,
-            start,
-            max_new_tokens,
-            noise,
-            on_token,
-            return_logits,
+            seeds=list(seeds),
+            features=features,
+            guidance=guidance or Guidance(),
+            solver=solver or Solver(),
+            temperature=temperature,
+            start=start,
+            max_new_tokens=max_new_tokens,
+            noise=noise,
+            on_token=on_token,
+            return_logits=return_logits,
         )
 
 

@@ -10,9 +10,10 @@ from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, So
 from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
 from ..ming_core.conversation import FILE_FORMAT
-from ..ming_core.decoding import EMPTY_PROMPT, STARTS
+from ..ming_core.decoding import STARTS
 from ..ming_core.flow_head import METHODS
 from ..ming_core.images import to_images, to_uint8
+from ..ming_core.rounds import EMPTY_PROMPT
 from . import host
 from .features import SavedFile, SavesFile, saved_as
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket

@@ -130,7 +130,7 @@ class MingTokDecode:
         }
 
     def decode(self, mingtok: host.Loaded, features: Features) -> tuple[torch.Tensor]:
-        mingtok.model.check(features)
+        mingtok.model.check_features(features)
         h, w = features.grid
         model = host.ready(mingtok, mingtok.model.working_memory(min(features.batch, AT_ONCE), h * w))
 

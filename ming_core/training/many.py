@@ -13,22 +13,11 @@ import torch
 from torch import Tensor
 
 from ..conversation import Conversation, Picture, guidance_views
-from ..decoding import (
-    Guided,
-    Round,
-    Turn,
-    answer_segments,
-    close_round,
-    draw_latents,
-    drawing_room,
-    drawn_features,
-    open_round,
-    plan_round,
-    seeded_noise,
-)
+from ..decoding import Guided, Turn, draw_latents, drawn_features, seeded_noise
 from ..features import Features
 from ..flow_head import Guidance, Solver
 from ..language_model import Rows
+from ..rounds import OpenRound, answer_segments, close_round, open_round, plan_round
 from ..univision import UniVision
 
 AT_ONCE = 16  # pictures: more cost memory and gain little
@@ -47,7 +36,7 @@ class Wish:
 
 def draw_many(model: UniVision, wishes: Sequence[Wish], solver: Solver | None = None) -> list[Turn]:
     """What `generate_image` gives for each wish, with its default settings. Errors are the same."""
-    opened: dict[int, tuple[Round, Tensor]] = {}
+    opened: dict[int, tuple[OpenRound, Tensor]] = {}
     done: dict[int, Turn] = {}
     with torch.no_grad():
         for i in range(len(wishes)):
@@ -61,21 +50,20 @@ def draw_many(model: UniVision, wishes: Sequence[Wish], solver: Solver | None = 
     return [done[i] for i in range(len(wishes))]
 
 
-def _open(model: UniVision, wish: Wish) -> tuple[Round, Tensor]:
+def _open(model: UniVision, wish: Wish) -> tuple[OpenRound, Tensor]:
     """The round, its prompt prefilled, and what its guidance rows see."""
-    room = drawing_room(model, 1)
-    opened = open_round(model, plan_round(model, wish.conversation, wish.prompt, wish.features, room, 1))
+    opened = open_round(model, plan_round(model, wish.conversation, wish.prompt, wish.features, 1, drawing=True))
     return opened, guidance_views(opened.conversation.parts)
 
 
 def _draw(
-    model: UniVision, wishes: Sequence[Wish], batch: dict[int, tuple[Round, Tensor]], solver: Solver | None
+    model: UniVision, wishes: Sequence[Wish], batch: dict[int, tuple[OpenRound, Tensor]], solver: Solver | None
 ) -> dict[int, Turn]:
     """Rounds with equally many views, all at once."""
     language_model, llm = model.language_model, model.config.llm_config
     rounds = [opened for opened, _ in batch.values()]
     guided = Guided.by(Guidance(), len(next(iter(batch.values()))[1]))
-    noise = [seeded_noise(model, [wishes[i].seed], _one(wishes[i].noise), batch[i][0]) for i in batch]
+    noise = [seeded_noise(model, [wishes[i].seed], _one(wishes[i].noise), batch[i][0].conversation) for i in batch]
 
     prefix = language_model.prefix(sum(opened.prefix.length for opened in rounds))
     visible = torch.zeros(len(batch) * guided.rows, prefix.keys.shape[2], dtype=torch.bool)
@@ -93,7 +81,7 @@ def _draw(
         if next_id != llm.eos_token_id:  # it has something to say: that is written one by one
             turns[i] = _alone(model, wishes[i], solver)
             continue
-        picture = drawn_features(model, latents[k : k + 1], tokens[k : k + 1], rounds[k].depth)[0]
+        picture = drawn_features(model, latents[k : k + 1], tokens[k : k + 1], rounds[k].conversation.depth)[0]
         segments = [*answer_segments(model, [llm.image_start_token]), Picture(picture, drawn=True)]
         grown = close_round(model, rounds[k], segments, rows, k * guided.rows)
         turns[i] = Turn("", [llm.image_start_token, next_id], picture, grown, rounds[k].prefilled)

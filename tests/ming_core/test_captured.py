@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Guidance, Solver, captured, decoding
+from ming_univision.ming_core import Conversation, Guidance, Solver, captured
 from ming_univision.ming_core.captured import Captured, recorder
 from ming_univision.ming_core.experts import Experts
 from ming_univision.ming_core.placement import rest_on
@@ -52,8 +52,8 @@ def graphs(monkeypatch):
             super().__init__(function, record)
             steps[function.__name__] = self
 
-    monkeypatch.setattr(decoding, "Captured", Noted)
-    monkeypatch.setattr(decoding, "recorder", lambda device, *modules: record)
+    monkeypatch.setattr(captured, "Captured", Noted)
+    monkeypatch.setattr(captured, "recorder", lambda device, *modules: record)
     monkeypatch.setattr(Experts, "_way", lambda self, x, pairs: self._gathered)
     return steps
 

@@ -273,8 +273,12 @@ def test_noise_may_be_given_with_or_without_the_row_that_is_ignored(model):
     assert torch.equal(a.features.latents, b.features.latents)
     with pytest.raises(ValueError, match=rf"give \({n}, {c}\)"):
         model.generate_image(Conversation(), "A cat.", noise=noise[:3])
-    with pytest.raises(ValueError, match="noise is given for 1 pictures: give that of 2"):
+    with pytest.raises(ValueError, match=rf"noise is \(1, {n + 1}, {c}\): give \(2, {n}, {c}\)"):
         model.generate_images(Conversation(), "A cat.", seeds=[0, 1], noise=noise[None])
+    with pytest.raises(ValueError, match=r"noise is \(1,\): give"):
+        model.generate_image(Conversation(), "A cat.", noise=torch.tensor(1.0))
+    with pytest.raises(ValueError, match="noise holds NaN or infinite values"):
+        model.generate_image(Conversation(), "A cat.", noise=noise / 0, on_token=pytest.fail)
 
 
 @pytest.mark.parametrize("spoilt", ["language_model.model.layers.0.attention.dense", "flow_head.vis_head.0"])
@@ -293,13 +297,18 @@ def test_a_drawing_that_outgrows_fp16_ends_in_an_error_and_leaves_nothing_in_the
     assert_same_turn(after, model.generate_image(said, "A cat.", **SHORT))
 
 
-def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monkeypatch):
-    exact = model.language_model.logits
-    never = torch.zeros(model.config.llm_config.vocab_size)
-    never[model.config.llm_config.image_start_token] = float("-inf")
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [(True, r'answered in words and .*"draw now"'), (False, r'in 4 tokens: .* Raise max_new_tokens, .*"draw now"')],
+)
+def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monkeypatch, ends, words):
+    llm, exact = model.config.llm_config, model.language_model.logits
+    never = torch.zeros(llm.vocab_size)
+    never[llm.image_start_token] = float("-inf")
+    never[llm.eos_token_id] = 1e9 if ends else float("-inf")
     monkeypatch.setattr(model.language_model, "logits", lambda hidden: exact(hidden) + never)
     said = model.understand(Conversation(), "A cat.", max_new_tokens=4).text
-    with pytest.raises(RuntimeError, match="draw now") as error:
+    with pytest.raises(RuntimeError, match=words) as error:
         model.generate_image(Conversation(), "A cat.", start="model decides", max_new_tokens=4)
     assert f'"{said}"' in str(error.value)
 
@@ -391,7 +400,7 @@ def test_text_is_greedy_at_temperature_zero_and_follows_the_seed_above(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_of_no_numbers_is_refused(model, temperature):
     model.language_model.lm_head.weight.data[7] = float("nan")
-    with pytest.raises(RuntimeError, match="float32: the weights are damaged"):
+    with pytest.raises(RuntimeError, match=r"float32: lower guidance .* the weights are damaged"):
         model.understand(Conversation(), "What is it?", sampling=Sampling(temperature), **SHORT)
 
 
@@ -482,7 +491,9 @@ def test_a_damaged_conversation_file_is_named_with_the_remedy(model, picture, tm
             load_features(path)
 
 
-@pytest.mark.parametrize("damage", ["unknown id", "negative length", "depth", "latents", "no model", "a list", "text"])
+@pytest.mark.parametrize(
+    "damage", ["unknown id", "negative length", "no length", "depth", "latents", "no model", "a list", "text"]
+)
 def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage):
     path = tmp_path / "talk.safetensors"
     save_conversation(model.understand(Conversation(), "What?", features=picture, **SHORT).conversation, path)
@@ -492,6 +503,8 @@ def test_a_conversation_file_that_lies_is_named(model, picture, tmp_path, damage
         tensors["ids"][2] = model.config.llm_config.vocab_size
     elif damage == "negative length":
         segments[0]["length"] = -1
+    elif damage == "no length":
+        segments.insert(0, {**segments[0], "length": 0})
     elif damage == "depth":
         next(s for s in segments if "depth" in s)["depth"] = "deep"
     elif damage == "latents":

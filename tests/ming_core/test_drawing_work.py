@@ -49,6 +49,14 @@ def test_each_step_asks_for_one_velocity_and_none_at_the_end(method):
     assert net.asked.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.parametrize("time_shift", [0.0, float("inf"), float("nan")])
+def test_a_time_shift_that_no_step_can_follow_is_refused(time_shift):
+    with pytest.raises(ValueError, match="time_shift"):
+        Solver(time_shift=time_shift)
+    with pytest.raises(ValueError, match="steps of no length"):
+        Solver(method="ab2", time_shift=1e7).coefficients(16)
+
+
 def test_one_step_of_both_methods_is_the_same_and_more_are_not(model):
     def latents(method, steps):
         solver = Solver(steps, method)

@@ -79,3 +79,16 @@ def test_features_that_outgrow_fp16_are_refused_with_the_remedy(checkpoint_folde
     tok = load_mingtok(checkpoint_folder, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=r"float16: choose fp32 \(or bf16\)"):
         tok.semantic_features(torch.full((1, tok.config.semantic_decoder.in_dim, 2, 2), 60000.0))
+
+
+def test_a_stream_of_latents_takes_one_at_a_time_and_no_more_than_it_has_room_for(model):
+    latents = torch.randn(1, 4, model.flow_head.net.channels, generator=torch.Generator().manual_seed(1))
+    stream = model.mingtok.stream(1, 3)
+    one_by_one = [stream.append(latents[:, i : i + 1]) for i in range(2)]
+    with pytest.raises(ValueError, match="one at a time"):
+        stream.append(latents[:, 2:])
+    one_by_one.append(stream.append(latents[:, 2:3]))
+    with pytest.raises(ValueError, match="4 tokens are given to a buffer for 3"):
+        stream.append(latents[:, 3:])
+    at_once = model.mingtok.stream(1, 3).append(latents[:, :3])  # into an empty one
+    torch.testing.assert_close(at_once, torch.cat(one_by_one, dim=1), rtol=1e-4, atol=1e-5)

@@ -195,18 +195,30 @@ def test_quantised_experts_are_experts_of_the_dequantised_weights(kind):
     mixed = QuantizedExperts(plain, kind)
     for name in ("gate_up", "down"):
         getattr(plain, name).copy_(dequantize(getattr(mixed, name), getattr(mixed, f"{name}_scale")))
-    expected = plain.products(x, chosen).float()
-    found = mixed.products(x, chosen).float()
+    expected = plain.outputs(x, chosen).float()
+    found = mixed.outputs(x, chosen).float()
     assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_product_without_a_kernel_goes_piece_by_piece(kind, dtype, monkeypatch):
+    layer = nn.Linear(64, 192, bias=False, dtype=dtype)
+    mixed, x = QuantizedLinear(layer, kind), torch.randn(3, 64).to(dtype)
+    whole, pieces, exact = mixed(x), [], quantization.F.linear
+    monkeypatch.setattr(quantization, "PIECE", 64 * 64)
+    monkeypatch.setattr(quantization.F, "linear", lambda x, w: pieces.append(w.shape) or exact(x, w))
+    torch.testing.assert_close(mixed(x), whole)
+    assert len(pieces) > 1 and sum(shape[0] for shape in pieces) == 192
 
 
 def test_only_the_chosen_experts_are_read():
     plain, x, chosen = experts()
     mixed = QuantizedExperts(plain, "int8")
-    whole = mixed.products(x, chosen)
+    whole = mixed.outputs(x, chosen)
     for expert in (1, 3):
         mixed.gate_up_scale[expert] = mixed.down_scale[expert] = float("nan")
-    assert torch.equal(mixed.products(x, chosen), whole)
+    assert torch.equal(mixed.outputs(x, chosen), whole)
 
 
 @both

@@ -24,13 +24,13 @@ from ming_univision.ming_core.config import (
     UniVisionConfig,
 )
 from ming_univision.ming_core.conversation import Conversation, Picture, guidance_views
-from ming_univision.ming_core.decoding import _prefill
 from ming_univision.ming_core.features import to_grid
 from ming_univision.ming_core.files import FileError, write_whole_folder
 from ming_univision.ming_core.images import from_uint8
 from ming_univision.ming_core.language_model import Causal, Rows
 from ming_univision.ming_core.mingtok import MingTok
 from ming_univision.ming_core.prompts import ChatFormat
+from ming_univision.ming_core.rounds import open_round
 from ming_univision.ming_core.shapes import (
     BACKGROUNDS,
     POSITIONS,
@@ -430,7 +430,7 @@ def test_a_dropped_sample_is_computed_as_inference_computes_that_guidance_row(vi
                     generated=True, segments=(chat.answer([chat.image_open_id]), next_picture())
                 )
                 conversation = conversation.extended(drawn, "")
-        prefix, _, _ = _prefill(model, conversation)
+        prefix = open_round(model, conversation).prefix
         views = guidance_views(conversation.parts)
         rows = Rows(prefix, 17, 1, views[min(view, len(views) - 1)][None])
         hidden = [model.language_model.step(model.language_model.embed(torch.tensor([chat.image_open_id])), rows)]
