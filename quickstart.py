@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "quickstart.json"
 DEMO = ROOT / "workflows" / "api" / "multi_round_edit.json"
-GOLDEN = ROOT.parent / "shared" / "golden"  # the full set of recorded numbers, where it lies beside the project
 
 MODELS = ("Ming-UniVision-16B-A3B", "MingTok-Vision")
 
@@ -173,11 +172,7 @@ def check_tests() -> None:
 
 
 def run_tests(options: argparse.Namespace) -> int:
-    arguments = list(options.pytest_arguments)
-    if GOLDEN.is_dir() and not any(argument.split("=")[0] == "--golden" for argument in arguments):
-        # One word: pytest reads a path of its own as a place of tests, before it knows of the option.
-        arguments.append(f"--golden={GOLDEN}")
-    return run_pytest(arguments)
+    return run_pytest(options.pytest_arguments)
 
 
 def run_comfyui(options: argparse.Namespace) -> int:
@@ -194,7 +189,7 @@ def run_comfyui(options: argparse.Namespace) -> int:
             found["comfyui-browser"] = finding.find_browser(options.browser)
     except finding.NotFound as error:
         raise SetupError(str(error)) from error
-    arguments = [f"--{name}={path}" for name, path in found.items()]  # one word each, as with --golden
+    arguments = [f"--{name}={path}" for name, path in found.items()]  # one word each: pytest takes a path for a test
     arguments += ["--comfyui-keep"] * options.keep + ["-k", options.only] * bool(options.only)
     return run_pytest(["tests/comfyui", "-rN", *arguments])  # the suite prints a summary of its own
 

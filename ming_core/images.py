@@ -23,19 +23,31 @@ def to_pixels(images: Tensor, side: int, fit: str = "center crop") -> Tensor:
     C is 3, 4 (alpha is dropped) or 1 (repeated); values outside 0..1 are clamped. fit: "center crop" keeps the middle
     square, "stretch" ignores the aspect ratio, "pad" puts mid grey around. Raises ValueError.
     """
+    check_images(images, side, fit)
+    images = images[..., :3].float().clamp(0, 1).expand(-1, -1, -1, 3)
+    if images.shape[1:3] == (side, side):
+        return images.permute(0, 3, 1, 2) * 2 - 1
+    resized = [_resize(Image.fromarray(to_uint8(image)), side, fit) for image in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
+
+
+def check_images(images: Tensor, side: int, fit: str) -> None:
+    """Raises ValueError for what `to_pixels` cannot take; makes no copy of the pictures."""
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}: give one of {FITS}")
-    images = _rgb(images)
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+        raise ValueError(f"an IMAGE is [batch, height, width, 1, 3 or 4 channels], not {list(images.shape)}")
+    if 0 in images.shape:
+        raise ValueError(f"there is no picture in this batch ({list(images.shape)}): connect one or more")
+    if not all(torch.isfinite(image[..., :3]).all() for image in images):
+        raise ValueError("the picture holds NaN or infinite values: repair it before it goes to the model")
     height, width = images.shape[1:3]
-    if (height, width) == (side, side):
-        return images.permute(0, 3, 1, 2) * 2 - 1
-    if fit == "center crop" and max(height, width) > MAX_SIDE_RATIO * min(height, width):
+    too_long = max(height, width) > MAX_SIDE_RATIO * min(height, width)
+    if fit == "center crop" and too_long:
         raise ValueError(
             f"a picture of {width}x{height} is too long for a centre crop (more than {MAX_SIDE_RATIO}:1): "
             'set fit to "stretch" or "pad", or crop it first'
         )
-    resized = [_resize(Image.fromarray(to_uint8(image)), side, fit) for image in images]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -83,18 +95,6 @@ def _blur(x: Tensor) -> Tensor:
         size = x.shape[axis] - n + 1
         x = sum(weight * x.narrow(axis, i, size) for i, weight in enumerate((w / w.sum()).tolist()))
     return x
-
-
-def _rgb(images: Tensor) -> Tensor:
-    """float32 [B, H, W, 3] in 0..1, checked."""
-    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
-        raise ValueError(f"an IMAGE is [batch, height, width, 1, 3 or 4 channels], not {list(images.shape)}")
-    if 0 in images.shape:
-        raise ValueError(f"there is no picture in this batch ({list(images.shape)}): connect one or more")
-    images = images[..., :3].float()
-    if not torch.isfinite(images).all():
-        raise ValueError("the picture holds NaN or infinite values: repair it before it goes to the model")
-    return images.clamp(0, 1).expand(-1, -1, -1, 3)
 
 
 def _resize(image: Image.Image, side: int, fit: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 
@@ -15,7 +16,7 @@ from ..ming_core.flow_head import METHODS
 from ..ming_core.images import to_images, to_uint8
 from ..ming_core.rounds import EMPTY_PROMPT
 from . import host
-from .features import SavedFile, SavesFile, saved_as
+from .saved_files import LoadingNode, SavingNode, saved_as, saved_path
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
 
 ADVANCED = {"advanced": True}
@@ -27,12 +28,12 @@ def _prompt_verdict(text: str | None) -> bool | str:
     return True if text is None or text.strip() else EMPTY_PROMPT
 
 
-def _reporter(most: int, model: UniVision | None = None) -> Callable[[Progress], None]:
-    """on_token for a round of at most `most` tokens: moves the bar with each, shows the text and the picture so far.
+def _reporter(node: object, most: int, model: UniVision | None = None) -> Callable[[Progress], None]:
+    """on_token of a node, for a round of at most `most` tokens: moves the bar, shows the text and the picture so far.
 
     Of several pictures the first is shown. While a long prompt is read the bar stands, but Interrupt is heard.
     """
-    report = host.progress(most)
+    report = host.progress(most, type(node).__name__)
     previewing = model is not None and host.previews_wanted()
     value, total = 0, most
 
@@ -109,9 +110,9 @@ class MingUnderstand:
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p),
             seed=seed,
-            on_token=_reporter(max_new_tokens),
+            on_token=_reporter(self, max_new_tokens),
         )
-        host.show_text(turn.text)
+        host.show_text(turn.text, type(self).__name__)
         return turn.text, turn.conversation
 
 
@@ -155,6 +156,7 @@ class _Drawing:
     def draw(
         self,
         model: host.Loaded,
+        prompt: str,
         seed: int,
         batch_size: int,
         text_guidance: float,
@@ -164,14 +166,10 @@ class _Drawing:
         solver: str,
         start: str,
         max_new_tokens: int,
-        prompt: str = "",
-        instruction: str = "",
         features: Features | None = None,
         conversation: Conversation | None = None,
     ) -> tuple[list[Features], list[Conversation], list[str]]:
         conversation = conversation or Conversation()
-        self.check(features, conversation)
-        prompt = prompt or instruction
         memory = model.model.working_memory(conversation, prompt, features, max_new_tokens, batch_size)
         loaded: UniVision = host.ready(model, memory)
         turns: list[Turn] = loaded.generate_images(
@@ -184,12 +182,10 @@ class _Drawing:
             temperature=temperature,
             start=start,
             max_new_tokens=max_new_tokens,
-            on_token=_reporter(max_new_tokens + loaded.config.llm_config.num_image_tokens_for_gen, loaded),
+            on_token=_reporter(self, max_new_tokens + loaded.config.llm_config.num_image_tokens_for_gen, loaded),
         )
+        host.show_text(turns[0].text, type(self).__name__)
         return [t.features for t in turns], [t.conversation for t in turns], [t.text for t in turns]
-
-    def check(self, features: Features | None, conversation: Conversation) -> None:
-        """Raises ValueError where this node is not the one to use."""
 
 
 class MingGenerate(_Drawing):
@@ -276,17 +272,24 @@ class MingEdit(_Drawing):
 
     @classmethod
     def VALIDATE_INPUTS(
-        cls, instruction: str | None = None, features: None = ABSENT, conversation: None = ABSENT
+        cls, instruction: str | None = None, features: object = ABSENT, conversation: object = ABSENT
     ) -> bool | str:
         """What is linked comes as None."""
         return NO_PICTURE if features is conversation is ABSENT else _prompt_verdict(instruction)
 
-    def check(self, features: Features | None, conversation: Conversation) -> None:
-        if features is None and not conversation.pictures:
+    def draw(
+        self,
+        instruction: str,
+        features: Features | None = None,
+        conversation: Conversation | None = None,
+        **widgets: Any,
+    ) -> tuple[list[Features], list[Conversation], list[str]]:
+        if features is None and not (conversation and conversation.pictures):
             raise ValueError(NO_PICTURE)
+        return super().draw(prompt=instruction, features=features, conversation=conversation, **widgets)
 
 
-class MingSaveConversation(SavesFile):
+class MingSaveConversation(SavingNode):
     DESCRIPTION = "Saves a conversation to output/ming, in kilobytes: token ids and latents."
     CATEGORY = TOOLS
     RETURN_TYPES: tuple = ()
@@ -307,7 +310,7 @@ class MingSaveConversation(SavesFile):
         return saved_as(filename_prefix, lambda path: write_conversation(conversation, path))
 
 
-class MingLoadConversation(SavedFile):
+class MingLoadConversation(LoadingNode):
     DESCRIPTION = "Loads a saved conversation, to go on with it. It needs the model that it was held with."
     FILE_FORMAT = FILE_FORMAT
     CATEGORY = TOOLS
@@ -334,7 +337,7 @@ class MingLoadConversation(SavedFile):
         def on_picture(done: int, pictures: int) -> None:
             report(done, total=pictures)
 
-        return (read_conversation(host.saved_path(file), model.model, ready, on_picture),)
+        return (read_conversation(saved_path(file), model.model, ready, on_picture),)
 
 
 class MingConversationPicture:

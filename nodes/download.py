@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
@@ -133,22 +134,32 @@ def fetch(file: RemoteFile, url: str, folder: Path) -> None:
         if have > file.size:
             part.unlink()
             have = 0
-        with open(part, "ab") as stream:
-            http_get(
-                url,
-                stream,
-                resume_size=have,
-                headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
+        with open(part, "ab") as stream, contextlib.suppress(_WrongSize):
+            _get(file, url, stream, have, headers)
         fault = file.fault(part)
         if fault is None:
             os.replace(part, folder / file.name)
             return
         _say(f"{file.name} arrived damaged ({fault}) and is fetched again")
-        part.unlink()
+        if part.stat().st_size >= file.size:  # what is only cut off is gone on with
+            part.unlink()
     raise DownloadError(f"{file.name} arrived damaged {ATTEMPTS} times: something on the way changes it; try later")
+
+
+class _WrongSize(Exception):
+    """Another number of bytes than was announced has arrived, without an error."""
+
+
+def _get(file: RemoteFile, url: str, stream: BinaryIO, have: int, headers: dict[str, str]) -> None:
+    options = {"resume_size": have, "headers": headers, "expected_size": file.size, "displayed_filename": file.name}
+    try:
+        http_get(url, stream, **options)
+    except (HTTPError, HfHubHTTPError):
+        raise
+    except OSError as error:
+        if error.errno is None:  # the hub's library says so with an OSError that no system call gave
+            raise _WrongSize from error
+        raise
 
 
 def _is_there(file: RemoteFile, folder: Path) -> bool:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-from ..ming_core import Features, FileError
+from ..ming_core import Features
 from ..ming_core import load_features as read_features
 from ..ming_core import save_features as write_features
 from ..ming_core.features import CHANGED, FILE_FORMAT, change, principal_colours
-from ..ming_core.files import check_format
 from . import host
-from .filenames import prefix_verdict
-from .mingtok import DEPTH, latent_dict
+from .latents import to_latent
+from .saved_files import LoadingNode, SavingNode, saved_as, saved_path
 from .widgets import FEATURES, file_name, number, socket
 
 MAP_SIDE = 512  # pixels of the longer side of a map over tokens
@@ -26,48 +21,6 @@ def enlarge(maps: torch.Tensor) -> torch.Tensor:
     """[B, C, h, w] over tokens -> the same with every token a square of pixels."""
     factor = max(1, MAP_SIDE // max(maps.shape[2:]))
     return F.interpolate(maps, scale_factor=factor, mode="nearest-exact")
-
-
-def saved_as(prefix: str, write: Callable[[Path], None]) -> dict:
-    """Write a new file of that name below output/ming, and show what the nodes that load call it."""
-    with host.new_file(prefix, ".safetensors") as path:
-        write(path)
-    name = host.saved_name(path)
-    host.show_text(name)
-    return {"ui": {"text": [name]}}
-
-
-class SavesFile:
-    """A node with a `filename_prefix` widget, whose file goes below output/ming."""
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        return prefix_verdict(filename_prefix, host.output_directory() / "ming")
-
-
-class SavedFile:
-    """A node with a `file` widget that lists saved files, of which it loads those of its `FILE_FORMAT`."""
-
-    FILE_FORMAT: str
-
-    @classmethod
-    def files(cls, tooltip: str) -> tuple:
-        return host.saved_files(), {"tooltip": tooltip}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
-        try:
-            if file is not None:  # None: it is linked, and looked for when it is known
-                check_format(host.saved_path(file), cls.FILE_FORMAT)
-        except FileError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, file: str | None, **_: object) -> str | tuple:
-        if file is None:  # it is linked: it may be any of them
-            return tuple((name, host.saved_path(name).stat().st_mtime_ns) for name in host.saved_files())
-        return hashlib.sha256(host.saved_path(file).read_bytes()).hexdigest()
 
 
 class MingFeaturesPreview:
@@ -130,10 +83,10 @@ class MingFeaturesToLatent:
         return {"required": {"features": socket("MING_FEATURES", "Features of seen or drawn pictures.")}}
 
     def take(self, features: Features) -> tuple[dict]:
-        return ({**latent_dict(features.latents), DEPTH: features.depth},)
+        return (to_latent(features.latents, features.depth),)
 
 
-class MingSaveFeatures(SavesFile):
+class MingSaveFeatures(SavingNode):
     DESCRIPTION = "Saves features to output/ming, without a loss, to go on with them another day."
     CATEGORY = FEATURES
     RETURN_TYPES: tuple = ()
@@ -154,7 +107,7 @@ class MingSaveFeatures(SavesFile):
         return saved_as(filename_prefix, lambda path: write_features(features, path))
 
 
-class MingLoadFeatures(SavedFile):
+class MingLoadFeatures(LoadingNode):
     DESCRIPTION = "Loads saved features."
     FILE_FORMAT = FILE_FORMAT
     CATEGORY = FEATURES
@@ -168,4 +121,4 @@ class MingLoadFeatures(SavedFile):
         return {"required": {"file": cls.files("A file of Ming Save Features.")}}
 
     def load(self, file: str) -> tuple[Features]:
-        return (read_features(host.saved_path(file)),)
+        return (read_features(saved_path(file)),)

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from . import host
 from .headless import Event, NodeError, NodeFinished, NodeStarted, Progress, known_node_classes, run_workflow
-from .headless_core import saved_path
+from .headless_core import shown_file
 from .headless_workflow import WorkflowError, read_workflow, with_image, with_settings
 
 _BAR_CELLS = 20
@@ -141,7 +141,7 @@ class Terminal:
                     self.say("\n".join(_INDENT + line for line in item.splitlines() or ["(no text)"]))
                 elif isinstance(item, dict) and "filename" in item:
                     verb = "preview" if item.get("type") == "temp" else "saved"
-                    self.say(f"{_INDENT}{verb} {saved_path(item)}")
+                    self.say(f"{_INDENT}{verb} {shown_file(item)}")
 
     def _draw(self, line: str) -> None:
         """Replaces the line that is being redrawn."""

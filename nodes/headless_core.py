@@ -30,7 +30,7 @@ _MAX_SIDE = 16384
 _NO_ALPHA_SIDE = 64  # core's MASK of a picture without transparency is 64x64 zeros
 
 
-def saved_path(entry: dict[str, str]) -> Path:
+def shown_file(entry: dict[str, str]) -> Path:
     """The file of one entry {"filename", "subfolder", "type"} of what a saving node shows."""
     root = Path(host.output_directory())
     if entry.get("type") == "temp":
@@ -234,7 +234,7 @@ def _picture_path(name: str) -> Path:
     name, kind = match.groups() if match else (name, "input")
     if kind == "input":
         return Path(host.input_directory(), name)
-    return saved_path({"filename": name, "type": kind})
+    return shown_file({"filename": name, "type": kind})
 
 
 def _tensors(frame: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
-import logging
 import os
-import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-
-from ..ming_core.files import FileError
-from .filenames import numbered_path
 
 try:
     import comfy.cli_args
@@ -40,8 +36,6 @@ except ImportError:
     if "comfy" in sys.modules:  # a ComfyUI that lacks one of these: it reports which, rather than being worked around
         raise
     comfy = comfy_execution = folder_paths = None
-
-log = logging.getLogger(__name__)
 
 PACK = Path(__file__).resolve().parent.parent
 MODEL_FOLDER = "ming"  # the category below ComfyUI's models/
@@ -76,9 +70,6 @@ class Loaded:
         return f"{type(self.model).__name__}({self.name})"
 
 
-KEPT_SHARE = 0.25  # of the RAM, for models that no workflow uses at the moment
-
-
 def device() -> torch.device:
     """Where models compute."""
     if comfy:
@@ -96,13 +87,16 @@ def resting_device() -> torch.device:
     return comfy.model_management.unet_offload_device() if comfy else device()
 
 
-def bfloat16_works(on: torch.device) -> bool:
-    """Whether a device computes in bf16. Every CPU does, though ComfyUI, which thinks of speed, answers no for it."""
+def half(on: torch.device) -> torch.dtype:
+    """The 16 bit format that a device computes in: bf16, else fp16, and float32 where neither is any good."""
     if on.type == "cpu":
-        return True
+        return torch.bfloat16  # every CPU does, though ComfyUI, which thinks of speed, answers no for it
     if comfy:
-        return bool(comfy.model_management.should_use_bf16(on))
-    return on.type != "cuda" or torch.cuda.get_device_capability(on)[0] >= 8  # Ampere and newer
+        if comfy.model_management.should_use_bf16(on):
+            return torch.bfloat16
+        return torch.float16 if comfy.model_management.should_use_fp16(on) else torch.float32
+    ampere = on.type != "cuda" or torch.cuda.get_device_capability(on)[0] >= 8
+    return torch.bfloat16 if ampere else torch.float16
 
 
 def total_memory(on: torch.device) -> int:
@@ -211,24 +205,37 @@ def ready(loaded: Loaded, memory: int = 0) -> Any:
     return loaded.model
 
 
-def keep(loaded: Loaded | None, coming: int = 0) -> None:
-    """Keep a model alive for as long as ComfyUI's manager has it loaded, and the RAM is not wanted for `coming` bytes.
+KEPT_SHARE = 0.25  # of the RAM, for models that no workflow uses at the moment
+
+
+def keep(loaded: Loaded) -> None:
+    """Keep a model alive for as long as ComfyUI's manager has it loaded, and the RAM is not wanted for others.
 
     Any other workflow makes ComfyUI's cache drop the loader's output, and a model that nobody holds would have to be
     read again when the user comes back. So the manager's own entry, which lives until the model is unloaded, holds it.
     Those that ran last are kept, as many as take KEPT_SHARE of the RAM together.
     """
-    left = KEPT_SHARE * host_memory() - coming
-    entries = getattr(comfy.model_management, "current_loaded_models", ()) if comfy else ()
-    for entry in list(entries):  # the one that ran last is the first
-        if loaded is not None and entry.model is loaded.patcher:
+    for entry in _entries():
+        if entry.model is loaded.patcher:
             entry.ming_model = loaded
+    make_room(0)
+
+
+def make_room(coming: int) -> None:
+    """Let go of kept models that KEPT_SHARE of the RAM does not hold beside `coming` bytes."""
+    left = KEPT_SHARE * host_memory() - coming
+    for entry in _entries():  # the one that ran last is the first
         if hasattr(entry, "ming_model"):
             patcher = entry.ming_model.patcher
-            on_gpu = 0 if patcher.load_device.type == "cpu" else patcher.loaded_size()
-            left -= patcher.model_size() - on_gpu
+            shares_ram = patcher.load_device.type in ("cpu", "mps")
+            left -= patcher.model_size() - (0 if shares_ram else patcher.loaded_size())
             if left < 0:
                 del entry.ming_model
+
+
+def _entries() -> list[Any]:
+    """What ComfyUI's manager has loaded."""
+    return list(getattr(comfy.model_management, "current_loaded_models", ())) if comfy else []
 
 
 def forget(patcher: Any, unloaded: bool = True) -> None:
@@ -253,22 +260,30 @@ def listen(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def progress(total: int) -> Callable[..., None]:
+TEXT_EVERY = 0.1  # seconds: each text that is shown is sent whole
+
+
+def progress(total: int, speaker: str = "") -> Callable[..., None]:
     """A function (value, text=None, *, total=..., picture=None) to call after every token; made as a node begins.
 
     It raises when the user has interrupted. `text` is all that was written so far, `picture` what was drawn so far.
+    `speaker`: the class of a node that may show a text; what it showed in an earlier run is cleared.
     """
     if comfy:
         bar = comfy.utils.ProgressBar(total)
-        _clear_text()
+        _clear_text(speaker)
+        shown = float("-inf")
 
         def report(
             value: int, text: str | None = None, *, total: int = total, picture: Image.Image | None = None
         ) -> None:
+            nonlocal shown
             comfy.model_management.throw_exception_if_processing_interrupted()
             preview = ("JPEG", picture, comfy.cli_args.args.preview_size) if picture else None
             bar.update_absolute(value, total, preview)
-            show_text(text)
+            if text and time.monotonic() - shown > TEXT_EVERY:
+                show_text(text, speaker)
+                shown = time.monotonic()
 
         return report
     listener = _listener.get()
@@ -287,25 +302,29 @@ def previews_wanted() -> bool:
     return _watching() is not None
 
 
-_has_text: set[str] = set()  # ids of nodes that show a text
+_has_text: set[tuple[str, str]] = set()  # (id, class) of nodes that show a text; ids are the same in many workflows
 
 
-def show_text(text: str | None) -> None:
-    """Show a text on the node that runs, as it is: the page would take markup in it for its own."""
+def show_text(text: str | None, speaker: str = "") -> None:
+    """Show a text on the node that runs, as it is: the page would take markup in it for its own.
+
+    `speaker`: its class, if a later run may have no text to show.
+    """
     if not comfy or not text:
         return
     client, context = _watching(), comfy_execution.utils.get_executing_context()
     if client is not None and context is not None:
         _server().send_progress_text(html.escape(text, quote=False), context.node_id, client)
-        _has_text.add(context.node_id)
+        if speaker:
+            _has_text.add((context.node_id, speaker))
 
 
-def _clear_text() -> None:
+def _clear_text(speaker: str) -> None:
     """Take the text of an earlier run off the node that runs: this one may have nothing to say."""
     context = comfy_execution.utils.get_executing_context()
-    if context is not None and context.node_id in _has_text:
+    if context is not None and (context.node_id, speaker) in _has_text:
         show_text(" ")  # the page ignores an empty one
-        _has_text.discard(context.node_id)
+        _has_text.discard((context.node_id, speaker))
 
 
 def _watching() -> str | None:
@@ -351,10 +370,10 @@ def register_model_folder() -> None:
 
 
 def model_folders() -> list[Path]:
-    """The folders that checkpoint folders lie in."""
+    """Where checkpoint folders belong."""
     if folder_paths:
         return [Path(p) for p in folder_paths.get_folder_paths(MODEL_FOLDER)]
-    return list(dict.fromkeys([own_model_folder(), PACK / "models"]))
+    return [own_model_folder()]
 
 
 def own_model_folder() -> Path:
@@ -362,79 +381,3 @@ def own_model_folder() -> Path:
     if PACK.parent.name == "custom_nodes":
         return PACK.parent.parent / "models" / MODEL_FOLDER
     return PACK / "models"
-
-
-@contextlib.contextmanager
-def new_file(prefix: str, suffix: str) -> Iterator[Path]:
-    """A new file below output/ming/ with ComfyUI's counter: prefix_00001_.safetensors. Raises FileError.
-
-    It is made empty at once, so that nobody else takes that number, and is gone again if filling it fails.
-    """
-    root = output_directory() / "ming"
-    try:
-        folder, name, number = numbered_path(prefix, root)
-        folder.mkdir(parents=True, exist_ok=True)
-        while not _made(path := folder / f"{name}_{number:05}_{suffix}"):
-            number += 1
-    except ValueError as error:
-        raise FileError(str(error)) from None
-    except OSError as error:
-        raise FileError(f"cannot write below {root}: {error.strerror}; choose another output folder") from error
-    try:
-        yield path
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _made(path: Path) -> bool:
-    """Makes an empty file. False where there is one, which on some disks is also one in other capitals."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def saved_files() -> list[str]:
-    """Names of the saved files that can be loaded: `ming/x_00001_.safetensors [output]`, `y.safetensors [input]`."""
-    names = []
-    for place in ("output", "input"):
-        root, listed = _saved_below(place)
-        found = (path for path in listed.rglob("*.safetensors") if path.is_file() and _is_inside(path, root, listed))
-        names += sorted(saved_name(path, place) for path in found)
-    return names
-
-
-def saved_name(path: Path, place: str = "output") -> str:
-    """What `saved_files` calls a file below the "output" or "input" folder."""
-    root, _ = _saved_below(place)
-    return f"{path.relative_to(root).as_posix()} [{place}]"
-
-
-def saved_path(name: str | None) -> Path:
-    """The file that one of `saved_files` names. Raises FileError for a missing file or a name that climbs out.
-
-    None, and nothing, is what a list holds that was empty when the workflow was stored.
-    """
-    if not name:
-        raise FileError("no file is chosen: save one first, press R to see it in the list, and choose it there")
-    match = re.fullmatch(r"(.+?) ?\[(output|input)\]", name)
-    relative, place = match.groups() if match else (name, "input")
-    root, listed = _saved_below(place)
-    path = (root / relative).resolve()
-    if not _is_inside(path, root, listed):
-        raise FileError(f"the file name {name!r} leads out of {root}: choose a file from the list")
-    if not path.is_file():
-        raise FileError(f"there is no file {relative} in {root}: save one first, or put it there")
-    return path
-
-
-def _saved_below(place: str) -> tuple[Path, Path]:
-    """(folder that names of saved files start from, the one that they are listed from)."""
-    return (output_directory(), output_directory() / "ming") if place == "output" else (input_directory(),) * 2
-
-
-def _is_inside(path: Path, *roots: Path) -> bool:
-    """Whether a file really lies below one of the folders, any of which may be a link to elsewhere."""
-    return any(root.resolve() in path.resolve().parents for root in roots)

@@ -40,11 +40,13 @@ _live: weakref.WeakValueDictionary[tuple, host.Loaded] = weakref.WeakValueDictio
 
 
 def found(kind: str) -> dict[str, Path]:
-    """Name -> folder of the checkpoints of a kind, the built-in model first."""
+    """Name -> folder of the checkpoints of a kind, or with one inside; the built-in model first."""
     folders = {BUILT_IN: BUILT_IN_FOLDER}
-    for root in host.model_folders():
-        for folder in _folders_below(root):
-            if checkpoint_kind(folder) == kind and folder.resolve() != BUILT_IN_FOLDER:
+    roots = (*host.model_folders(), BUILT_IN_FOLDER.parent)
+    there = [(folder, root, checkpoint_kind(folder)) for root in roots for folder in _folders_below(root)]
+    for wanted in dict.fromkeys((kind, "univision")):  # which has a MingTok inside
+        for folder, root, its_kind in there:
+            if its_kind == wanted and folder.resolve() != BUILT_IN_FOLDER:
                 _add(folders, folder, parts=max(1, len(folder.relative_to(root).parts)))
     return folders
 
@@ -95,9 +97,10 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
     """(dtype, quantization) for a precision widget. Raises ValueError, with the figures, for what cannot fit."""
     on, rests_on = host.device(), host.resting_device()
     memory = host.total_memory(rests_on)  # a GPU may hold less: ComfyUI then brings over a part
-    half = torch.bfloat16 if host.bfloat16_works(on) else torch.float16
+    if precision not in ("auto", *DTYPES, *QUANTIZED):
+        raise ValueError(f"precision is {precision!r}: give one of {('auto', *DTYPES, *QUANTIZED)}")
     quantization = precision if precision in QUANTIZED else None
-    dtype = DTYPES.get(precision, half)
+    dtype = DTYPES.get(precision) or host.half(on)
     # quantised weights are fast in 16 bit only
     exact = precision == "auto" and on.type == "cpu" and not stored_quantization(folder)
     if exact and checkpoint_bytes(folder, kind, torch.float32) < memory / 4:
@@ -105,9 +108,11 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
     needed = checkpoint_bytes(folder, kind, dtype, quantization)
     if needed > memory:
         where = "this machine" if rests_on.type == "cpu" else f"the GPU ({rests_on})"
+        fits_gpu = rests_on.type == "cpu" and on.type == "cuda" and host.total_memory(on) > needed
+        straight = ", or start ComfyUI with --highvram, which loads it straight onto the GPU" if fits_gpu else ""
         raise ValueError(
             f"this model takes {needed / GB:.1f} GB at {quantization or str(dtype).removeprefix('torch.')}, "
-            f"and {where} has {memory / GB:.1f} GB: choose a smaller precision, or a smaller model"
+            f"and {where} has {memory / GB:.1f} GB: choose a smaller precision, or a smaller model{straight}"
         )
     return dtype, quantization
 
@@ -121,7 +126,7 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> ho
     key = (kind, str(folder), state_of(folder), dtype, quantization or stored_quantization(folder))
     loaded = _live.get(key)
     if loaded is None:
-        host.keep(None, coming=checkpoint_bytes(folder, kind, dtype, quantization))
+        host.make_room(checkpoint_bytes(folder, kind, dtype, quantization))
         log.info("loading %s as %s", folder, quantization or dtype)
         options = {"quantization": quantization} if quantization else {}
         place = {"device": host.resting_device(), "dtype": dtype, "operations": host.operations()}

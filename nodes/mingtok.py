@@ -8,35 +8,15 @@ from typing import TypeVar
 import torch
 
 from ..ming_core import Features, MingTok
-from ..ming_core.images import FITS, to_images, to_pixels
+from ..ming_core.images import FITS, check_images, to_images, to_pixels
 from . import host
+from .latents import from_latent, to_latent
 from .widgets import CATEGORY, combo, socket
 
-LATENT_TYPE = "mingtok"
-DEPTH = "ming_depth"  # in a LATENT: how many drawings lie behind the picture, so that its next round has new noise
 DETAILS = {"standard": 1, "high": 2}  # times the native side
 AT_ONCE = 8  # pictures of a batch that are computed together
 
 _Result = TypeVar("_Result")
-
-
-def latent_dict(latents: torch.Tensor) -> dict:
-    """Core's LATENT, so that its own latent nodes work on it. The samples are the caller's to change."""
-    return {"samples": latents.detach().to("cpu", torch.float32, copy=True), "type": LATENT_TYPE}
-
-
-def samples_of(latent: dict) -> torch.Tensor:
-    """A float32 copy of a LATENT's samples. Raises ValueError for a LATENT of another model, or of a video."""
-    kind = latent.get("type", LATENT_TYPE)
-    if kind != LATENT_TYPE:
-        raise ValueError(f"this LATENT is of type {kind!r}: connect one from MingTok Encode")
-    samples = latent.get("samples")
-    if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
-        found = list(samples.shape) if isinstance(samples, torch.Tensor) else type(samples).__name__
-        raise ValueError(
-            f"this LATENT holds {found}, not pictures [batch, channels, height, width]: connect one from MingTok Encode"
-        )
-    return samples.detach().to("cpu", torch.float32, copy=True)
 
 
 def _few_at_a_time(pictures: int, compute: Callable[[slice], _Result]) -> list[_Result]:
@@ -78,11 +58,14 @@ class MingTokEncode:
 
     def encode(self, mingtok: host.Loaded, image: torch.Tensor, fit: str, detail: str) -> tuple:
         tokenizer: MingTok = mingtok.model
-        pixels = to_pixels(image, DETAILS[detail] * tokenizer.native_side, fit)
-        patches = (pixels.shape[-1] // tokenizer.patch_size) ** 2
-        model = host.ready(mingtok, tokenizer.working_memory(min(len(pixels), AT_ONCE), patches))
-        latents = _few_at_a_time(len(pixels), lambda few: model.encode(pixels[few]))
-        return (latent_dict(torch.cat(latents)),)
+        if detail not in DETAILS:
+            raise ValueError(f"detail is {detail!r}: give one of {tuple(DETAILS)}")
+        side = DETAILS[detail] * tokenizer.native_side
+        check_images(image, side, fit)
+        patches = (side // tokenizer.patch_size) ** 2
+        model = host.ready(mingtok, tokenizer.working_memory(min(len(image), AT_ONCE), patches))
+        latents = _few_at_a_time(len(image), lambda few: model.encode(to_pixels(image[few], side, fit)))
+        return (to_latent(torch.cat(latents)),)
 
 
 class MingTokSemanticFeatures:
@@ -103,13 +86,13 @@ class MingTokSemanticFeatures:
         }
 
     def expand(self, mingtok: host.Loaded, latent: dict) -> tuple[Features]:
-        samples = samples_of(latent)
+        samples, depth = from_latent(latent)
         mingtok.model.check_latents(samples)
         pictures, _, h, w = samples.shape
         model = host.ready(mingtok, mingtok.model.working_memory(min(pictures, AT_ONCE), h * w))
         expanded = _few_at_a_time(pictures, lambda few: model.semantic_features(samples[few]))
         tokens, latents = (torch.cat(parts) for parts in zip(*((f.tokens, f.latents) for f in expanded), strict=True))
-        return (expanded[0]._replace(tokens=tokens, latents=latents, depth=latent.get(DEPTH, 0)),)
+        return (expanded[0]._replace(tokens=tokens, latents=latents, depth=depth),)
 
 
 class MingTokDecode:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..ming_core.images import psnr, ssim
+from ..ming_core.shapes import DEGRADATIONS, describe, draw, parse_scene, scene_from_seed
 from ..ming_core.shapes import degrade as spoil
-from ..ming_core.shapes import describe, draw, parse_scene, scene_from_seed
 from . import host
 from .widgets import TOOLS, combo, integer, seed, socket
 
-DEGRADE = ["none", "pixelated", "grey", "noisy"]
+DEGRADE = [kind for kind in DEGRADATIONS if kind != "blurred"]  # for which there is no instruction of its own
 
 
 class MingExampleScene:
@@ -46,6 +46,8 @@ class MingExampleScene:
         return True
 
     def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:
+        if degrade not in DEGRADE:
+            raise ValueError(f"degrade is {degrade!r}: give one of {tuple(DEGRADE)}")
         seed %= 2**64  # a linked one is not held to the widget's range
         wanted = parse_scene(scene) if scene.strip() else scene_from_seed(seed)
         pixels = spoil(draw(wanted, size), degrade, seed)

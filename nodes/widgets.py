@@ -19,7 +19,7 @@ def number(default: float, low: float, high: float, step: float, tooltip: str, *
 
 
 def combo(options: list[str], tooltip: str, **more: Any) -> tuple:
-    return options, {"default": options[0], "tooltip": tooltip, **more} if options else {"tooltip": tooltip, **more}
+    return options, {"default": options[0], "tooltip": tooltip, **more}
 
 
 def prompt(tooltip: str, default: str = "") -> tuple:

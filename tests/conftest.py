@@ -47,7 +47,8 @@ class Case(NamedTuple):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), help="folder of the recorded cases")
+    fuller, part = ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden"
+    parser.addoption("--golden", default=fuller if fuller.is_dir() else part, help="folder of the recorded cases")
     comfyui = parser.getgroup("comfyui", "end-to-end checks in a real ComfyUI")
     comfyui.addoption("--comfyui", metavar="DIR", help="its checkout (default: the one that is found)")
     comfyui.addoption("--comfyui-python", metavar="FILE", help="the Python that has its requirements")

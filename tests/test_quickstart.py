@@ -31,7 +31,6 @@ def quickstart(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "quickstart.json")
-    monkeypatch.setattr(module, "GOLDEN", tmp_path / "shared" / "golden")
     return module
 
 
@@ -155,19 +154,13 @@ class Child:
         return outcome
 
 
-def test_pytest_runs_in_the_project_with_the_fuller_golden_set_where_there_is_one(quickstart, monkeypatch):
-    child = Child(5, 0, 0)
+def test_pytest_runs_in_the_project_with_what_follows_and_its_exit_code_is_kept(quickstart, monkeypatch):
+    child = Child(5, 0)
     monkeypatch.setattr(quickstart.subprocess, "Popen", child)
     base = [sys.executable, "-m", "pytest"]
     assert quickstart.run_tests(quickstart.parse(["test", "-x"])) == 5
-    quickstart.GOLDEN.mkdir(parents=True)
-    quickstart.run_tests(quickstart.parse(["test", "-x"]))
-    quickstart.run_tests(quickstart.parse(["test", "--golden=mine"]))
-    assert [command for command, _ in child.started] == [
-        [*base, "-x"],
-        [*base, "-x", f"--golden={quickstart.GOLDEN}"],
-        [*base, "--golden=mine"],
-    ]
+    assert quickstart.run_tests(quickstart.parse(["test", "--golden=mine"])) == 0
+    assert [command for command, _ in child.started] == [[*base, "-x"], [*base, "--golden=mine"]]
     assert all(options == {"cwd": str(quickstart.ROOT)} for _, options in child.started)
 
 

@@ -379,6 +379,6 @@ def test_the_models_that_ran_last_are_held_as_far_as_a_share_of_the_ram_goes(che
     del loaded
     gc.collect()
     assert second() is not None and (first() is not None) == (models == 2)
-    host.keep(None, coming=share)  # another one is about to be read
+    host.make_room(share)  # another one is about to be read
     gc.collect()
     assert first() is None and second() is None

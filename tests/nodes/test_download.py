@@ -29,12 +29,13 @@ def git_digest(data: bytes) -> str:
 
 
 class Hub:
-    """A repository behind HTTP. `sent`: (file, first byte) of every download; `spoil`, `stall`: how files are sent."""
+    """A repository behind HTTP. `sent`: (file, first byte) of every download; `spoil`, `stall`, `cut`: how."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files, self.sent = files, []
         self.spoil: dict[str, int] = {}  # file -> how often it is still to be sent with a wrong byte
         self.stall: dict[str, int] = {}  # file -> bytes after which nothing more comes
+        self.cut: dict[str, int] = {}  # file -> bytes that are sent, once, as if they were all
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -78,7 +79,7 @@ class Hub:
                 if hub.spoil.get(name, 0):
                     hub.spoil[name] -= 1
                     data[-1] ^= 1
-                body = bytes(data[begin:])
+                body = bytes(data[begin:])[: hub.cut.pop(name, None)]
                 span = {"Content_Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}
                 self.answer(206 if begin else 200, body, **span)
                 if name in hub.stall:
@@ -231,6 +232,14 @@ def test_a_file_that_arrives_damaged_is_named_and_fetched_again(hub, run, folder
     assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
 
 
+def test_a_file_of_which_only_a_part_arrives_is_gone_on_with(hub, run, folder):
+    hub.cut[SHARDS[0]] = 1000
+    code, said = run()
+    assert code == 0 and f"{SHARDS[0]} arrived damaged (1000 bytes" in said
+    assert [begin for name, begin in hub.sent if name == SHARDS[0]] == [0, 1000]
+    assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+
+
 def test_a_file_that_keeps_arriving_damaged_is_an_error_and_never_gets_its_name(hub, run, folder):
     hub.spoil[SHARDS[0]] = 99
     code, said = run()
@@ -310,10 +319,9 @@ def test_a_folder_that_cannot_be_made_is_an_error(hub, run, tmp_path):
 def test_models_go_to_comfyui_when_the_pack_lies_in_it_and_else_into_the_pack(monkeypatch, tmp_path):
     monkeypatch.setattr(host, "PACK", tmp_path / "ComfyUI" / "custom_nodes" / "pack")
     assert host.own_model_folder() == tmp_path / "ComfyUI" / "models" / "ming"
-    assert host.model_folders() == [tmp_path / "ComfyUI" / "models" / "ming", host.PACK / "models"]
+    assert host.model_folders() == [host.own_model_folder()]
     monkeypatch.setattr(host, "PACK", tmp_path / "pack")
     assert host.own_model_folder() == tmp_path / "pack" / "models"
-    assert host.model_folders() == [tmp_path / "pack" / "models"]
 
 
 def test_an_absent_model_comes_with_the_command_that_puts_it_where_it_belongs():

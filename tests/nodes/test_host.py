@@ -9,6 +9,7 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, Solver
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
+from ming_univision.nodes.saved_files import saved_files
 
 PICTURE_TOKENS = 16  # of the small checkpoint
 
@@ -99,12 +100,33 @@ def test_markup_in_a_text_reaches_the_page_as_text(comfy):
 
 
 def test_the_text_of_an_earlier_run_is_taken_off_the_node(comfy):
-    host.show_text("An answer.")
+    host.show_text("An answer.", "MingUnderstand")
     comfy.texts.clear()
     host.progress(1)
+    host.progress(1, "MingEdit")  # 7 is another node in this workflow, and a text would open a box on it
+    assert not comfy.texts
+    host.progress(1, "MingUnderstand")
     assert comfy.texts == [(" ", "7", "browser")]
-    host.progress(1)
+    host.progress(1, "MingUnderstand")
     assert len(comfy.texts) == 1
+
+
+def test_a_text_that_grows_is_sent_now_and_then_and_whole_at_the_end(comfy, loaded, monkeypatch):
+    monkeypatch.setattr(host, "TEXT_EVERY", 3600)
+    text, _ = run("MingUnderstand", model=loaded, prompt="Hello.", max_new_tokens=9)
+    sent = [sent for sent, _, _ in comfy.texts]
+    assert len(sent) == 2 and sent[-1] == text
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "chosen"),
+    [(True, True, torch.bfloat16), (False, True, torch.float16), (False, False, torch.float32)],
+)
+def test_a_gpu_computes_in_the_16_bits_that_comfyui_finds_good_for_it_or_in_32(comfy, bf16, fp16, chosen):
+    comfy.model_management.should_use_bf16 = lambda on: bf16
+    comfy.model_management.should_use_fp16 = lambda on: fp16
+    assert host.half(torch.device("cuda")) == chosen
+    assert host.half(torch.device("cpu")) == torch.bfloat16
 
 
 def test_loading_a_conversation_moves_a_bar_and_can_be_stopped(comfy, loaded, tmp_path):
@@ -113,7 +135,7 @@ def test_loading_a_conversation_moves_a_bar_and_can_be_stopped(comfy, loaded, tm
         _, (conversation,), _ = run("MingGenerate", model=loaded, prompt="A cat.", conversation=conversation)
     with host.folders(output=tmp_path, input=tmp_path / "input"):
         run("MingSaveConversation", conversation=conversation)
-        (name,) = host.saved_files()
+        (name,) = saved_files()
         comfy.bars.clear()
         assert run("MingLoadConversation", model=loaded, file=name) == (conversation,)
         assert [(value, total) for value, total, _ in comfy.bars[0]] == [(1, 2), (2, 2)]
@@ -225,12 +247,12 @@ def test_an_interrupt_stops_at_the_next_token_and_leaves_everything_as_it_was(co
     torch.testing.assert_close(features[0].latents, expected.features.latents, rtol=0, atol=3e-4)
 
 
-@pytest.mark.parametrize(("device", "kept"), [("cuda", True), ("cpu", False)])
+@pytest.mark.parametrize(("device", "kept"), [("cuda", True), ("cpu", False), ("mps", False)])
 def test_weights_that_rest_on_the_gpu_take_none_of_the_ram_that_kept_models_may(comfy, monkeypatch, device, kept):
     on = torch.device(device)  # loaded and unloaded alike, as with --highvram and on a CPU
     patcher = SimpleNamespace(load_device=on, offload_device=on, model_size=lambda: 100, loaded_size=lambda: 100)
     entry = SimpleNamespace(model=patcher, ming_model=host.Loaded(None, patcher, "large"))
     comfy.model_management.current_loaded_models = [entry]
     monkeypatch.setattr(host, "host_memory", lambda: 100)
-    host.keep(None)
+    host.make_room(0)
     assert hasattr(entry, "ming_model") == kept

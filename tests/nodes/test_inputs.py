@@ -10,9 +10,11 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision
 from ming_univision.ming_core.images import to_images, to_pixels
-from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, headless_core, host, loaders
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, headless_core, host, loaders, mingtok
+from ming_univision.nodes import saved_files as saved_files_module
 from ming_univision.nodes.headless import NodeError, known_node_classes, run_workflow
 from ming_univision.nodes.headless_workflow import WorkflowError, plan, read_workflow
+from ming_univision.nodes.saved_files import new_file, saved_files, saved_path
 
 SHORT = {"max_new_tokens": 4}
 
@@ -250,7 +252,7 @@ def test_files_are_saved_with_a_counter_listed_and_loaded(small, tmp_path):
     for _ in range(2):
         node("MingSaveFeatures", features=features, filename_prefix="a/mine")
         node("MingSaveConversation", conversation=talk, filename_prefix="talk")
-    names = host.saved_files()
+    names = saved_files()
     assert names == [
         "ming/a/mine_00001_.safetensors [output]",
         "ming/a/mine_00002_.safetensors [output]",
@@ -266,13 +268,15 @@ def test_a_number_that_is_taken_is_counted_over_and_one_that_could_not_be_filled
     def names() -> list[str]:
         return sorted(p.name for p in (tmp_path / "output" / "ming").iterdir())
 
-    with host.new_file("x", ".safetensors"):
-        with pytest.raises(KeyboardInterrupt), host.new_file("x", ".safetensors"):  # of another server, at that moment
+    with new_file("x", ".safetensors"):
+        with pytest.raises(KeyboardInterrupt), new_file("x", ".safetensors"):  # of another server, at that moment
             assert names() == ["x_00001_.safetensors", "x_00002_.safetensors"]
             raise KeyboardInterrupt
         assert names() == ["x_00001_.safetensors"]
-    monkeypatch.setattr(host, "numbered_path", lambda prefix, root: (root, "x", 1))  # where X and x are one file
-    with host.new_file("x", ".safetensors") as path:
+    monkeypatch.setattr(
+        saved_files_module, "numbered_path", lambda prefix, root: (root, "x", 1)
+    )  # where X and x are one file
+    with new_file("x", ".safetensors") as path:
         assert path.name == "x_00002_.safetensors"
 
 
@@ -287,12 +291,12 @@ def test_files_are_listed_only_if_they_can_be_loaded_also_where_a_link_is_involv
     (tmp_path / "input" / "out.safetensors").symlink_to(tmp_path / "secret.safetensors")
     (tmp_path / "input" / "real.safetensors").touch()
     (tmp_path / "input" / "within.safetensors").symlink_to(tmp_path / "input" / "real.safetensors")
-    saved, *others = host.saved_files()
+    saved, *others = saved_files()
     assert saved == "ming/a/mine_00001_.safetensors [output]"
     assert others == ["real.safetensors [input]", "within.safetensors [input]"]
     assert node("MingLoadFeatures", file=saved)[0] == features
     with pytest.raises(ValueError, match="leads out of"):
-        host.saved_path("ming/../../secret.safetensors [output]")
+        saved_path("ming/../../secret.safetensors [output]")
 
 
 @pytest.mark.parametrize("name", ["MingLoadFeatures", "MingLoadConversation"])
@@ -305,7 +309,7 @@ def test_a_linked_file_is_loaded_again_only_when_any_file_has_changed(small, nam
     node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="mine")
     state = NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None)
     assert NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None) == state
-    os.utime(host.saved_path(*host.saved_files()), (1, 1))
+    os.utime(saved_path(*saved_files()), (1, 1))
     assert NODE_CLASS_MAPPINGS[name].IS_CHANGED(file=None) != state
 
 
@@ -352,12 +356,22 @@ def test_a_model_that_cannot_fit_is_refused_with_the_figures(monkeypatch, publis
 def test_a_model_larger_than_the_gpu_is_taken_where_the_ram_holds_it(monkeypatch, published):
     sizes = {"cuda": 24e9, "cpu": 64e9}
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(host, "bfloat16_works", lambda on: True)
+    monkeypatch.setattr(host, "half", lambda on: torch.bfloat16)
     monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
     with pytest.raises(ValueError, match=r"the GPU \(cuda\) has 24\.0 GB"):  # without ComfyUI it all lies there
         loaders.choose_precision("auto", "univision", published)
     monkeypatch.setattr(host, "resting_device", lambda: torch.device("cpu"))
     assert loaders.choose_precision("auto", "univision", published) == (torch.bfloat16, None)
+
+
+def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published):
+    sizes = {"cuda": 80e9, "cpu": 32e9}
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(host, "resting_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(host, "half", lambda on: torch.bfloat16)
+    monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
+    with pytest.raises(ValueError, match=r"this machine has 32\.0 GB: .* or start ComfyUI with --highvram"):
+        loaders.choose_precision("auto", "univision", published)
 
 
 def test_unloading_a_model_frees_what_it_remembers_of_past_rounds(small):
@@ -505,13 +519,53 @@ def test_what_cannot_be_is_refused_before_the_model_is_brought_to_the_gpu(small,
             node(name, mingtok=small[1], **inputs)
 
 
+def test_a_list_of_saved_files_offers_what_its_node_loads(small, tmp_path):
+    features = features_of(small, image())
+    _, talk = node("MingUnderstand", model=small[0], prompt="What is it?", features=features)
+    node("MingSaveConversation", conversation=talk, filename_prefix="a talk")
+    node("MingSaveFeatures", features=features, filename_prefix="b picture")
+    (tmp_path / "input" / "lora.safetensors").write_bytes(b"something else")
+
+    def offered(name):
+        return NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"]["file"][0]
+
+    assert offered("MingLoadConversation") == ["ming/a talk_00001_.safetensors [output]"]
+    assert offered("MingLoadFeatures") == ["ming/b picture_00001_.safetensors [output]"]
+    path = saved_path(*offered("MingLoadFeatures"))
+    path.write_bytes(b"spoilt since")
+    assert offered("MingLoadFeatures") == []
+
+
+@pytest.mark.parametrize("name", [5, ["x"], "x\0y.safetensors [output]"])
+def test_a_linked_file_name_that_is_none_is_refused(small, name):
+    with pytest.raises(ValueError, match=r"is no file name: choose a file from the list"):
+        node("MingLoadFeatures", file=name)
+
+
+def test_a_linked_choice_that_is_not_offered_is_named(small):
+    with pytest.raises(ValueError, match=r"detail is 'ultra': give one of \('standard', 'high'\)"):
+        node("MingTokEncode", mingtok=small[1], image=image(), detail="ultra")
+    with pytest.raises(ValueError, match=r"degrade is 'blurred': give one of \('none', "):
+        node("MingExampleScene", degrade="blurred")
+
+
+def test_a_batch_of_pictures_is_resized_a_few_at_a_time(small, monkeypatch):
+    resized, exact = [], mingtok.to_pixels
+    monkeypatch.setattr(mingtok, "to_pixels", lambda some, *how: resized.append(len(some)) or exact(some, *how))
+    frames = torch.rand(mingtok.AT_ONCE + 3, 40, 50, 3, generator=torch.Generator().manual_seed(1))
+    (latent,) = node("MingTokEncode", mingtok=small[1], image=frames)
+    assert resized == [mingtok.AT_ONCE, 3]
+    (last,) = node("MingTokEncode", mingtok=small[1], image=frames[-1:])
+    torch.testing.assert_close(latent["samples"][-1:], last["samples"], rtol=1e-4, atol=1e-4)
+
+
 def test_a_file_of_another_kind_or_model_is_refused_before_the_model_is_brought_to_the_gpu(small, monkeypatch):
     features = features_of(small, image())
     _, talk = node("MingUnderstand", model=small[0], prompt="What is it?", features=features)
     node("MingSaveConversation", conversation=talk, filename_prefix="own")
     node("MingSaveConversation", conversation=talk._replace(model="f" * 64), filename_prefix="strange")
     node("MingSaveFeatures", features=features, filename_prefix="picture")
-    own, picture, strange = host.saved_files()
+    own, picture, strange = saved_files()
     asked, ready = [], host.ready
     monkeypatch.setattr(host, "ready", lambda *given: asked.append(given) or ready(*given))
     for name, right, wrong in (
@@ -611,8 +665,8 @@ def test_an_output_folder_that_is_a_file(small, tmp_path):
 
 def test_a_damaged_file_names_itself(small, tmp_path):
     node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="x")
-    (name,) = host.saved_files()
-    path = host.saved_path(name)
+    (name,) = saved_files()
+    path = saved_path(name)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"x_00001_\.safetensors.*save it again"):
         node("MingLoadFeatures", file=name)

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from ming_univision.ming_core import UniVision
+from ming_univision.ming_core import MingTok, UniVision, load_mingtok, save_mingtok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
 from ming_univision.nodes.loaders import BUILT_IN
 
@@ -71,6 +71,30 @@ def test_two_checkpoints_of_one_name_are_told_apart_and_one_that_is_reached_twic
         "more/mine": roots[1] / "mine",
         "other/mine": roots[2],
     }
+
+
+def test_a_checkpoint_in_the_packs_own_models_folder_is_found_too(put, tmp_path, monkeypatch):
+    put("pack/models/fetched before the pack lay in ComfyUI")
+    monkeypatch.setattr(loaders, "BUILT_IN_FOLDER", tmp_path / "pack" / "models" / "tiny-shapes")
+    assert names() == ["fetched before the pack lay in ComfyUI"]
+
+
+def test_the_mingtok_of_a_whole_model_can_be_loaded_alone(put):
+    put("models/b whole")
+    folder = put("models/a whole")
+    save_mingtok(load_mingtok(folder), folder.with_name("c alone"))
+    assert list(loaders.found("mingtok")) == [BUILT_IN, "c alone", "a whole", "b whole"]
+    assert names() == ["a whole", "b whole"]
+    (loaded,) = NODE_CLASS_MAPPINGS["MingTokLoader"]().load(model_name="a whole", precision="fp32")
+    (alone,) = NODE_CLASS_MAPPINGS["MingTokLoader"]().load(model_name="c alone", precision="fp32")
+    assert isinstance(loaded.model, MingTok) and loaded.model.fingerprint == alone.model.fingerprint
+
+
+def test_a_precision_that_is_not_offered_is_refused(put):
+    put("models/x")
+    for precision in ("int2", "BF16", None):
+        with pytest.raises(ValueError, match=r"precision is .*: give one of .*'int4'"):
+            load("x", precision)
 
 
 def test_the_command_for_an_absent_model_names_the_python_that_runs():
