@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from ming_core import Conversation, UniVision, load_univision  # noqa: E402 - found through the line above
 from ming_core.images import psnr, to_images  # noqa: E402
-from ming_core.training.evaluation import EXAMINATIONS, Examiner  # noqa: E402
+from ming_core.training.evaluation import EXAMINATIONS  # noqa: E402
+from ming_core.training.examiner import Examiner  # noqa: E402
 
 PRECISIONS = {
     "float32": {},

@@ -25,7 +25,8 @@ from torch import Tensor
 from ming_core import Solver, load_univision
 from ming_core.flow_head import METHODS, FlowHead, Sampler
 from ming_core.shapes import compare, read_scene
-from ming_core.training.evaluation import Examiner, Score, share
+from ming_core.training.evaluation import Score, share
+from ming_core.training.examiner import Examiner
 
 EVALUATIONS = (4, 6, 8, 12, 16)
 REFERENCE = Solver(64, "ab2")

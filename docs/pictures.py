@@ -144,7 +144,7 @@ def examination() -> None:
     """The first scenes of the examination, as they come: drawings from words, and edits with the picture before."""
     pack()
     from ming_univision.ming_core import load_univision
-    from ming_univision.ming_core.training.evaluation import Examiner
+    from ming_univision.ming_core.training.examiner import Examiner
 
     examiner = Examiner(load_univision(ROOT / "models" / "tiny-shapes"), scenes=6)
     parts = []

@@ -10,7 +10,10 @@
     probe.py       a quick look at what the model can do so far
     loop.py        steps, checkpoints, resuming
     plot.py        the log as a picture
-    evaluation.py  what the finished model can do, on many unseen scenes
+    evaluation.py  what the finished model can do, on many unseen scenes; a part of it is
+    examiner.py    what every examination asks of a model,
+    many.py        drawing for it, many pictures in one pass, and
+    chains.py      five rounds of edits, three ways
 
 All data is drawn on the fly from the procedural world of `ming_core.shapes`, training split only.
 """

@@ -15,40 +15,25 @@ import json
 import logging
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from .. import Conversation, Features, Solver, Turn, UniVision, load_univision
+from .. import load_univision
 from ..features import CHANGED, change
 from ..images import psnr, to_images, to_pixels
-from ..shapes import (
-    Dialogue,
-    FoundThing,
-    Round,
-    Thing,
-    compare,
-    draw,
-    parse_scene,
-    random_dialogue,
-    read_region,
-    read_scene,
-)
-from .many import Wish, draw_many
+from ..shapes import FoundThing, Round, Thing, compare, draw, parse_scene, read_region, read_scene
+from .chains import CHAIN_ROUNDS, Chain, chains, plot
+from .examiner import Examiner
 
 log = logging.getLogger(__name__)
 
-CHAIN_ROUNDS = 5
 CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
 PIXEL_CHANGED = 24  # levels of 255
-TRIES = 20  # dialogues made for each that is wanted, at most
-SHOWN = 48  # pictures between two lines of progress
 
 
 @dataclass
@@ -83,79 +68,6 @@ def mean(name: str, values: list[float], aim: str, unit: str) -> Score:
     half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     middle = statistics.fmean(values)
     return Score(name, middle, middle - half, middle + half, len(values), aim, unit)
-
-
-@dataclass
-class Examiner:
-    """A model, and the steps that every examination is made of."""
-
-    model: UniVision
-    scenes: int
-    things: tuple[int, int] = (1, 3)
-    seed: int = 20_260_101
-    solver: Solver = field(default_factory=Solver)
-
-    def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> list[Dialogue]:
-        """Unseen ones, the same at every call, no two alike."""
-        rng = np.random.default_rng([self.seed, *map(ord, "/".join(tasks))])
-        found: dict[tuple, Dialogue] = {}
-        for _ in range(TRIES * self.scenes):
-            if len(found) == self.scenes:
-                break
-            dialogue = random_dialogue(rng, tasks, things or self.things, "eval", rounds)
-            found.setdefault(_asked(dialogue), dialogue)
-        return list(found.values())
-
-    def rounds(self, tasks: list[str], things: tuple[int, int] | None = None) -> list[Round]:
-        """The rounds of dialogues of one round."""
-        return [dialogue.rounds[0] for dialogue in self.dialogues(tasks, things=things)]
-
-    @torch.no_grad()
-    def features(self, pixels: np.ndarray) -> Features:
-        """Of a picture uint8 [H, W, 3], as MingTokEncode and MingTokSemanticFeatures make them."""
-        tok = self.model.mingtok
-        images = torch.from_numpy(pixels).float().div(255)[None]
-        return tok.semantic_features(tok.encode(to_pixels(images, tok.native_side)))
-
-    @torch.no_grad()
-    def pixels(self, features: Features) -> np.ndarray:
-        """float32 [H, W, 3], 0..1, as MingTokDecode makes them."""
-        return to_images(self.model.mingtok.decode(features))[0].numpy()
-
-    def answer(self, turn: Round) -> str:
-        attached = None if turn.attached is None else self.features(turn.attached)
-        said = self.model.understand(Conversation(), turn.prompt, features=attached, max_new_tokens=128)
-        return said.text.strip()
-
-    def drawn(
-        self, turns: list[Round], before: list[Turn] | None = None, noises: list[Tensor] | None = None
-    ) -> list[Turn]:
-        """The rounds' pictures, each with its number as the seed; `before`: the turns that they follow."""
-        wishes = [
-            Wish(
-                turn.prompt,
-                seed,
-                before[seed].conversation if before else Conversation(),
-                None if turn.attached is None else self.features(turn.attached),
-                noises[seed] if noises else None,
-            )
-            for seed, turn in enumerate(turns)
-        ]
-        return self.draw(wishes)
-
-    def draw(self, wishes: list[Wish]) -> list[Turn]:
-        done: list[Turn] = []
-        while len(done) < len(wishes):
-            done += draw_many(self.model, wishes[len(done) : len(done) + SHOWN], self.solver)
-            log.info("  %d of %d drawn", len(done), len(wishes))
-        return done
-
-
-def _asked(dialogue: Dialogue) -> tuple:
-    """What a dialogue is about, jitter and wording aside."""
-    scenes = [(turn.source_scene, turn.target_scene) for turn in dialogue.rounds]
-    contents = tuple(tuple(scene and scene.content for scene in pair) for pair in scenes)
-    return contents, tuple((turn.task, turn.answer) for turn in dialogue.rounds)
 
 
 def reconstruction(examiner: Examiner) -> Iterator[Score]:
@@ -257,78 +169,6 @@ def enhancements(examiner: Examiner) -> Iterator[Score]:
         yield mean(f"{task}, PSNR gained over the input", gains, "3 dB", "dB")
 
 
-@dataclass
-class Chain:
-    """Five-round chains of edits, one way: by round the share done right, the PSNR where nothing changed, seconds."""
-
-    name: str
-    right: list[list[bool]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
-    untouched: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
-    seconds: list[float] = field(default_factory=list)  # a picture, drawn side by side with those of the other chains
-
-    def table(self) -> dict[str, list[float]]:
-        return {
-            "right": [statistics.fmean(r) for r in self.right],
-            "untouched": [statistics.fmean(r) if r else math.nan for r in self.untouched],
-            "seconds": self.seconds,
-        }
-
-
-Way = Callable[[Examiner, list[Round], "list[Turn] | None"], "list[Turn]"]
-
-
-def chains(examiner: Examiner) -> list[Chain]:
-    """The same chains feature to feature, through pixels between the rounds, and with one noise in every round."""
-    dialogues = examiner.dialogues(["edit"], rounds=CHAIN_ROUNDS)
-    results = []
-    for name, step in WAYS.items():
-        log.info("chains: %s", name)
-        chain, turns = Chain(name), None
-        for k in range(CHAIN_ROUNDS):
-            asked = [dialogue.rounds[k] for dialogue in dialogues]
-            started = time.perf_counter()
-            turns = step(examiner, asked, turns)
-            chain.seconds.append((time.perf_counter() - started) / len(turns))
-            for dialogue, turn, result in zip(dialogues, asked, turns, strict=True):
-                picture = examiner.pixels(result.features)
-                chain.right[k].append(compare(read_scene(picture), turn.target_scene).all_right)
-                same = (dialogue.rounds[0].attached == turn.target).all(-1)
-                if same.any():  # a new background leaves nothing untouched
-                    error = np.square(picture - turn.target / 255.0)[same].mean()
-                    chain.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
-        results.append(chain)
-    return results
-
-
-def _by_features(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    return examiner.drawn(asked, before)
-
-
-def _through_pixels(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    """Every round begins a new conversation, with the picture of the one before decoded and encoded again."""
-    if before is None:
-        return examiner.drawn(asked)
-    wishes = []
-    for seed, (turn, result) in enumerate(zip(asked, before, strict=True)):
-        picture = np.rint(examiner.pixels(result.features) * 255).astype(np.uint8)
-        features = examiner.features(picture)._replace(depth=result.features.depth)
-        wishes.append(Wish(turn.prompt, seed, features=features))
-    return examiner.draw(wishes)
-
-
-def _with_one_noise(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    shape = (examiner.model.config.llm_config.num_image_tokens_for_gen, examiner.model.flow_head.net.channels)
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(asked))]
-    return examiner.drawn(asked, before, noises)
-
-
-WAYS: dict[str, Way] = {
-    "feature to feature": _by_features,
-    "through pixels": _through_pixels,
-    "one noise in every round": _with_one_noise,
-}
-
-
 def _things(description: str) -> set[tuple[str, str, str]] | None:
     """(shape, colour, position) of each thing described; None for words that describe no scene."""
     try:
@@ -380,25 +220,6 @@ def report(scores: list[Score], results: list[Chain]) -> str:
         for chain in results:
             lines.append(f"| {chain.name} | " + " | ".join(form.format(x) for x in chain.table()[key]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def plot(results: list[Chain], path: Path) -> None:
-    """Quality and time by round, all ways; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("matplotlib is not installed: no plot")
-        return
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    titles = {"right": "rounds done right", "untouched": "PSNR where nothing changed, dB", "seconds": "seconds a round"}
-    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for chain in results:
-            axes.plot(range(1, CHAIN_ROUNDS + 1), chain.table()[key], marker="o", label=chain.name)
-        axes.set(title=title, xlabel="round", xticks=range(1, CHAIN_ROUNDS + 1))
-        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:

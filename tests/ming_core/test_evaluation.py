@@ -8,16 +8,11 @@ import torch
 from einops import rearrange
 from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.shapes import Scene, describe, draw
+from ming_univision.ming_core.training import chains as chains_module
 from ming_univision.ming_core.training import evaluation
-from ming_univision.ming_core.training.evaluation import (
-    CHAIN_ROUNDS,
-    EXAMINATIONS,
-    Examiner,
-    chains,
-    mean,
-    photographs,
-    share,
-)
+from ming_univision.ming_core.training.chains import CHAIN_ROUNDS, chains
+from ming_univision.ming_core.training.evaluation import EXAMINATIONS, mean, photographs, share
+from ming_univision.ming_core.training.examiner import Examiner
 from PIL import Image
 
 
@@ -123,7 +118,9 @@ def test_the_scenes_are_unseen_ones_and_the_same_at_every_call():
 
 def test_chains_of_five_rounds_are_scored_by_round(monkeypatch):
     oracle = examiner(Oracle, 2)
-    monkeypatch.setattr(evaluation, "WAYS", dict.fromkeys(evaluation.WAYS, lambda ex, asked, before: ex.drawn(asked)))
+    monkeypatch.setattr(
+        chains_module, "WAYS", dict.fromkeys(chains_module.WAYS, lambda ex, asked, before: ex.drawn(asked))
+    )
     results = chains(oracle)
     assert len(results) == 3
     for chain in results:

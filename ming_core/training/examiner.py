@@ -1,0 +1,93 @@
+"""The steps that every examination of a model is made of: unseen scenes, and what the model sees, says and draws."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import Conversation, Features, Solver, Turn, UniVision
+from ..images import to_images, to_pixels
+from ..shapes import Dialogue, Round, random_dialogue
+from .many import Wish, draw_many
+
+log = logging.getLogger(__name__)
+
+TRIES = 20  # dialogues made for each that is wanted, at most
+SHOWN = 48  # pictures between two lines of progress
+
+
+@dataclass
+class Examiner:
+    """A model, and the scenes that it is examined with."""
+
+    model: UniVision
+    scenes: int
+    things: tuple[int, int] = (1, 3)
+    seed: int = 20_260_101
+    solver: Solver = field(default_factory=Solver)
+
+    def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> list[Dialogue]:
+        """Unseen ones, the same at every call, no two alike."""
+        rng = np.random.default_rng([self.seed, *map(ord, "/".join(tasks))])
+        found: dict[tuple, Dialogue] = {}
+        for _ in range(TRIES * self.scenes):
+            if len(found) == self.scenes:
+                break
+            dialogue = random_dialogue(rng, tasks, things or self.things, "eval", rounds)
+            found.setdefault(_asked(dialogue), dialogue)
+        return list(found.values())
+
+    def rounds(self, tasks: list[str], things: tuple[int, int] | None = None) -> list[Round]:
+        """The rounds of dialogues of one round."""
+        return [dialogue.rounds[0] for dialogue in self.dialogues(tasks, things=things)]
+
+    @torch.no_grad()
+    def features(self, pixels: np.ndarray) -> Features:
+        """Of a picture uint8 [H, W, 3], as MingTokEncode and MingTokSemanticFeatures make them."""
+        tok = self.model.mingtok
+        images = torch.from_numpy(pixels).float().div(255)[None]
+        return tok.semantic_features(tok.encode(to_pixels(images, tok.native_side)))
+
+    @torch.no_grad()
+    def pixels(self, features: Features) -> np.ndarray:
+        """float32 [H, W, 3], 0..1, as MingTokDecode makes them."""
+        return to_images(self.model.mingtok.decode(features))[0].numpy()
+
+    def answer(self, turn: Round) -> str:
+        attached = None if turn.attached is None else self.features(turn.attached)
+        said = self.model.understand(Conversation(), turn.prompt, features=attached, max_new_tokens=128)
+        return said.text.strip()
+
+    def drawn(
+        self, turns: list[Round], before: list[Turn] | None = None, noises: list[Tensor] | None = None
+    ) -> list[Turn]:
+        """The rounds' pictures, each with its number as the seed; `before`: the turns that they follow."""
+        wishes = [
+            Wish(
+                turn.prompt,
+                seed,
+                before[seed].conversation if before else Conversation(),
+                None if turn.attached is None else self.features(turn.attached),
+                noises[seed] if noises else None,
+            )
+            for seed, turn in enumerate(turns)
+        ]
+        return self.draw(wishes)
+
+    def draw(self, wishes: list[Wish]) -> list[Turn]:
+        done: list[Turn] = []
+        while len(done) < len(wishes):
+            done += draw_many(self.model, wishes[len(done) : len(done) + SHOWN], self.solver)
+            log.info("  %d of %d drawn", len(done), len(wishes))
+        return done
+
+
+def _asked(dialogue: Dialogue) -> tuple:
+    """What a dialogue is about, jitter and wording aside."""
+    scenes = [(turn.source_scene, turn.target_scene) for turn in dialogue.rounds]
+    contents = tuple(tuple(scene and scene.content for scene in pair) for pair in scenes)
+    return contents, tuple((turn.task, turn.answer) for turn in dialogue.rounds)
