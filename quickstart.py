@@ -367,7 +367,9 @@ def lend(folders: list[str]) -> None:
     # A new environment may have an old setuptools of its own, which would hide a lent one that PyTorch asks for.
     output_of([python, "-m", "pip", "uninstall", "--yes", "setuptools"])
     found = output_of([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
-    Path((found or "").strip(), "lent_packages.pth").write_bytes(lines)
+    if not found:
+        raise SetupError(f"{python} does not run. Remove the folder {VENV} and start again.")
+    Path(found.strip(), "lent_packages.pth").write_bytes(lines)
 
 
 def ensure_pip(python: str) -> None:

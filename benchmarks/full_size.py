@@ -119,7 +119,7 @@ class MemoryWatch:
     """The most memory of this process, in bytes, while it is entered.
 
     `anonymous` is what it cannot do without; `resident` has mapped pages of files in it as well, which the system
-    takes back when it needs them. Both 0 where there is no /proc.
+    takes back when it needs them. Both 0 where Linux does not say.
     """
 
     def __enter__(self) -> MemoryWatch:
@@ -134,11 +134,13 @@ class MemoryWatch:
         self._thread.join()
 
     def __str__(self) -> str:
+        if not self.anonymous:
+            return "not known here"
         return f"{self.anonymous / GB:.2f} GB, {self.resident / GB:.2f} GB with mapped files"
 
     def _watch(self) -> None:
         while not self._over.wait(0.05):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, KeyError):
                 lines = Path("/proc/self/status").read_text().splitlines()
                 sizes = {k: int(v.split()[0]) << 10 for k, _, v in (x.partition(":") for x in lines) if "Rss" in k}
                 self.anonymous = max(self.anonymous, sizes["RssAnon"])

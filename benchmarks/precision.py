@@ -73,7 +73,7 @@ def scored_table(folder: Path, scenes: int, names: list[str]) -> str:
         examiner = Examiner(load_univision(folder, **options), scenes)
         for name in names:
             for score in EXAMINATIONS[name](examiner):
-                rows.setdefault(score.name, []).append(score.row().split(" | ")[2])
+                rows.setdefault(score.name, []).append(score.figure())
     lines = [f"| {scenes} scenes | {' | '.join(PRECISIONS)} |", "|---" * (len(PRECISIONS) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
 

@@ -97,7 +97,7 @@ def quality(examiner: Examiner) -> tuple[Score, list[float]]:
     right: list[bool] = []
     attributes: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     asked = examiner.rounds(["generate"])
-    for turn, result in zip(asked, examiner.drawn(asked), strict=True):
+    for turn, result in zip(asked, examiner.draw_rounds(asked), strict=True):
         found = compare(read_scene(examiner.pixels(result.features)), turn.target_scene)
         right.append(found.things_right)
         for name, hits in attributes.items():

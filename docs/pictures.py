@@ -1,5 +1,7 @@
 """Makes the pictures of the README and the templates' thumbnails anew, from what the built-in model really gives.
 
+docs/graph.png, a screenshot of the page, is the one that it does not make.
+
     python docs/pictures.py [NAME ...]
 
 NAME: "reconstruction", "rounds", "examination", or a workflow; all of them by default. A thumbnail shows the scene that
@@ -150,7 +152,7 @@ def examination() -> None:
     parts = []
     for task in ("generate", "edit"):
         asked = examiner.rounds([task])
-        after = [decoded(examiner.model.mingtok, turn.features) for turn in examiner.drawn(asked)]
+        after = [decoded(examiner.model.mingtok, turn.features) for turn in examiner.draw_rounds(asked)]
         before = [Image.fromarray(turn.attached) for turn in asked if turn.attached is not None]
         parts.append(captioned([before, after] if before else [after], [turn.prompt for turn in asked], 224, 15))
     stacked(parts).save(ROOT / "docs" / "examination.png", optimize=True)

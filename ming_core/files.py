@@ -40,7 +40,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(data)
-        _move(temporary, path)
+        move(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -59,7 +59,7 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         yield fresh
         # largest first: what is in use is the weights, and then nothing has moved yet
         for path in sorted(fresh.iterdir(), key=lambda path: -path.stat().st_size):
-            _move(path, folder / path.name)
+            move(path, folder / path.name)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
     fresh, old = (folder.with_name(f".{folder.name}.ming-{suffix}") for suffix in ("new", "old"))
     try:
         if old.exists() and not folder.exists():  # an earlier run was killed between the two renames
-            _move(old, folder)
+            move(old, folder)
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -89,12 +89,12 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
         raise
     try:
         if folder.exists():
-            _move(folder, old)
-        _move(fresh, folder)
+            move(folder, old)
+        move(fresh, folder)
     except OSError as error:
         if old.exists() and not folder.exists():
             with contextlib.suppress(OSError):  # then the next run brings it back
-                _move(old, folder)
+                move(old, folder)
         raise FileError(
             f"{folder} cannot be replaced ({error.strerror or error}): what was written is whole, in {fresh};"
             " close what uses the folder, and rename that one"
@@ -102,8 +102,8 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _move(path: Path, to: Path) -> None:
-    """Some patience: on Windows it fails while anything, such as a virus scanner, has the file or one in it open."""
+def move(path: Path, to: Path) -> None:
+    """Rename, with some patience: Windows refuses while anything, as a virus scanner, has it or a file in it open."""
     for seconds in (0.5, 1.0, 2.0):
         try:
             path.replace(to)

@@ -71,7 +71,7 @@ class NodeError(RuntimeError):
     """A node raised while it ran; `node` is the node, `__cause__` what it raised. Files saved before it stay."""
 
     def __init__(self, node: Node, cause: Exception):
-        super().__init__(f"{node.described} failed: {cause or type(cause).__name__}")
+        super().__init__(f"{node.described} failed: {str(cause) or type(cause).__name__}")
         self.node = node
 
 
@@ -138,8 +138,14 @@ def _run_node(
     extra_pnginfo: dict[str, Any] | None,
     tell: Callable[[Event], None],
 ) -> NodeResult:
+    stopped: list[Exception] = []
+
     def on_progress(value: int, total: int, text: str | None = None) -> None:
-        tell(Progress(node, value, total, text))
+        try:
+            tell(Progress(node, value, total, text))
+        except Exception as error:
+            stopped.append(error)
+            raise
 
     started = time.perf_counter()
     try:
@@ -149,6 +155,8 @@ def _run_node(
             returned = _mapped(node, inputs)
         outputs, ui = _merged(node, returned)
     except Exception as error:
+        if stopped:  # it was not the node that failed
+            raise stopped[0]  # noqa: B904 - it may be this very error
         raise NodeError(node, error) from error
     return NodeResult(outputs, ui, time.perf_counter() - started)
 

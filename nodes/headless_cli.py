@@ -8,6 +8,7 @@ Exit codes of `main`: 0 done, 1 a node failed, 2 refused before anything ran, 13
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -60,6 +61,9 @@ def main(
     except KeyboardInterrupt:
         terminal.close("Stopped. What was saved before stays.")
         return 130
+    except BrokenPipeError:  # whoever read has gone, as `head` does; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
         logging.getLogger().removeHandler(log)
     terminal.say(f"Done in {time.perf_counter() - started:.1f} s.")

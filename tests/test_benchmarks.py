@@ -59,6 +59,8 @@ def test_the_parts_that_are_timed_give_the_same_on_both_sides(loaded, rows):
     assert len(names) == 3
     with pytest.raises(RuntimeError, match="differ by"):
         speed.check_equal("other", ours, lambda plain=plain: plain() + 0.1)
+    with pytest.raises(RuntimeError, match="differ by nan"):
+        speed.check_equal("other", ours, lambda plain=plain: plain() * float("nan"))
 
 
 def test_five_rounds_prefill_only_what_is_new(checkpoint_folder):

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ming_univision.tests.comfyui import finding
+from ming_univision.tests.comfyui.conftest import table_line
 
 INSIDE = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 
@@ -22,6 +24,16 @@ def bare_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     monkeypatch.setattr(finding, "PACK", tmp_path / "pack")
     monkeypatch.setattr(finding, "BROWSER_PLACES", (str(tmp_path / "Applications" / "chrome"),))
+
+
+@pytest.mark.parametrize("first", ["passed", "skipped"])
+def test_the_line_of_a_check_that_is_left_out_says_why(first):
+    """A skip comes while setting up, or in the check; tidying up passes after it."""
+    skip = SimpleNamespace(duration=0.1, failed=False, skipped=True, longrepr=("file", 3, "Skipped: no Chromium"))
+    fine = SimpleNamespace(duration=0.1, failed=False, skipped=False, longrepr=None)
+    phases = [skip, fine] if first == "skipped" else [fine, skip, fine]
+    line = table_line("tests/comfyui/test_page.py::test_the_page[classic]", phases)
+    assert line.startswith("left out") and line.endswith("the page: classic: no Chromium")
 
 
 def checkout(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def test_what_it_makes_is_a_checkpoint_and_what_it_runs_draws(full_size, folder,
     full_size.run_on_cpu(folder, "int4", 3)
     said = capsys.readouterr().out
     assert "| precision | int4 |" in said and "median of 2" in said
+
+
+def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(full_size, monkeypatch):
+    monkeypatch.setattr(full_size.Path, "read_text", lambda path: "Name: python\nVmRSS: 1 kB\n")  # no RssAnon
+    with full_size.MemoryWatch() as watch:
+        time.sleep(0.2)
+    assert str(watch) == "not known here"
 
 
 def test_the_table_of_a_gpu_has_a_figure_under_every_heading(full_size, folder, monkeypatch, capsys):

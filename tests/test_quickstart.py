@@ -439,6 +439,12 @@ def test_lent_packages_come_behind_the_environments_own(quickstart, monkeypatch,
     assert asked[0][1:] == ["-m", "pip", "uninstall", "--yes", "setuptools"]
 
 
+def test_an_environment_whose_python_does_not_run_is_said_to_be_broken(quickstart, monkeypatch):
+    monkeypatch.setattr(quickstart, "output_of", lambda command: None)
+    with pytest.raises(quickstart.SetupError, match="Remove the folder"):
+        quickstart.lend(["/one"])
+
+
 def test_folders_that_a_pth_file_cannot_name_are_not_lent(quickstart, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(quickstart, "output_of", lambda command: asked.append(command) or f"{tmp_path}\n")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .scenes import CANVAS
+
 DEGRADATIONS = ("none", "pixelated", "grey", "noisy", "blurred")
 
-BLOCKS = 32  # blocks along a side of a pixelated picture: 4 pixels each at 128
+_BLOCKS = 32  # blocks along a side of a pixelated picture: 4 pixels each at 128
 _GRAINS = 128  # grains of noise along a side
 _NOISE = (24.0, 44.0)  # standard deviation of the noise, of 255: the seed chooses
 _BLUR = (1.2, 2.0)  # standard deviation of the blur, in pixels at 128: the seed chooses
@@ -30,12 +32,12 @@ def degrade(pixels: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
     if kind == "none":
         return pixels.copy()
     if kind == "pixelated":
-        blocks = picture.resize((BLOCKS, BLOCKS), Image.Resampling.BOX)
+        blocks = picture.resize((_BLOCKS, _BLOCKS), Image.Resampling.BOX)
         return np.array(blocks.resize((width, height), Image.Resampling.NEAREST))
     if kind == "grey":
         return np.array(picture.convert("L").convert("RGB"))
     if kind == "blurred":
-        radius = rng.uniform(*_BLUR) * min(height, width) / _GRAINS
+        radius = rng.uniform(*_BLUR) * min(height, width) / CANVAS
         return np.array(picture.filter(ImageFilter.GaussianBlur(radius)))
     if kind == "noisy":
         grains = rng.normal(0.0, rng.uniform(*_NOISE), (_GRAINS, _GRAINS, 3))

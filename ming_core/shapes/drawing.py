@@ -69,9 +69,17 @@ def _inside_star(u: np.ndarray, v: np.ndarray, inner: float = 0.44) -> np.ndarra
     return (x - 1.0) * notch_y + y * (1.0 - notch_x) <= 0.0
 
 
-@lru_cache(maxsize=256)
 def _coverage(shape: str, radius: float, center_x: float, center_y: float) -> tuple[int, int, np.ndarray]:
-    """How much of each pixel a shape covers: (left, top, float32 [h, w] in 0..1), all in pixels of the picture."""
+    """How much of each pixel a shape covers: (left, top, float32 [h, w] in 0..1), all in pixels of the picture.
+
+    Shapes of large pictures are seldom wanted twice and take a quarter of a megabyte each: they are not kept.
+    """
+    small = radius <= max(SIZES.values())
+    return (_kept_coverage if small else _kept_coverage.__wrapped__)(shape, radius, center_x, center_y)
+
+
+@lru_cache(maxsize=256)
+def _kept_coverage(shape: str, radius: float, center_x: float, center_y: float) -> tuple[int, int, np.ndarray]:
     left, top = int(np.floor(center_x - radius)), int(np.floor(center_y - radius))
     right, bottom = int(np.ceil(center_x + radius)), int(np.ceil(center_y + radius))
     fine = (np.arange(_SAMPLES) + 0.5) / _SAMPLES
@@ -117,7 +125,6 @@ def draw(scene: Scene, size: int = CANVAS) -> np.ndarray:
     """The picture of a scene: uint8 [size, size, 3], sRGB. The same scene always gives the same pixels."""
     _check_size(size)
     picture = _plain(scene.background, size).copy()
-    # Sprites of large pictures are seldom wanted twice and take a quarter of a megabyte each: not kept.
     sprite_of = _sprite if size <= CANVAS else _sprite.__wrapped__
     for thing in scene.things:
         x, y, *where = _anchor(thing, size)

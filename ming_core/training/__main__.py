@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .loop import Run
+from ..files import FileError
+from .loop import Objective, Run
 from .plot import plot
 from .recipe import RECIPE, Stage
 from .stages import objective
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         stage = _changed(stage, options)
         folder = options.folder / stage.name.replace(" ", "-")
         try:
-            _train(stage, start, folder, device, options.workers)
-        except ValueError as error:  # what it is to start from
+            _train(Run(stage, _objective(stage, start, device), folder, options.workers))
+        except FileError as error:
             sys.exit(str(error))
         except KeyboardInterrupt:
             log.info("stopped; the same command goes on from here")
@@ -54,15 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _train(stage: Stage, start: Path | None, folder: Path, device: str, workers: int) -> None:
-    run = Run(stage, objective(stage, start, device), folder, workers)
+def _objective(stage: Stage, start: Path | None, device: str) -> Objective:
+    try:
+        return objective(stage, start, device)
+    except ValueError as error:  # a folder that it cannot start from
+        sys.exit(str(error))
+
+
+def _train(run: Run) -> None:
     if run.resume():
-        log.info("%s: going on from step %d", stage.name, run.step)
+        log.info("%s: going on from step %d", run.stage.name, run.step)
     try:
         if run.progress < 1:
             run.train()
     finally:
-        plot(folder / "log.csv", folder / "loss.png")
+        plot(run.folder / "log.csv", run.folder / "loss.png")
 
 
 def _options() -> argparse.ArgumentParser:

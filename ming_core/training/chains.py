@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +24,16 @@ CHAIN_ROUNDS = 5
 
 @dataclass
 class Chain:
-    """Five-round chains of edits, one way: by round the share done right, the PSNR where nothing changed, seconds."""
+    """Five-round chains of edits, one way: by round the share done right, and the PSNR where nothing changed."""
 
     name: str
     right: list[list[bool]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
     untouched: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
-    seconds: list[float] = field(default_factory=list)  # a picture, drawn side by side with those of the other chains
 
     def table(self) -> dict[str, list[float]]:
         return {
             "right": [statistics.fmean(r) for r in self.right],
             "untouched": [statistics.fmean(r) if r else math.nan for r in self.untouched],
-            "seconds": self.seconds,
         }
 
 
@@ -52,14 +49,12 @@ def chains(examiner: Examiner) -> list[Chain]:
         chain, turns = Chain(name), None
         for k in range(CHAIN_ROUNDS):
             asked = [dialogue.rounds[k] for dialogue in dialogues]
-            started = time.perf_counter()
             turns = step(examiner, asked, turns)
-            chain.seconds.append((time.perf_counter() - started) / len(turns))
             for dialogue, turn, result in zip(dialogues, asked, turns, strict=True):
                 picture = examiner.pixels(result.features)
                 chain.right[k].append(compare(read_scene(picture), turn.target_scene).all_right)
                 same = (dialogue.rounds[0].attached == turn.target).all(-1)
-                if same.any():  # a new background leaves nothing untouched
+                if same.any():  # a new background may leave nothing untouched
                     error = np.square(picture - turn.target / 255.0)[same].mean()
                     chain.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
         results.append(chain)
@@ -67,25 +62,25 @@ def chains(examiner: Examiner) -> list[Chain]:
 
 
 def _by_features(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    return examiner.drawn(asked, before)
+    return examiner.draw_rounds(asked, before)
 
 
 def _through_pixels(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
     """Every round begins a new conversation, with the picture of the one before decoded and encoded again."""
     if before is None:
-        return examiner.drawn(asked)
+        return examiner.draw_rounds(asked)
     wishes = []
     for seed, (turn, result) in enumerate(zip(asked, before, strict=True)):
         picture = np.rint(examiner.pixels(result.features) * 255).astype(np.uint8)
         features = examiner.features(picture)._replace(depth=result.features.depth)
         wishes.append(Wish(turn.prompt, seed, features=features))
-    return examiner.draw(wishes)
+    return examiner.draw_wishes(wishes)
 
 
 def _with_one_noise(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
     shape = (examiner.model.config.llm_config.num_image_tokens_for_gen, examiner.model.flow_head.net.channels)
     noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(asked))]
-    return examiner.drawn(asked, before, noises)
+    return examiner.draw_rounds(asked, before, noises)
 
 
 WAYS: dict[str, Way] = {
@@ -96,15 +91,15 @@ WAYS: dict[str, Way] = {
 
 
 def plot(results: list[Chain], path: Path) -> None:
-    """Quality and time by round, all ways; nothing without matplotlib."""
+    """Quality by round, all ways; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         log.info("matplotlib is not installed: no plot")
         return
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    titles = {"right": "rounds done right", "untouched": "PSNR where nothing changed, dB", "seconds": "seconds a round"}
-    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    titles = {"right": "rounds done right", "untouched": "PSNR where nothing changed, dB"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for chain in results:
             axes.plot(range(1, CHAIN_ROUNDS + 1), chain.table()[key], marker="o", label=chain.name)
         axes.set(title=title, xlabel="round", xticks=range(1, CHAIN_ROUNDS + 1))

@@ -48,10 +48,15 @@ class Score:
     aim: str
     unit: str = "%"
 
+    def figure(self) -> str:
+        return f"{self._written(self.value)} {self.unit}".strip()
+
     def row(self) -> str:
-        scale, form = (100, ".1f") if self.unit == "%" else (1, ".2f")
-        value, low, high = (format(scale * x, form) for x in (self.value, self.low, self.high))
-        return f"| {self.name} | {self.aim} | {value} {self.unit} | {low} to {high} | {self.count} |"
+        span = f"{self._written(self.low)} to {self._written(self.high)}"
+        return f"| {self.name} | {self.aim} | {self.figure()} | {span} | {self.count} |"
+
+    def _written(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.unit == "%" else f"{value:.2f}"
 
 
 def share(name: str, hits: list[bool], aim: str) -> Score:
@@ -91,8 +96,8 @@ def photographs(examiner: Examiner, folder: Path) -> Score:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The files of a folder that Pillow takes for pictures by their names."""
-    known = Image.registered_extensions()
+    """The files of a folder that Pillow can read, judged by their names."""
+    known = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
 
 
@@ -111,7 +116,7 @@ def drawings(examiner: Examiner) -> Iterator[Score]:
     for name, things, aim in (("drawings", examiner.things, "90 %"), ("drawings of one object", (1, 1), "95 %")):
         right, agrees = [], []
         asked = examiner.rounds(["generate"], things=things)
-        for turn, result in zip(asked, examiner.drawn(asked), strict=True):
+        for turn, result in zip(asked, examiner.draw_rounds(asked), strict=True):
             reading = read_scene(examiner.pixels(result.features))
             right.append(compare(reading, turn.target_scene).things_right)
             if things == examiner.things:
@@ -128,7 +133,7 @@ def edits(examiner: Examiner) -> Iterator[Score]:
     """Edits of an attached picture, and what MingFeaturesCompare reads off them."""
     done, kept, masks = [], [], []
     asked = examiner.rounds(["edit"])
-    for turn, result in zip(asked, examiner.drawn(asked), strict=True):
+    for turn, result in zip(asked, examiner.draw_rounds(asked), strict=True):
         reading = read_scene(examiner.pixels(result.features))
         seen = compare(reading, turn.target_scene)
         untouched = [thing in turn.source_scene.things for thing in turn.target_scene.things]
@@ -152,7 +157,7 @@ def regions(examiner: Examiner) -> Iterator[Score]:
     asked = examiner.rounds(["identify region"])
     values = [
         _overlap(read_region(examiner.pixels(result.features)), read_region(turn.target))
-        for turn, result in zip(asked, examiner.drawn(asked), strict=True)
+        for turn, result in zip(asked, examiner.draw_rounds(asked), strict=True)
     ]
     yield mean("drawn region, intersection over union", values, "0.7", "")
 
@@ -161,7 +166,7 @@ def enhancements(examiner: Examiner) -> Iterator[Score]:
     for task in ("super-resolution", "denoise", "colorize"):
         gains = []
         asked = examiner.rounds([task])
-        for turn, result in zip(asked, examiner.drawn(asked), strict=True):
+        for turn, result in zip(asked, examiner.draw_rounds(asked), strict=True):
             target = torch.from_numpy(turn.target / 255.0)
             before = psnr(torch.from_numpy(turn.attached / 255.0), target)
             after = psnr(torch.from_numpy(examiner.pixels(result.features)), target)
@@ -212,7 +217,6 @@ def report(scores: list[Score], results: list[Chain]) -> str:
     for title, key, form in (
         ("Rounds done right", "right", "{:.0%}"),
         ("PSNR of the untouched area, dB", "untouched", "{:.1f}"),
-        ("Seconds", "seconds", "{:.2f}"),
     ):
         if results:
             lines += ["", f"| {title}, by round | " + " | ".join(str(k + 1) for k in range(CHAIN_ROUNDS)) + " |"]
@@ -222,42 +226,48 @@ def report(scores: list[Score], results: list[Chain]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(folder: Path, scores: list[Score], results: list[Chain]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.md").write_text(report(scores, results), encoding="utf-8")
+    figures = {"scores": [asdict(s) for s in scores], "chains": {c.name: c.table() for c in results}}
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if results:
+        plot(results, folder / "chains.png")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m ming_core.training.evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("models/tiny-shapes"))
     parser.add_argument("--scenes", type=int, default=300, help="of each examination (%(default)s)")
-    parser.add_argument("--chains", type=int, default=60, help="five-round chains each way; 0: none (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=list(EXAMINATIONS), help="some examinations; default: all")
+    parser.add_argument("--chains", type=int, default=60, help="five-round chains each way (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=[*EXAMINATIONS, "chains"], help="some of it; default: all")
     parser.add_argument("--things", type=int, nargs=2, default=(1, 3), metavar=("FEWEST", "MOST"))
     parser.add_argument("--photographs", type=Path, help="folder of pictures to reconstruct as well")
     parser.add_argument("--out", type=Path, help="folder to write evaluation.md, .json and chains.png to")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.scenes < 1:
-        parser.error("--scenes: give 1 or more")
+    if min(options.scenes, options.chains) < 1:
+        parser.error("--scenes and --chains: give 1 or more")
     if options.photographs and not (options.photographs.is_dir() and pictures_in(options.photographs)):
         parser.error(f"--photographs: there are no pictures in {options.photographs}")
 
     model = load_univision(options.model)
     examiner = Examiner(model, options.scenes, tuple(options.things))
-    scores: list[Score] = []
-    for name in options.only or EXAMINATIONS:
+    names = options.only or [*EXAMINATIONS, "chains"]
+    scores = [photographs(examiner, options.photographs)] if options.photographs else []
+    results: list[Chain] = []
+    for name in names:
         log.info("%s", name)
-        for score in EXAMINATIONS[name](examiner):
-            log.info("%s", score.row())
-            scores.append(score)
-            model.prefix_cache.clear()
-    if options.photographs:
-        scores.append(photographs(examiner, options.photographs))
-    results = chains(Examiner(model, options.chains, examiner.things)) if options.chains else []
+        if name == "chains":
+            results = chains(Examiner(model, options.chains, examiner.things))
+        else:
+            for score in EXAMINATIONS[name](examiner):
+                log.info("%s", score.row())
+                scores.append(score)
+        model.prefix_cache.clear()
+        if options.out:
+            write(options.out, scores, results)
     log.info("\n%s", report(scores, results))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "evaluation.md").write_text(report(scores, results), encoding="utf-8")
-        figures = {"scores": [asdict(s) for s in scores], "chains": {c.name: c.table() for c in results}}
-        (options.out / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        if results:
-            plot(results, options.out / "chains.png")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .many import Wish, draw_many
 log = logging.getLogger(__name__)
 
 TRIES = 20  # dialogues made for each that is wanted, at most
-SHOWN = 48  # pictures between two lines of progress
+PROGRESS_EVERY = 48  # pictures between two lines of progress
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Examiner:
         said = self.model.understand(Conversation(), turn.prompt, features=attached, max_new_tokens=128)
         return said.text.strip()
 
-    def drawn(
+    def draw_rounds(
         self, turns: list[Round], before: list[Turn] | None = None, noises: list[Tensor] | None = None
     ) -> list[Turn]:
         """The rounds' pictures, each with its number as the seed; `before`: the turns that they follow."""
@@ -76,12 +76,12 @@ class Examiner:
             )
             for seed, turn in enumerate(turns)
         ]
-        return self.draw(wishes)
+        return self.draw_wishes(wishes)
 
-    def draw(self, wishes: list[Wish]) -> list[Turn]:
+    def draw_wishes(self, wishes: list[Wish]) -> list[Turn]:
         done: list[Turn] = []
         while len(done) < len(wishes):
-            done += draw_many(self.model, wishes[len(done) : len(done) + SHOWN], self.solver)
+            done += draw_many(self.model, wishes[len(done) : len(done) + PROGRESS_EVERY], self.solver)
             log.info("  %d of %d drawn", len(done), len(wishes))
         return done
 

@@ -12,7 +12,6 @@ import contextlib
 import csv
 import itertools
 import logging
-import os
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import write_whole_folder
+from ..files import move, write_whole_folder
 from .optimizers import MovingAverage, learning_rate, make_optimizers
 from .recipe import Stage
 
@@ -108,7 +107,10 @@ class Run:
         trained = [p for p in self.objective.module.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, CLIP)
         if not torch.isfinite(norm):
-            raise RuntimeError(f"the gradient of step {self.step} is not finite: lower the learning rate and resume")
+            raise RuntimeError(
+                f"the gradient of step {self.step} is not finite: lower this stage's learning rate in recipe.py, "
+                "and go on by the same command"
+            )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -143,7 +145,7 @@ class Run:
             write_whole_folder(self.objective.publish, self.folder / "model")
         fresh = self.folder / "state.pt.new"  # last: a stage whose state says that it is done has its model
         torch.save(state, fresh)
-        os.replace(fresh, self.folder / "state.pt")
+        move(fresh, self.folder / "state.pt")
         with self.average.in_place():
             self.record(self.objective.evaluate() if look else {})
 
@@ -161,7 +163,9 @@ class Run:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for each in rows for name in each)), restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(fresh, path)
+        move(fresh, path)
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")  # the line of `show`
         log.info("%s", "  ".join(f"{name} {value}" for name, value in row.items()))
 
     def resume(self) -> bool:

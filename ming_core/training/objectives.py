@@ -17,6 +17,8 @@ place as well.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +81,13 @@ class TokenizerLoss(nn.Module):
         return dict(zip(LABELS, parts, strict=True))
 
     def label_loss(self, semantic: Tensor, labels: dict[str, Tensor]) -> Tensor:
-        losses = (
-            F.cross_entropy(logits.flatten(0, 1), labels[name].flatten(), ignore_index=IGNORE)
-            for name, logits in self.read(semantic).items()
-        )
-        return sum(losses, start=semantic.new_zeros(()))
+        """Summed over the kinds; each the mean over the patches whose label is known, 0 where none is."""
+        total = semantic.new_zeros(())
+        for name, logits in self.read(semantic).items():
+            wanted = labels[name].flatten()
+            losses = F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORE, reduction="sum")
+            total = total + losses / (wanted != IGNORE).sum().clamp_min(1)
+        return total
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,6 @@ class JointLoss(nn.Module):
         for throw_away in (self.reader, self.pointer):
             nn.init.zeros_(throw_away.weight)
             nn.init.zeros_(throw_away.bias)
-        self._routing: list[Tensor] = []
-        for module in model.modules():
-            if isinstance(module, MixtureOfExperts):
-                module.register_forward_hook(self._note_routing)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns "loss" and its parts: "text", "flow", "labels", "meant", "balance" (1: experts used alike)."""
@@ -127,10 +127,10 @@ class JointLoss(nn.Module):
         seen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         seen[places[~batch.drawn].flatten()] = True
         shape = batch.ids.shape
-        self._routing.clear()
-        hidden = language_model.model(
-            x.unflatten(0, shape), batch.positions, Causal(batch.mask), seen.unflatten(0, shape)
-        ).flatten(0, 1)
+        with noted_routing(language_model) as routing:
+            hidden = language_model.model(
+                x.unflatten(0, shape), batch.positions, Causal(batch.mask), seen.unflatten(0, shape)
+            ).flatten(0, 1)
         asked = batch.labels.flatten() != IGNORE
         logits = language_model.logits(hidden[asked])
         wrong = F.cross_entropy(logits, batch.labels.flatten()[asked], reduction="none")
@@ -148,7 +148,7 @@ class JointLoss(nn.Module):
         )
         parts["labels"] = self.label_loss(before, batch.shown[batch.drawn], batch.weights[batch.drawn].flatten())
         parts["meant"] = self.meant_loss(hidden[batch.told], batch.meant)
-        parts["balance"] = torch.stack(self._routing).mean()
+        parts["balance"] = torch.stack(routing).mean()
         terms = ("text", "flow", "labels", "meant", "balance")
         parts["loss"] = sum((getattr(weights, name) * parts[name] for name in terms), start=x.new_zeros(()))
         return parts
@@ -182,12 +182,24 @@ class JointLoss(nn.Module):
         fed = latents + noise.to(latents) * batch.drawn[:, None, None]
         return latents, tok.semantic_decoder(tok.denormalise(fed))
 
-    def _note_routing(self, module: MixtureOfExperts, args: tuple, output: Tensor) -> None:
-        """How unevenly the experts of a layer are used: 1 when alike, up to their number when one takes all."""
+
+@contextlib.contextmanager
+def noted_routing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """How unevenly experts are used meanwhile, layer by layer: 1 when alike, up to their number when one takes all."""
+    found: list[Tensor] = []
+
+    def note(module: MixtureOfExperts, args: tuple, output: Tensor) -> None:
         x, gate = args
         scores = module.scores(x.flatten(0, -2), None if gate is None else gate.flatten())  # (T, E)
         chosen = F.one_hot(scores.topk(module.top_k).indices, scores.shape[1]).sum(1).float()
-        self._routing.append(scores.shape[1] * (chosen.mean(0) / module.top_k * scores.mean(0)).sum())
+        found.append(scores.shape[1] * (chosen.mean(0) / module.top_k * scores.mean(0)).sum())
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def flow_loss(

@@ -37,5 +37,5 @@ def _answered(examiner: Examiner, task: str) -> float:
 
 def _compared(examiner: Examiner, task: str) -> list[Comparison]:
     asked = examiner.rounds([task])
-    pictures = [examiner.pixels(turn.features) for turn in examiner.drawn(asked)]
+    pictures = [examiner.pixels(turn.features) for turn in examiner.draw_rounds(asked)]
     return [compare(read_scene(p), turn.target_scene) for p, turn in zip(pictures, asked, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -112,13 +111,16 @@ class Page:
 
     def wait_for(self, condition: str, **values: Any) -> None:
         """Until a JavaScript expression is true."""
-        limit = time.monotonic() + LIMIT
+        limit, last = time.monotonic() + LIMIT, ""
         while time.monotonic() < limit:
-            with contextlib.suppress(PageError):  # what is waited for may not even have a name yet
+            try:
                 if self.evaluate(f"return Boolean({condition})", **values):
                     return
+                last = ""
+            except PageError as error:  # what is waited for may not even have a name yet
+                last = f": {error}"
             time.sleep(0.2)
-        raise PageError(f"after {LIMIT} s there was still no: {condition} {values or ''}")
+        raise PageError(f"after {LIMIT} s there was still no: {condition} {values or ''}{last}")
 
     def wait_until_quiet(self) -> None:
         """Until nothing more is said for three seconds; then forgets what was said."""
@@ -133,9 +135,6 @@ class Page:
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
-
-    def screenshot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
 def described(details: dict) -> str:

@@ -162,8 +162,8 @@ def table_line(nodeid: str, phases: list[pytest.TestReport]) -> str:
     seconds = sum(phase.duration for phase in phases)
     if any(phase.failed for phase in phases):
         result = "FAILED"
-    elif any(phase.skipped for phase in phases):
-        result, said = "left out", f"{said}: {phases[-1].longrepr[2].removeprefix('Skipped: ')}"
+    elif skipped := [phase for phase in phases if phase.skipped]:
+        result, said = "left out", f"{said}: {skipped[0].longrepr[2].removeprefix('Skipped: ')}"
     else:
         result = "passed"
     return f"{result:9}{seconds:8.1f}  {said}"

@@ -201,6 +201,10 @@ class Server:
         assert done.end.kind == "execution_success", done.end
         return done
 
+    def stopped(self, why: object) -> ServerError:
+        """What to raise when it goes away in the middle of a prompt."""
+        return ServerError(f"ComfyUI stopped while it ran a prompt ({why}).\n{self.log[-3000:]}")
+
     def finished(self, prompt_id: str) -> dict:
         """The prompt's entry in the history, which is written just after its last event."""
         limit = time.monotonic() + SILENCE_LIMIT
@@ -226,7 +230,12 @@ class Client(NamedTuple):
     def events(self, prompt_id: str) -> Iterator[Event]:
         """What the server says of this prompt, its end included."""
         while True:
-            code, data = self.heard.recv_data()
+            try:
+                code, data = self.heard.recv_data()
+            except websocket.WebSocketException as error:
+                raise self.server.stopped(error) from error
+            if code == websocket.ABNF.OPCODE_CLOSE:
+                raise self.server.stopped("it has closed the connection")
             if code == websocket.ABNF.OPCODE_BINARY:
                 kind, number = (int.from_bytes(data[at : at + 4], "big") for at in (0, 4))
                 if kind == PREVIEW:
@@ -250,7 +259,9 @@ def install_pack(place: Path) -> None:
     try:
         place.symlink_to(PACK, target_is_directory=True)
     except OSError:
-        shutil.copytree(PACK, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "output", "input"))
+        ignored = ("__pycache__", "output", "input", "runs", "checkpoints")  # and downloaded models, of many GB
+        others = (path.name for path in (PACK / "models").iterdir() if path.name != "tiny-shapes")
+        shutil.copytree(PACK, place, ignore=shutil.ignore_patterns(".*", *ignored, *others))
 
 
 def fetched(request: str | urllib.request.Request) -> bytes:

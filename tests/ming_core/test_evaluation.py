@@ -29,7 +29,7 @@ class Oracle(Examiner):
     def answer(self, turn):
         return turn.answer
 
-    def drawn(self, turns, before=None, noises=None):
+    def draw_rounds(self, turns, before=None, noises=None):
         return [SimpleNamespace(features=self.features(t.target), conversation=t.target_scene) for t in turns]
 
 
@@ -39,14 +39,14 @@ class Idler(Oracle):
     def answer(self, turn):
         return "nothing much"
 
-    def drawn(self, turns, before=None, noises=None):
+    def draw_rounds(self, turns, before=None, noises=None):
         return [SimpleNamespace(features=self.features(np.full_like(t.target, 250)), conversation=None) for t in turns]
 
 
 class Careless(Oracle):
     """Removes another thing than the one that was asked for."""
 
-    def drawn(self, turns, before=None, noises=None):
+    def draw_rounds(self, turns, before=None, noises=None):
         wrong = []
         for turn in turns:
             (gone,) = set(turn.source_scene.things) - set(turn.target_scene.things)
@@ -119,7 +119,7 @@ def test_the_scenes_are_unseen_ones_and_the_same_at_every_call():
 def test_chains_of_five_rounds_are_scored_by_round(monkeypatch):
     oracle = examiner(Oracle, 2)
     monkeypatch.setattr(
-        chains_module, "WAYS", dict.fromkeys(chains_module.WAYS, lambda ex, asked, before: ex.drawn(asked))
+        chains_module, "WAYS", dict.fromkeys(chains_module.WAYS, lambda ex, asked, before: ex.draw_rounds(asked))
     )
     results = chains(oracle)
     assert len(results) == 3

@@ -46,7 +46,7 @@ from ming_univision.ming_core.shapes import (
 from ming_univision.ming_core.training import __main__ as command
 from ming_univision.ming_core.training import loop, pictures, stages
 from ming_univision.ming_core.training.loop import Run, make_batch
-from ming_univision.ming_core.training.objectives import initialise
+from ming_univision.ming_core.training.objectives import initialise, noted_routing
 from ming_univision.ming_core.training.optimizers import MovingAverage, Muon, learning_rate, orthogonalise
 from ming_univision.ming_core.training.recipe import RECIPE, Stage
 from ming_univision.ming_core.training.sequences import (
@@ -256,9 +256,27 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(tokeniz
     objective = mingtok_stage(tokenizer, chat)
     objective.loss = lambda batch, generator: {"loss": objective.module.reader.weight.sum() * float("nan")}
     run = Run(MINGTOK_STAGE, objective, tmp_path)
-    with pytest.raises(RuntimeError, match="lower the learning rate"):
+    with pytest.raises(RuntimeError, match="lower this stage's learning rate"):
         run.update(None)
     assert all(torch.isfinite(p).all() for p in objective.module.parameters())
+
+
+def test_patches_that_tell_nothing_of_a_label_cost_nothing(tokenizer, chat):
+    loss = mingtok_stage(tokenizer, chat).module
+    semantic = torch.randn(1, 4, loss.mingtok.config.semantic_decoder.embed_dim, requires_grad=True)
+    unknown = {name: torch.full((1, 4), IGNORE) for name in pictures.LABELS}
+    assert loss.label_loss(semantic, unknown) == 0
+    known = unknown | {"shape": torch.tensor([[1, IGNORE, 2, IGNORE]])}
+    mean = torch.nn.functional.cross_entropy(loss.read(semantic)["shape"][0], known["shape"][0], ignore_index=IGNORE)
+    torch.testing.assert_close(loss.label_loss(semantic, known), mean)
+
+
+def test_routing_is_noted_while_it_is_asked_for_and_no_longer(model):
+    with noted_routing(model) as found, torch.no_grad():
+        model.generate_image(Conversation(), "a red circle", max_new_tokens=1)
+    noted = len(found)
+    model.generate_image(Conversation(), "a red circle", max_new_tokens=1)
+    assert noted and len(found) == noted and all(1 <= float(x) <= 64 for x in found)
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):

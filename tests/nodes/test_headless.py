@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,28 @@ def test_a_failing_node_is_named_and_its_error_is_the_cause(tmp_path):
     with pytest.raises(NodeError, match=r'node 2 "My Node" \(Broken\) failed.*the cause') as caught:
         run(graph, tmp_path)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_error_without_words_is_named_by_its_kind():
+    assert str(
+        NodeError(
+            plan({"1": node("Number", value=1)} | {"2": node("Show", source=["1", 0])}, CLASSES)[0], MemoryError()
+        )
+    ).endswith("failed: MemoryError")
+
+
+@pytest.mark.parametrize("kind", [NodeStarted, Progress, NodeFinished])
+def test_what_a_listener_raises_to_stop_is_not_taken_for_the_nodes_failure(tmp_path, kind):
+    class Stop(Exception):
+        pass
+
+    def stop(event):
+        if isinstance(event, kind):
+            raise Stop
+
+    graph = {"1": node("Ticks", count=3), "2": node("Show", source=["1", 0])}
+    with pytest.raises(Stop):
+        run_workflow(graph, CLASSES, output_dir=tmp_path, on_event=stop)
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_runs(tmp_path, monkeypatch):
@@ -573,3 +597,14 @@ def test_exit_codes_tell_done_failed_refused_and_stopped(command):
     assert code == 130 and "Stopped" in console.getvalue()
     assert command({"1": node("Show", source="x")}, settings=["2.a=1"])[0] == 2
     assert command({"1": node("Show", source="x")}, image="absent.png")[0] == 2
+
+
+def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(tmp_path):
+    code = "import sys, quickstart; quickstart.load_pack(); from ming_univision.nodes.headless_cli import main; "
+    code += f"sys.exit(main('workflows/api/reconstruct.json', output={str(tmp_path)!r}))"
+    command = [sys.executable, "-u", "-c", code]
+    with subprocess.Popen(command, cwd=host.PACK, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline().startswith("Running reconstruct.json")
+        child.stdout.close()
+        assert child.stderr.read() == ""
+    assert child.returncode == 1

@@ -14,11 +14,21 @@ from ming_univision.ming_core.shapes import (
     Scene,
     Thing,
     draw,
+    drawing,
     masks,
     patch_labels,
     scene_from_seed,
 )
 from PIL import Image
+
+
+def test_nothing_of_a_large_picture_is_kept():
+    draw(scene_from_seed(4))
+    before = drawing._kept_coverage.cache_info().currsize, drawing._sprite.cache_info().currsize
+    for seed in range(5):
+        draw(scene_from_seed(seed), 1000)
+        masks(scene_from_seed(seed), 1000)
+    assert before == (drawing._kept_coverage.cache_info().currsize, drawing._sprite.cache_info().currsize)
 
 
 def test_a_drawing_is_uint8_of_the_asked_side_and_always_the_same():
