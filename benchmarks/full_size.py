@@ -18,25 +18,22 @@ import json
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
 
+import here  # noqa: F401 - ming_core is found through it
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import ming_core  # noqa: E402 - found through the line above
-from ming_core import Conversation, UniVision  # noqa: E402
-from ming_core.captured import SWITCH, Recorder  # noqa: E402
-from ming_core.checkpoint import in_shards  # noqa: E402
-from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config  # noqa: E402
-from ming_core.published import published_slots  # noqa: E402
-from ming_core.stored import INDEX  # noqa: E402
+import ming_core
+from ming_core import Conversation, UniVision
+from ming_core.captured import SWITCH, Recorder
+from ming_core.checkpoint import in_shards
+from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config
+from ming_core.published import published_slots
+from ming_core.stored import INDEX
 
 GB = 1e9
 SHARD = 2e9  # bytes

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
+from here import BUILT_IN, ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ming_core import Conversation, UniVision, load_univision  # noqa: E402 - found through the line above
-from ming_core.images import psnr, to_images  # noqa: E402
-from ming_core.training.evaluation import EXAMINATIONS  # noqa: E402
-from ming_core.training.examiner import Examiner  # noqa: E402
+from ming_core import Conversation, UniVision, load_univision
+from ming_core.images import psnr, to_images
+from ming_core.training.evaluation import EXAMINATIONS
+from ming_core.training.examiner import Examiner
 
 PRECISIONS = {
     "float32": {},
@@ -80,7 +77,7 @@ def scored_table(folder: Path, scenes: int, names: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-shapes")
+    parser.add_argument("--model", type=Path, default=BUILT_IN)
     parser.add_argument("--golden", type=Path, default=ROOT / "tests" / "golden")
     parser.add_argument("--scenes", type=int, default=100, help="of each examination; 0: none (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(EXAMINATIONS), default=["questions", "drawings", "edits"])

@@ -6,17 +6,12 @@ picture, experts, heads) are the published ones. Weights are random: nothing it 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+from here import BUILT_IN
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ming_core import UniVision  # noqa: E402 - found through the line above
-from ming_core.config import (  # noqa: E402
+from ming_core import UniVision
+from ming_core.config import (
     FlowHeadConfig,
     LanguageModelConfig,
     LowLevelEncoderConfig,
@@ -25,9 +20,8 @@ from ming_core.config import (  # noqa: E402
     SemanticDecoderConfig,
     UniVisionConfig,
 )
-from ming_core.prompts import ChatFormat  # noqa: E402
+from ming_core.prompts import ChatFormat
 
-BUILT_IN = ROOT / "models" / "tiny-shapes"
 FLOW_HIDDEN = 2048  # inside the flow head's layers: a quarter of the published 8192
 WEIGHT_SPREAD = 0.02
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from reduced import BUILT_IN
+from here import BUILT_IN
 from torch import Tensor
 
 from ming_core import Solver, load_univision
