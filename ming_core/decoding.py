@@ -340,7 +340,7 @@ def drawn_features(model: Model, latents: Tensor, tokens: Tensor, depth: int) ->
     grid = model.config.drawing_grid
     latents, tokens = to_grid(latents.cpu(), grid).contiguous(), tokens.float().cpu()
     if not (latents.isfinite().all() and tokens.isfinite().all()):
-        raise out_of_range(model.language_model.dtype)
+        raise out_of_range(model.language_model.dtype, "lower guidance and temperature if they are extreme; else ")
     everything = Features(tokens, latents, grid, model.mingtok.fingerprint, depth + 1)
     return [_own(picture) for picture in everything.pictures()]
 

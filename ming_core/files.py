@@ -113,35 +113,42 @@ def move(path: Path, to: Path) -> None:
     path.replace(to)
 
 
-def check_format(path: str | Path, file_format: str) -> None:
+def file_format(path: str | Path) -> str:
+    """The about["format"] of a file that `write_tensors` made, "" for any other safetensors file. Raises FileError."""
+    with _opened(path) as (_, about):
+        return _format(about)
+
+
+def check_format(path: str | Path, wanted: str) -> None:
     """Raises FileError for a file that is not of this format; only its header is read."""
-    with _opened(path, file_format):
-        pass
+    found = file_format(path)
+    if found != wanted:
+        kind = found or "something else"
+        raise FileError(f'{path}: this is a file of "{kind}", not of "{wanted}": choose another file')
 
 
-def read_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, about) of a file that `write_tensors` made with about["format"] == file_format. Raises FileError."""
-    with _opened(path, file_format) as (file, about):
+def read_tensors(path: str | Path, wanted: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, about) of a file that `write_tensors` made with about["format"] == wanted. Raises FileError."""
+    check_format(path, wanted)
+    with _opened(path) as (file, about):
         # cloned: a mapped tensor would keep the file open, and change with it
         return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
 
 
+def _format(about: Any) -> str:
+    found = about.get("format") if isinstance(about, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 @contextlib.contextmanager
-def _opened(path: str | Path, file_format: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(file, about); whatever is wrong with it while it is read is a FileError."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            kind = about.get("format") if isinstance(about, dict) else None
-            if kind != file_format:
-                kind = kind or "something else"
-                raise FileError(f'{path}: this is a file of "{kind}", not of "{file_format}": choose another file')
-            yield file, about
+            yield file, json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{path}: damaged or not a safetensors file ({error}); save it again") from None
 
 

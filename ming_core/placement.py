@@ -39,11 +39,14 @@ def rest_on(device: torch.device, *modules: nn.Module) -> bool:
     return all(parameter.device == device for module in modules for parameter in module.parameters())
 
 
-def out_of_range(dtype: torch.dtype) -> RuntimeError:
-    """What to raise where what was computed is no number: in fp16 it may have outgrown the format."""
-    remedy = "choose fp32 (or bf16)"
-    if dtype != torch.float16:
-        remedy = "lower guidance and temperature if they are extreme; else the weights are damaged, download them again"
+def out_of_range(dtype: torch.dtype, perhaps: str = "") -> RuntimeError:
+    """What to raise where what was computed is no number: in fp16 it may have outgrown the format.
+
+    perhaps: what else than damaged weights may be the cause, and its remedy.
+    """
+    remedy = f"{perhaps}the weights are damaged, download them again"
+    if dtype == torch.float16:
+        remedy = "choose fp32 (or bf16)"
     return RuntimeError(f"the model computed NaN or infinite values in {str(dtype).removeprefix('torch.')}: {remedy}")
 
 

@@ -129,19 +129,24 @@ def fetch(file: RemoteFile, url: str, folder: Path) -> None:
         if outdated != part:
             outdated.unlink()
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a part of what was compressed has no sequel
-    for _ in range(ATTEMPTS):
+    damaged = 0
+    while damaged < ATTEMPTS:
         have = part.stat().st_size if part.exists() else 0
         if have > file.size:
             part.unlink()
             have = 0
         with open(part, "ab") as stream, contextlib.suppress(_WrongSize):
             _get(file, url, stream, have, headers)
-        fault = file.fault(part)
+        fault, arrived = file.fault(part), part.stat().st_size
         if fault is None:
             os.replace(part, folder / file.name)
             return
+        if have < arrived < file.size:
+            _say(f"{file.name} broke off at {arrived} bytes of {file.size} and is gone on with")
+            continue
+        damaged += 1
         _say(f"{file.name} arrived damaged ({fault}) and is fetched again")
-        if part.stat().st_size >= file.size:  # what is only cut off is gone on with
+        if arrived >= file.size:
             part.unlink()
     raise DownloadError(f"{file.name} arrived damaged {ATTEMPTS} times: something on the way changes it; try later")
 

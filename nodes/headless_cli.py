@@ -39,7 +39,14 @@ def main(
 
     `settings` are NODE.INPUT=VALUE, `image` takes the place of the example scene, `output` that of the output folder.
     """
-    folder = Path(output or host.output_directory()).expanduser().resolve()
+    try:
+        return _main(workflow, settings, image, Path(output or host.output_directory()).expanduser().resolve())
+    except BrokenPipeError:  # whoever read has gone, as `head` does; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(workflow: str | Path, settings: Iterable[str], image: str | Path | None, folder: Path) -> int:
     terminal = Terminal(sys.stdout, f"Running {Path(workflow).name}; results go to {folder}")
     started = time.perf_counter()
     log = _TerminalLog(terminal)
@@ -61,9 +68,6 @@ def main(
     except KeyboardInterrupt:
         terminal.close("Stopped. What was saved before stays.")
         return 130
-    except BrokenPipeError:  # whoever read has gone, as `head` does; Python would complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     finally:
         logging.getLogger().removeHandler(log)
     terminal.say(f"Done in {time.perf_counter() - started:.1f} s.")

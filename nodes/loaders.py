@@ -42,7 +42,7 @@ _live: weakref.WeakValueDictionary[tuple, host.Loaded] = weakref.WeakValueDictio
 def found(kind: str) -> dict[str, Path]:
     """Name -> folder of the checkpoints of a kind, or with one inside; the built-in model first."""
     folders = {BUILT_IN: BUILT_IN_FOLDER}
-    roots = (*host.model_folders(), BUILT_IN_FOLDER.parent)
+    roots = dict.fromkeys((*host.model_folders(), BUILT_IN_FOLDER.parent))
     there = [(folder, root, checkpoint_kind(folder)) for root in roots for folder in _folders_below(root)]
     for wanted in dict.fromkeys((kind, "univision")):  # which has a MingTok inside
         for folder, root, its_kind in there:
@@ -101,10 +101,11 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
         raise ValueError(f"precision is {precision!r}: give one of {('auto', *DTYPES, *QUANTIZED)}")
     quantization = precision if precision in QUANTIZED else None
     dtype = DTYPES.get(precision) or host.half(on)
-    # quantised weights are fast in 16 bit only
-    exact = precision == "auto" and on.type == "cpu" and not stored_quantization(folder)
-    if exact and checkpoint_bytes(folder, kind, torch.float32) < memory / 4:
-        dtype = torch.float32
+    if precision == "auto" and on.type == "cpu" and not _quantised(kind, folder):  # they are fast in 16 bit only
+        if checkpoint_bytes(folder, kind, torch.float32) < memory / 4:
+            dtype = torch.float32
+    elif precision == "auto" and dtype == torch.float32 and checkpoint_bytes(folder, kind, dtype) > memory:
+        dtype = torch.float16  # not what ComfyUI likes on this GPU, but it fits
     needed = checkpoint_bytes(folder, kind, dtype, quantization)
     if needed > memory:
         where = "this machine" if rests_on.type == "cpu" else f"the GPU ({rests_on})"
@@ -117,13 +118,18 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
     return dtype, quantization
 
 
+def _quantised(kind: str, folder: Path) -> str | None:
+    """The format that the weights of a model of this kind are stored in; a MingTok never is quantised."""
+    return stored_quantization(folder) if kind == "univision" else None
+
+
 def load(kind: str, name: str, precision: str, loader: Callable[..., Any]) -> host.Loaded:
     """The loaded model, from memory when it is alive and its files are unchanged."""
     folder = found(kind).get(name)
     if folder is None:
         raise ValueError(absent(name, kind))
     dtype, quantization = choose_precision(precision, kind, folder)
-    key = (kind, str(folder), state_of(folder), dtype, quantization or stored_quantization(folder))
+    key = (kind, str(folder), state_of(folder), dtype, quantization or _quantised(kind, folder))
     loaded = _live.get(key)
     if loaded is None:
         host.make_room(checkpoint_bytes(folder, kind, dtype, quantization))
@@ -171,7 +177,7 @@ class MingTokLoader(_Loader):
                 ),
                 "precision": combo(
                     ["auto", "fp32", "bf16", "fp16"],
-                    "auto: fp32 on a CPU when it fits well, else bf16 (fp16 on GPUs without it).",
+                    "auto: fp32 on a CPU when it fits well, else bf16 (fp16 or fp32 on GPUs without it).",
                 ),
             }
         }
@@ -197,7 +203,7 @@ class MingUniVisionLoader(_Loader):
                 ),
                 "precision": combo(
                     ["auto", "bf16", "fp16", "fp32", "int8", "int4"],
-                    "auto: fp32 on a CPU when it fits well, else bf16 (fp16 on GPUs without it). "
+                    "auto: fp32 on a CPU when it fits well, else bf16 (fp16 or fp32 on GPUs without it). "
                     "int8 and int4 keep the language model's and the head's weights in fewer bits.",
                 ),
             }

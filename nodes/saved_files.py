@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..ming_core import FileError
-from ..ming_core.files import check_format
+from ..ming_core.files import check_format, file_format
 from . import host
 from .filenames import numbered_path, prefix_verdict
 
@@ -43,7 +43,7 @@ class LoadingNode:
     @classmethod
     def files(cls, tooltip: str) -> tuple:
         """The `file` widget: what is listed can be loaded by this node."""
-        return [name for name in saved_files() if _is_of(cls.FILE_FORMAT, name)], {"tooltip": tooltip}
+        return saved_files(cls.FILE_FORMAT), {"tooltip": tooltip}
 
     @classmethod
     def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
@@ -93,13 +93,13 @@ def _made(path: Path) -> bool:
     return True
 
 
-def saved_files() -> list[str]:
-    """Names of the saved files that can be loaded: `ming/x_00001_.safetensors [output]`, `y.safetensors [input]`."""
+def saved_files(wanted: str | None = None) -> list[str]:
+    """Names of saved files, of one format or of any: `ming/x_00001_.safetensors [output]`, `y.safetensors [input]`."""
     names = []
     for place in ("output", "input"):
         root, listed = _saved_below(place)
         found = (path for path in listed.rglob("*.safetensors") if path.is_file() and _is_inside(path, root, listed))
-        names += sorted(saved_name(path, place) for path in found)
+        names += sorted(saved_name(path, place) for path in found if wanted is None or _is_of(wanted, path))
     return names
 
 
@@ -129,23 +129,18 @@ def saved_path(name: str | None) -> Path:
     return path
 
 
-def _is_of(file_format: str, name: str) -> bool:
+def _is_of(wanted: str, path: Path) -> bool:
     try:
-        path = saved_path(name)
         stat = path.stat()
-        return _has_format(path, file_format, stat.st_mtime_ns, stat.st_size)
-    except (FileError, OSError):
+        return _format_of(path, stat.st_mtime_ns, stat.st_size) == wanted
+    except (FileError, OSError):  # damaged, or not to be read just now
         return False
 
 
-@functools.lru_cache(maxsize=4096)
-def _has_format(path: Path, file_format: str, *state: int) -> bool:
-    """Whether a file in this state is of the format; lists of files are made anew for every page that is opened."""
-    try:
-        check_format(path, file_format)
-    except FileError:
-        return False
-    return True
+@functools.lru_cache(maxsize=1 << 15)
+def _format_of(path: Path, *state: int) -> str:
+    """The format of a file in this state. Remembered: lists of files are made anew for every page that is opened."""
+    return file_format(path)
 
 
 def _saved_below(place: str) -> tuple[Path, Path]:

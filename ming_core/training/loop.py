@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import move, write_whole_folder
+from ..files import FileError, move, write_whole_folder
 from .optimizers import MovingAverage, learning_rate, make_optimizers
 from .recipe import Stage
 
@@ -174,9 +174,14 @@ class Run:
         if not path.exists():
             return False
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.objective.module.load_state_dict(state["module"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        try:
+            self.objective.module.load_state_dict(state["module"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError) as error:
+            raise FileError(
+                f"{path} is of another recipe ({error}): name another folder, or remove this one"
+            ) from error
         self.average.restore(state["average"])
         self.step, self.seconds, self.averages = state["step"], state["seconds"], state["averages"]
         return True

@@ -400,7 +400,7 @@ def test_text_is_greedy_at_temperature_zero_and_follows_the_seed_above(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_of_no_numbers_is_refused(model, temperature):
     model.language_model.lm_head.weight.data[7] = float("nan")
-    with pytest.raises(RuntimeError, match=r"float32: lower guidance .* the weights are damaged"):
+    with pytest.raises(RuntimeError, match="float32: the weights are damaged"):
         model.understand(Conversation(), "What is it?", sampling=Sampling(temperature), **SHORT)
 
 

@@ -35,7 +35,7 @@ class Hub:
         self.files, self.sent = files, []
         self.spoil: dict[str, int] = {}  # file -> how often it is still to be sent with a wrong byte
         self.stall: dict[str, int] = {}  # file -> bytes after which nothing more comes
-        self.cut: dict[str, int] = {}  # file -> bytes that are sent, once, as if they were all
+        self.cut: dict[str, list[int]] = {}  # file -> bytes that are sent, time after time, as if they were all
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -79,7 +79,7 @@ class Hub:
                 if hub.spoil.get(name, 0):
                     hub.spoil[name] -= 1
                     data[-1] ^= 1
-                body = bytes(data[begin:])[: hub.cut.pop(name, None)]
+                body = bytes(data[begin:])[: hub.cut[name].pop(0) if hub.cut.get(name) else None]
                 span = {"Content_Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}
                 self.answer(206 if begin else 200, body, **span)
                 if name in hub.stall:
@@ -232,12 +232,18 @@ def test_a_file_that_arrives_damaged_is_named_and_fetched_again(hub, run, folder
     assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
 
 
-def test_a_file_of_which_only_a_part_arrives_is_gone_on_with(hub, run, folder):
-    hub.cut[SHARDS[0]] = 1000
+def test_a_file_of_which_only_parts_arrive_is_gone_on_with(hub, run, folder):
+    hub.cut[SHARDS[0]] = [1000, 1000, 1000, 1000]  # more often than a damaged one is fetched
     code, said = run()
-    assert code == 0 and f"{SHARDS[0]} arrived damaged (1000 bytes" in said
-    assert [begin for name, begin in hub.sent if name == SHARDS[0]] == [0, 1000]
+    assert code == 0 and f"{SHARDS[0]} broke off at 1000 bytes of {len(hub.files[SHARDS[0]])}" in said
+    assert [begin for name, begin in hub.sent if name == SHARDS[0]] == [0, 1000, 2000, 3000, 4000]
     assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+
+
+def test_a_file_of_which_nothing_more_arrives_is_given_up(hub, run, folder):
+    hub.cut[SHARDS[0]] = [1000, *[0] * 9]
+    code, said = run()
+    assert code == 1 and f"{SHARDS[0]} arrived damaged 3 times" in said and len(hub.cut[SHARDS[0]]) == 6
 
 
 def test_a_file_that_keeps_arriving_damaged_is_an_error_and_never_gets_its_name(hub, run, folder):

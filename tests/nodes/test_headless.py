@@ -599,12 +599,19 @@ def test_exit_codes_tell_done_failed_refused_and_stopped(command):
     assert command({"1": node("Show", source="x")}, image="absent.png")[0] == 2
 
 
-def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(tmp_path):
-    code = "import sys, quickstart; quickstart.load_pack(); from ming_univision.nodes.headless_cli import main; "
-    code += f"sys.exit(main('workflows/api/reconstruct.json', output={str(tmp_path)!r}))"
+@pytest.mark.parametrize(("workflow", "lines"), [("reconstruct", 1), ("reconstruct", -1), ("missing", 0)])
+def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(tmp_path, workflow, lines):
+    """After the first line, before the last one ("Done in ..."), or before all that is said."""
+    code = "import sys, time, quickstart; quickstart.load_pack(); from ming_univision.nodes import headless_cli; "
+    code += "say = headless_cli.Terminal.say; headless_cli.Terminal.say = lambda self, text: ("
+    code += "time.sleep(1 if text.startswith(('Done', 'Refused')) else 0), say(self, text)); "
+    code += f"sys.exit(headless_cli.main('workflows/api/{workflow}.json', output={str(tmp_path)!r}))"
     command = [sys.executable, "-u", "-c", code]
     with subprocess.Popen(command, cwd=host.PACK, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline().startswith("Running reconstruct.json")
+        if lines == 1:
+            assert child.stdout.readline().startswith("Running reconstruct.json")
+        while lines == -1 and "saved" not in child.stdout.readline():
+            pass
         child.stdout.close()
         assert child.stderr.read() == ""
     assert child.returncode == 1

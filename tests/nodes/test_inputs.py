@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, load_univision
+from ming_univision.ming_core import Conversation, files, load_univision
 from ming_univision.ming_core.images import to_images, to_pixels
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, headless_core, host, loaders, mingtok
 from ming_univision.nodes import saved_files as saved_files_module
@@ -364,6 +364,16 @@ def test_a_model_larger_than_the_gpu_is_taken_where_the_ram_holds_it(monkeypatch
     assert loaders.choose_precision("auto", "univision", published) == (torch.bfloat16, None)
 
 
+def test_a_gpu_that_is_slow_in_16_bits_computes_in_them_where_32_do_not_fit(monkeypatch, published):
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(host, "half", lambda on: torch.float32)
+    for memory, chosen in ((80e9, torch.float32), (64e9, torch.float16)):
+        monkeypatch.setattr(host, "total_memory", lambda on, memory=memory: memory)
+        assert loaders.choose_precision("auto", "univision", published) == (chosen, None)
+    with pytest.raises(ValueError, match="choose a smaller precision"):
+        loaders.choose_precision("fp32", "univision", published)
+
+
 def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published):
     sizes = {"cuda": 80e9, "cpu": 32e9}
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
@@ -534,6 +544,15 @@ def test_a_list_of_saved_files_offers_what_its_node_loads(small, tmp_path):
     path = saved_path(*offered("MingLoadFeatures"))
     path.write_bytes(b"spoilt since")
     assert offered("MingLoadFeatures") == []
+
+
+def test_a_saved_file_that_could_not_be_read_for_a_moment_is_listed_again(small, monkeypatch):
+    node("MingSaveFeatures", features=features_of(small, image()))
+    offered = NODE_CLASS_MAPPINGS["MingLoadFeatures"].INPUT_TYPES
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "safe_open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "in use")))
+        assert offered()["required"]["file"][0] == []
+    assert offered()["required"]["file"][0] == ["ming/features_00001_.safetensors [output]"]
 
 
 @pytest.mark.parametrize("name", [5, ["x"], "x\0y.safetensors [output]"])

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from ming_univision.ming_core import MingTok, UniVision, load_mingtok, save_mingtok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
 from ming_univision.nodes.loaders import BUILT_IN
@@ -88,6 +89,13 @@ def test_the_mingtok_of_a_whole_model_can_be_loaded_alone(put):
     (loaded,) = NODE_CLASS_MAPPINGS["MingTokLoader"]().load(model_name="a whole", precision="fp32")
     (alone,) = NODE_CLASS_MAPPINGS["MingTokLoader"]().load(model_name="c alone", precision="fp32")
     assert isinstance(loaded.model, MingTok) and loaded.model.fingerprint == alone.model.fingerprint
+
+
+def test_the_mingtok_of_a_quantised_model_is_as_exact_as_any(put, monkeypatch):
+    folder = put("models/quantised")
+    monkeypatch.setattr(loaders, "stored_quantization", lambda folder: "int4")
+    assert loaders.choose_precision("auto", "mingtok", folder) == (torch.float32, None)
+    assert loaders.choose_precision("auto", "univision", folder) == (torch.bfloat16, None)
 
 
 def test_a_precision_that_is_not_offered_is_refused(put):
