@@ -184,6 +184,13 @@ def test_a_folder_without_a_checkpoint_has_nothing_to_resume(tokenizer, chat, tm
     assert not Run(MINGTOK_STAGE, mingtok_stage(tokenizer, chat), tmp_path).resume()
 
 
+def test_a_checkpoint_of_another_recipe_is_named(tokenizer, chat, tmp_path):
+    Run(MINGTOK_STAGE, without_looking(mingtok_stage(tokenizer, chat)), tmp_path).checkpoint()
+    other = Run(JOINT_STAGE, joint_stage(tokenizer, chat), tmp_path)
+    with pytest.raises(FileError, match=r"state\.pt is of another recipe"):
+        other.resume()
+
+
 @both_stages
 def test_training_leaves_the_global_random_state_alone(stage, make, tokenizer, chat, tmp_path):
     objective = without_looking(make(tokenizer, chat))
