@@ -101,7 +101,7 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
         raise ValueError(f"precision is {precision!r}: give one of {('auto', *DTYPES, *QUANTIZED)}")
     quantization = precision if precision in QUANTIZED else None
     dtype = DTYPES.get(precision) or host.half(on)
-    if precision == "auto" and on.type == "cpu" and not _quantised(kind, folder):  # they are fast in 16 bit only
+    if precision == "auto" and on.type == "cpu" and not _quantised(kind, folder):  # which are fast in 16 bit only
         if checkpoint_bytes(folder, kind, torch.float32) < memory / 4:
             dtype = torch.float32
     elif precision == "auto" and dtype == torch.float32 and checkpoint_bytes(folder, kind, dtype) > memory:
