@@ -412,13 +412,12 @@ def _save(model: nn.Module, config: dict, others: Mapping[str, str], folder: Pat
         key: math.prod(slot.shape) * _stored_dtype(key, slot, parameters, dtype).itemsize for key, slot in slots.items()
     }
     shards = list(in_shards(sizes, SHARD))
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [WEIGHTS]
     weight_map = {}
-    stale = [path.name for path in folder.glob("model*") if SAVED.fullmatch(path.name) and path.name not in names]
     if len(shards) == 1:
-        stale.append(INDEX)
+        names, stale = [WEIGHTS], [INDEX]
+    else:
+        names, stale = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))], []
+    stale += [path.name for path in folder.glob("model*") if SAVED.fullmatch(path.name) and path.name not in names]
     with written_together(folder, stale) as fresh:
         for name, keys in zip(names, shards, strict=True):
             tensors = {}

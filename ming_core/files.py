@@ -121,16 +121,14 @@ def file_format(path: str | Path) -> str:
 
 def check_format(path: str | Path, wanted: str) -> None:
     """Raises FileError for a file that is not of this format; only its header is read."""
-    found = file_format(path)
-    if found != wanted:
-        kind = found or "something else"
-        raise FileError(f'{path}: this is a file of "{kind}", not of "{wanted}": choose another file')
+    with _opened(path) as (_, about):
+        _demand_format(path, about, wanted)
 
 
 def read_tensors(path: str | Path, wanted: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, about) of a file that `write_tensors` made with about["format"] == wanted. Raises FileError."""
-    check_format(path, wanted)
     with _opened(path) as (file, about):
+        _demand_format(path, about, wanted)
         # cloned: a mapped tensor would keep the file open, and change with it
         return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
 
@@ -140,12 +138,21 @@ def _format(about: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
+def _demand_format(path: str | Path, about: Any, wanted: str) -> None:
+    found = _format(about)
+    if found != wanted:
+        kind = found or "something else"
+        raise FileError(f'{path}: this is a file of "{kind}", not of "{wanted}": choose another file')
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(file, about); whatever is wrong with it while it is read is a FileError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file, json.loads((file.metadata() or {}).get(HEADER, "{}"))
+    except FileError:
+        raise
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
