@@ -15,6 +15,11 @@ Products run in torch's own weight-only kernels. A kernel is used on a device on
 (`kernel_works`); otherwise weights are dequantised piece by piece and multiplied as usual, which also serves gradients.
 The int4 kernels want the values in an order of their own, which depends on the processor: a layer brings
 its weights into it, in place, when it first runs, and back when they are saved or used elsewhere.
+
+On CUDA int8 goes through the int4 kernel too: a value is 16 * high + low - 128, two halves of four bits, so a product
+with twice the rows takes the very same weights, and reads each byte once. Torch's own int8 kernel for CUDA gives every
+output to one thread (up to 2.13; pytorch/pytorch#190529), and was measured at a twentieth of an H20's bandwidth
+(flagos-ai/FlagGems#5371).
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import Experts
-from .placement import wants_gradient
+from .experts import GATHER_LIMIT, Experts
+from .placement import rest_on, wants_gradient
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +46,11 @@ QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
 CHUNK = 1 << 20  # values quantised at once: they stay in a processor's cache
 PIECE = 1 << 23  # values dequantised at once for a product: at most 200 MB beside them
-# From more rows on, dequantising once costs less than an int8 kernel that reads the weights for every row.
-KERNEL_ROWS = {"cpu": 32, "cuda": 4}
+INT8_ROWS = 32  # of x; from more on, dequantising once costs less than the CPU's kernel, which reads all for every row
 LOST = "lost"  # an order that nothing can be computed in
 BLOCK = 64  # rows of weights that an int4 kernel's order stays within
 K_TILES = 8  # of the CUDA kernel: widths must be multiples of 16 * 8
+HALVES_GROUPS = (256, 128, 64, 32)  # that the int4 kernels know; for int8 all groups of a row are alike
 
 
 # --- Numbers --------------------------------------------------------------------------------------------------------
@@ -122,10 +127,10 @@ def _split(values: Tensor) -> Tensor:
 
 
 def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
-    """x [.., K] times the transposed weights [N, K] -> [.., N]. packed: int4 in the order of this device's kernel."""
+    """x [.., K] times the transposed weights [N, K] -> [.., N]. packed: in the order of this device's int4 kernel."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if packed:
-        out = _int4_product(flat, values, scale)
+        out = _packed_product(flat, values, scale)
     elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
         # it reads 16 values of x at a time, too: 32 bytes
         aligned = flat if flat.data_ptr() % 32 == 0 else flat.clone()
@@ -146,8 +151,9 @@ def _plain_product(x: Tensor, values: Tensor, scale: Tensor, rows: slice) -> Ten
 
 def _fits_int8_kernel(x: Tensor, values: Tensor) -> bool:
     """The kernel reads 16 weights at a time, at whole multiples of 16, and checks nothing: others crash the process."""
-    whole = values.shape[-1] % 16 == 0 and values.data_ptr() % 16 == 0
-    return values.dtype == torch.int8 and len(x) <= KERNEL_ROWS.get(x.device.type, 0) and whole
+    if values.dtype != torch.int8 or x.device.type != "cpu" or len(x) > INT8_ROWS:
+        return False
+    return values.shape[-1] % 16 == 0 and values.data_ptr() % 16 == 0
 
 
 def _kernel_serves(kind: str, x: Tensor, scale: Tensor) -> bool:
@@ -156,49 +162,90 @@ def _kernel_serves(kind: str, x: Tensor, scale: Tensor) -> bool:
 
 @functools.cache
 def kernel_works(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a fast kernel here that agrees with plain mathematics; tried once on a small product."""
+    """Whether torch has a fast kernel here that agrees with plain mathematics; tried once on a small product.
+
+    kind: "int8", "int4", or "int8 halves", int8 through the int4 kernel.
+    """
     if dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
         return False  # in float32 and fp16 they do not exist, or are slower than dequantising
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 256, generator=generator).to(device, dtype) for n in (3, 2 * BLOCK))
+    values, scale = quantize_int4(weight, GROUPS[0]) if kind == "int4" else quantize_int8(weight)
+    expected = x.float() @ dequantize(values, scale.float()).T
     with torch.no_grad():
         try:
             if kind == "int8":
-                values, scale = quantize_int8(weight)
                 found = torch._weight_int8pack_mm(x, values, scale)
             else:
-                values, scale = quantize_int4(weight, GROUPS[0])
-                found = _int4_product(x, _packed(values), scale)
+                found = _packed_product(x, _packed(values), scale)
         except (AttributeError, RuntimeError, NotImplementedError) as error:
-            log.info("no %s kernel on %s (%s): weights are dequantised for every product", kind, device, error)
+            log.info("no kernel for %s on %s (%s): weights are dequantised for every product", kind, device, error)
             return False
-        expected = x.float() @ dequantize(values, scale.float()).T
         wrong = float((found.float() - expected).norm() / expected.norm())
     if found.dtype != dtype:  # some versions of the CUDA kernel
         return False
     if not wrong < 0.01:
-        log.warning("the %s kernel on %s is wrong by %.2g and is not used", kind, device, wrong)
+        log.warning("the kernel for %s on %s is wrong by %.2g and is not used", kind, device, wrong)
     return wrong < 0.01
 
 
-def _int4_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    n, half = values.shape
-    group = 2 * half // scale.shape[0]
+def _packed_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """x [n, K] by the int4 kernel of its device -> [n, N]."""
+    return _whole(_kernel_product(x, values, scale), values.dtype, scale)
+
+
+def _kernel_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """-> [n, N], or of int8 [n, 2 N]: its halves, without their scale."""
+    n, k = values.shape[0], x.shape[1]
+    if values.dtype == torch.int8:
+        n, scale = 2 * n, _scales_of_halves(n, k, x.device)
+    values, group = values.view(torch.uint8).view(n, k // 2), k // scale.shape[0]
     if values.is_cuda:
-        tiles = values.view(torch.int32).view(n // 8, half // (8 * K_TILES), 32, K_TILES // 2)
+        tiles = values.view(torch.int32).view(n // 8, k // (16 * K_TILES), 32, K_TILES // 2)
         return torch._weight_int4pack_mm(x, tiles, group, scale)
     return torch._weight_int4pack_mm_for_cpu(x, values, group, scale)
 
 
+def _whole(out: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """What `_kernel_product` gave for values of this dtype, int8 put together; scale broadcasts against [n, N]."""
+    return out.unflatten(-1, (-1, 2, BLOCK)).sum(-2).flatten(-2) * scale if dtype == torch.int8 else out
+
+
+@functools.lru_cache(maxsize=32)  # as many shapes as a model has; some MB
+def _scales_of_halves(rows: int, width: int, device: torch.device) -> Tensor:
+    """bf16 [K/g, 2 N, 2]: what makes (v - 8) * step + offset the halves of int8 values, 16 * high - 128 and low."""
+    groups = width // next(g for g in HALVES_GROUPS if width % g == 0)
+    steps = torch.tensor([[16, 0], [1, 8]], dtype=torch.bfloat16).repeat_interleave(BLOCK, dim=0)
+    return steps.repeat(groups, rows // BLOCK, 1).to(device)
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    """What an int4 kernel multiplies with: uint8 0..15 [N, K], or of int8 [2 N, K], the high halves of 64 rows and then
+    their low ones."""
+    if values.dtype == torch.uint8:
+        return _split(values)
+    shifted = (values.view(torch.uint8) ^ 128).view(-1, BLOCK, values.shape[1])  # by 128
+    return torch.stack([shifted >> 4, shifted & 15], dim=1).view(-1, values.shape[1])
+
+
+def _from_nibbles(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_nibbles`."""
+    if dtype == torch.uint8:
+        return _join(nibbles)
+    high, low = nibbles.view(-1, 2, BLOCK, nibbles.shape[1]).unbind(1)
+    return (high << 4 | low).view(-1, nibbles.shape[1]).bitwise_xor_(128).view(torch.int8)
+
+
 def _packed(values: Tensor) -> Tensor:
-    """uint8 [N, K/2] in the order of this device's kernel."""
-    nibbles = _split(values)
+    """uint8 [N, K/2] or int8 [N, K] in the order of this device's int4 kernel."""
+    nibbles = _nibbles(values)
     if values.is_cuda:
         pairs = nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
-        return torch._convert_weight_to_int4pack(pairs, K_TILES).view(torch.uint8).view(values.shape)
-    block = _cpu_block()
-    packed = _in_blocks(nibbles, block) if block else torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-    return packed.view(values.shape)
+        packed = torch._convert_weight_to_int4pack(pairs, K_TILES)
+    else:
+        block = _cpu_block()
+        packed = _in_blocks(nibbles, block) if block else torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+    return packed.view(values.dtype).view(values.shape)
 
 
 @functools.cache
@@ -220,11 +267,12 @@ def _in_blocks(nibbles: Tensor, block: int) -> Tensor:
 
 def _unpacked(values: Tensor, device_type: str) -> Tensor:
     """The inverse of `_packed` on a device of this type."""
-    origin = _origins(device_type, values.shape[1] * 2).to(values.device)
-    blocks = _split(values).view(-1, len(origin))
+    width = _width(values)
+    origin = _origins(device_type, width).to(values.device)
+    blocks = _split(values.view(torch.uint8).view(-1, width // 2)).view(-1, len(origin))
     plain = torch.empty_like(blocks)
     plain[:, origin] = blocks
-    return _join(plain.view(values.shape[0], -1))
+    return _from_nibbles(plain.view(-1, width), values.dtype)
 
 
 @functools.lru_cache(maxsize=16)
@@ -241,9 +289,16 @@ def _origins(device_type: str, width: int) -> Tensor:
     return origin
 
 
+def _width(values: Tensor) -> int:
+    """Columns of the weights that these values stand for."""
+    return values.shape[-1] * (2 if values.dtype == torch.uint8 else 1)
+
+
 def _can_pack(values: Tensor, device: torch.device) -> bool:
-    width = 8 * K_TILES if device.type == "cuda" else 1
-    return values.dtype == torch.uint8 and values.device == device and values.shape[-1] % width == 0
+    """Whether the int4 kernel of this device is the one for these values; on a CPU int8 has its own."""
+    if device.type == "cuda":
+        return values.device == device and values.shape[-2] % BLOCK == 0 and _width(values) % (16 * K_TILES) == 0
+    return values.device == device and values.dtype == torch.uint8
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------
@@ -253,7 +308,7 @@ class Quantized(nn.Module):
     """A module with quantised weights: the parameter `name` and its `name` + SCALE, for each name of `NAMES`."""
 
     NAMES: tuple[str, ...] = ()
-    order = "plain"  # or the type of the device whose int4 kernel the weights lie ready for
+    order = "plain"  # or the type of the device for whose int4 kernel the weights lie ready
 
     def _register(self, name: str, weight: Tensor, kind: str) -> None:
         """Room for a weight [.., N, K], on its device; filled from it unless it is on the meta device."""
@@ -280,7 +335,7 @@ class Quantized(nn.Module):
 
     @torch.no_grad()
     def arrange(self, order: str) -> None:
-        """Bring the int4 weights into another order, in place."""
+        """Bring the weights into another order, in place."""
         if order == self.order:
             return
         if self.order == LOST:
@@ -298,8 +353,9 @@ class Quantized(nn.Module):
         """Arrange the weights for a product with x; True: they are in the order of its device's kernel."""
         every = [getattr(self, name) for name in self.NAMES]
         scale = getattr(self, self.NAMES[0] + SCALE)
+        kinds = {"int4" if values.dtype == torch.uint8 else "int8 halves" for values in every}
         packable = all(_can_pack(values, x.device) for values in every)
-        packed = packable and _kernel_serves("int4", x, scale)
+        packed = packable and all(_kernel_serves(kind, x, scale) for kind in kinds)
         self.arrange(x.device.type if packed else "plain")
         return packed
 
@@ -332,9 +388,21 @@ class QuantizedExperts(Quantized, Experts):
             self._register(name, getattr(experts, name), kind)
 
     def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """One by one, so that each is read once, in few bits: in one product they would be written and read again in
-        16 bit, which costs more time than a GPU waits here."""
+        if x.is_cuda and pairs <= GATHER_LIMIT and rest_on(x.device, self) and self.ready(x):
+            return self._gathered
         return self._sorted
+
+    def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Copies the chosen experts in their few bits, and reads each in a product of its own; never waits."""
+        experts = chosen.flatten()
+        gate, up = self._products("gate_up", experts, x.repeat_interleave(chosen.shape[1], 0)).chunk(2, dim=-1)
+        return self._products("down", experts, F.silu(gate) * up).unflatten(0, chosen.shape)
+
+    def _products(self, name: str, experts: Tensor, x: Tensor) -> Tensor:
+        """Row by row, x [P, K] through experts [P] -> [P, N]."""
+        values, scale = (getattr(self, n)[experts] for n in (name, name + SCALE))
+        rows = [_kernel_product(*of_one) for of_one in zip(x[:, None], values, scale, strict=True)]
+        return _whole(torch.cat(rows), values.dtype, scale)
 
     def apply_expert(self, expert: int, x: Tensor) -> Tensor:
         packed = self.ready(x)

@@ -105,6 +105,21 @@ def picture(model):
 
 
 @pytest.fixture
+def quantised_as_on_a_gpu(monkeypatch):
+    """Int8 goes through the int4 kernel (the CPU's), and few rows through copies of their experts."""
+    from ming_univision.ming_core import quantization
+
+    def can_pack(values, device):
+        return values.shape[-2] % quantization.BLOCK == 0 and quantization._width(values) % 128 == 0
+
+    def way(self, x, pairs):
+        return self._gathered if self.ready(x) else self._sorted
+
+    monkeypatch.setattr(quantization, "_can_pack", can_pack)
+    monkeypatch.setattr(quantization.QuantizedExperts, "_way", way)
+
+
+@pytest.fixture
 def tensors_alive(monkeypatch):
     """Counts, while checkpoints are loaded: [tensors read, most of them that were alive at once]."""
     from ming_univision.ming_core.stored import TensorReader

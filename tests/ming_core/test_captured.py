@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Guidance, Solver, captured
+from ming_univision.ming_core import Conversation, Guidance, Solver, captured, load_univision
 from ming_univision.ming_core.captured import Captured, recorder
 from ming_univision.ming_core.experts import Experts
 from ming_univision.ming_core.placement import rest_on
+from ming_univision.ming_core.quantization import FORMATS
+from ming_univision.nodes.host import PACK
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -86,6 +88,17 @@ def test_a_drawing_by_graphs_is_the_drawing(model, picture, graphs, monkeypatch,
         torch.testing.assert_close(found.features.latents, plain.features.latents, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.features.tokens, plain.features.tokens, rtol=1e-4, atol=1e-4)
         assert found.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("quantised", FORMATS)
+def test_quantised_experts_are_replayed_too(graphs, request, quantised):
+    """The built-in model, whose experts have shapes that the int4 kernel takes."""
+    model = load_univision(PACK / "models" / "tiny-shapes", dtype=torch.bfloat16, quantization=quantised)
+    plain = model.generate_image(Conversation(), "a red circle", seed=3, max_new_tokens=1).features
+    request.getfixturevalue("quantised_as_on_a_gpu")
+    found = model.generate_image(Conversation(), "a red circle", seed=3, max_new_tokens=1).features
+    assert {name: step.replaying for name, step in graphs.items()} == {"condition": True, "flow": True, "expand": True}
+    assert torch.cosine_similarity(found.tokens.flatten(), plain.tokens.flatten(), dim=0) > 0.98
 
 
 def test_a_step_that_waits_for_the_device_is_not_recorded_and_the_others_are(model, graphs, monkeypatch):

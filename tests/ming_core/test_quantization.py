@@ -122,6 +122,28 @@ def test_inputs_that_are_slices_of_others_are_taken(kind):
             assert torch.equal(layer(part), layer(part.clone(memory_format=torch.contiguous_format)))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize(("wide", "packed"), [(64, True), (192, True), (96, False)])
+def test_int8_through_the_kernel_of_int4_is_the_same(quantised_as_on_a_gpu, rows, wide, packed):
+    layer, plain = linear("int8", wide)
+    values = layer.weight.clone()
+    x = normal(rows, 256, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = layer(x)
+        assert (layer.order == "cpu") == packed and torch.equal(layer.weight, values) == (not packed)
+        assert (found.float() - plain(x).float()).norm() / plain(x).float().norm() < 5e-3
+    layer.arrange("plain")
+    assert torch.equal(layer.weight, values)
+
+
+def test_every_int8_value_has_its_two_halves():
+    values = torch.arange(-128, 128).to(torch.int8).repeat(64, 1)
+    halves = quantization._nibbles(values)
+    assert halves.max() == 15 and torch.equal(quantization._from_nibbles(halves, torch.int8), values)
+    high, low = halves.view(2, 64, 256).int()
+    assert torch.equal(16 * high + low - 128, values.int())
+
+
 @both
 def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
     layer, _ = linear(kind)
@@ -174,7 +196,7 @@ def test_weights_that_an_error_left_between_two_orders_are_not_used(monkeypatch)
 
 
 def experts(dtype=torch.bfloat16):
-    plain = Experts(6, 128, 64, dtype=dtype).requires_grad_(False)
+    plain = Experts(6, 128, 128, dtype=dtype).requires_grad_(False)
     for seed, weight in enumerate(plain.parameters()):
         weight.copy_(normal(*weight.shape, seed=seed) * weight.shape[-1] ** -0.5)
     chosen = torch.tensor([[0, 2], [2, 5], [4, 0], [2, 0], [5, 4]])  # expert 1 and 3 have no token
@@ -198,6 +220,18 @@ def test_quantised_experts_are_experts_of_the_dequantised_weights(kind):
     expected = plain.outputs(x, chosen).float()
     found = mixed.outputs(x, chosen).float()
     assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@both
+def test_quantised_experts_give_the_same_sorted_and_gathered(kind, quantised_as_on_a_gpu):
+    plain, x, chosen = experts()
+    mixed = QuantizedExperts(plain, kind)
+    gathered = mixed.outputs(x, chosen)
+    assert mixed.order == "cpu" and not mixed.waits(x, chosen.numel())
+    torch.testing.assert_close(gathered, mixed._sorted(x, chosen), rtol=0.02, atol=0.02)
+    for expert in (1, 3):  # not chosen
+        mixed.gate_up_scale[expert] = mixed.down_scale[expert] = float("nan")
+    assert torch.equal(mixed.outputs(x, chosen), gathered)
 
 
 @both
