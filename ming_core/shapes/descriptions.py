@@ -15,7 +15,7 @@ from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
 # What a description that leaves something out means; a lone thing without a place stands at the centre.
 DEFAULT_SIZE = "large"
 DEFAULT_BACKGROUND = "white"
-_FREE_CELLS = ("centre", "left", "right", "top", "bottom", *(cell for cell in POSITIONS if " " in cell))
+FREE_CELLS = ("centre", "left", "right", "top", "bottom", *(cell for cell in POSITIONS if " " in cell))
 
 _SYNONYMS = {
     **{"grey": "gray", "cream": "beige", "violet": "purple", "magenta": "pink", "turquoise": "cyan", "aqua": "cyan"},
@@ -135,7 +135,7 @@ def _finish(drafts: list[_Draft], text: str) -> tuple[Thing, ...]:
         said = " ".join(filter(None, (shapeless[0].size, shapeless[0].color, *shapeless[0].place)))
         raise ValueError(f"which shape is {said!r} in {text!r}? {_vocabulary()}")
     places = [_position(draft.place) for draft in drafts]
-    free_cells = (cell for cell in _FREE_CELLS if cell not in places)
+    free_cells = (cell for cell in FREE_CELLS if cell not in places)
     colors = [draft.color for draft in drafts]
     free_colors = [color for color in COLORS if color not in colors]
     things = []

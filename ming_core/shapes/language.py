@@ -3,18 +3,28 @@
 Notable:
 - `TASK_INSTRUCTIONS` has the phrasings that the published model was taught, word for word, and ours for what it has no
   words for; every task uses them beside free variants (order, spelling, politeness, how a thing is referred to).
-- `caption` only leaves out what `descriptions.parse_scene` fills in, so every caption means exactly one scene.
+- `caption` only leaves out what `descriptions.parse_scene` fills in, so every caption means exactly one scene. `brief`
+  leaves out almost everything, as people do at first: "a red circle and a star".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
 
-from .descriptions import DEFAULT_BACKGROUND, DEFAULT_SIZE, describe, join_words, parse_scene, with_article
+from .descriptions import (
+    DEFAULT_BACKGROUND,
+    DEFAULT_SIZE,
+    FREE_CELLS,
+    describe,
+    join_words,
+    parse_scene,
+    with_article,
+)
 from .edits import Edit
 from .scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
 from .wording import SPELLINGS, pick, refer, spelled, typed
@@ -74,6 +84,22 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
     return spelled(rng, pick(rng, forms))
 
 
+def brief(rng: np.random.Generator, scene: Scene) -> str:
+    """Few words about things as they are in the scene; what they leave out is as `parse_scene` fills it in."""
+    article = (lambda name: name) if rng.random() < 0.2 else with_article
+    things = []
+    for index in rng.permutation(len(scene.things)):
+        thing = scene.things[index]
+        size = thing.size if rng.random() < 0.25 else ""
+        color = thing.color if rng.random() < 0.95 else ""
+        place = f" {_place(rng, thing.position)}" if rng.random() < 0.15 else ""
+        things.append(article(" ".join(filter(None, (size, color, thing.shape)))) + place)
+    text = join_words(things, pick(rng, (" and ", " and ", ", ")))
+    if rng.random() < 0.35:
+        text += pick(rng, (f" on {with_article(scene.background)} background", f" on {scene.background}"))
+    return spelled(rng, text)
+
+
 def _mention(rng: np.random.Generator, scene: Scene, thing: Thing) -> str:
     """ "a large red circle at the top left", in variants; a size or place that goes without saying may be left out."""
     size = "" if thing.size == DEFAULT_SIZE and rng.random() < 0.4 else thing.size
@@ -104,7 +130,7 @@ def _one_of(words: Iterable[str]) -> str:
 # What `_mention` and `_added` write. Longest place first, for "top left" begins as "top" does.
 _PLACES = _one_of(sorted(POSITIONS, key=len, reverse=True))
 _MENTIONED = re.compile(
-    rf"(?:at the (?:{_PLACES}) )?\ban? (?:(?:{_one_of(SIZES)}) )?(?:{_one_of(COLORS)}) (?:{_one_of(SHAPES)})\b"
+    rf"(?:at the (?:{_PLACES}) )?\b(?:an? )?(?:(?:{_one_of(SIZES)}) )?(?:{_one_of(COLORS)}) (?:{_one_of(SHAPES)})\b"
     rf"(?: (?:at|in|on) the (?:{_PLACES})(?: corner| side)?)?",
     re.IGNORECASE,
 )
@@ -114,15 +140,22 @@ def mentions(text: str, scene: Scene) -> Iterator[tuple[int, Thing]]:
     """The things of the scene that a prompt with a caption names, each with the place where its words end."""
     for found in _MENTIONED.finditer(text):
         (told,) = parse_scene(found.group()).things
+        anywhere = not re.search(_PLACES, found.group(), re.IGNORECASE)
         for thing in scene.things:
-            if thing.content == told.content:
+            if thing.content == (replace(told, position=thing.position) if anywhere else told).content:
                 yield found.end(), thing
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
 
-_GENERATE = ("Draw {text}", "Please draw {text}", "Generate an image of {text}", "Create a picture: {text}", "{text}")
-_DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?", "Describe this image in detail.")
+_GENERATE = (
+    *("{text}", "{text}", "{text}", "{text}", "Draw {text}", "Draw {text}", "Please draw {text}", "Draw me {text}"),
+    *("Generate an image of {text}", "Create a picture: {text}", "A picture of {text}", "Show me {text}"),
+)
+_DESCRIBE = (
+    *("Describe the picture.", "What do you see?", "What is in the picture?", "Describe this image in detail."),
+    *("What is this?", "Describe this image.", "Describe it."),
+)
 _REGION = ("Show the region to edit: {text}", "Mark the area that would change: {text}")
 _REFINE = ("Refine the picture.", "Make the picture clearer.", "Please sharpen and clean up the image.")
 _SUPER_RESOLUTION = ("Increase the resolution. {text}", "Make the picture sharp. {text}", "Upscale this image. {text}")
@@ -162,7 +195,7 @@ def edit_words(rng: np.random.Generator, scene: Scene, edit: Edit) -> str:
         )
         text = pick(rng, forms).format(value=edit.value, article=with_article(edit.value))
     elif edit.kind == "add":
-        text = f"{pick(rng, ('Add', 'Add', 'Place', 'Put'))} {_added(rng, edit.thing)}."
+        text = f"{pick(rng, ('Add', 'Add', 'Place', 'Put'))} {_added(rng, scene, edit.thing)}."
     else:
         forms = {
             "recolor": (
@@ -180,6 +213,10 @@ def edit_words(rng: np.random.Generator, scene: Scene, edit: Edit) -> str:
     return spelled(rng, text)
 
 
-def _added(rng: np.random.Generator, thing: Thing) -> str:
+def _added(rng: np.random.Generator, scene: Scene, thing: Thing) -> str:
     size = "" if thing.size == DEFAULT_SIZE and rng.random() < 0.3 else thing.size
-    return f"{with_article(' '.join(filter(None, (size, thing.color, thing.shape))))} {_place(rng, thing.position)}"
+    name = with_article(" ".join(filter(None, (size, thing.color, thing.shape))))
+    taken = {other.position for other in scene.things}
+    if thing.position == next(cell for cell in FREE_CELLS if cell not in taken) and rng.random() < 0.6:
+        return name
+    return f"{name} {_place(rng, thing.position)}"

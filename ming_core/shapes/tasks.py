@@ -17,12 +17,12 @@ from types import MappingProxyType
 import numpy as np
 
 from .degrade import degrade
-from .descriptions import describe
+from .descriptions import describe, parse_scene
 from .drawing import draw
 from .edits import EDIT_KINDS, Edit, random_edit, region_picture
-from .language import caption, edit_words, prompt
+from .language import brief, caption, edit_words, prompt
 from .questions import QUESTION_KINDS, question, talk
-from .scenes import Scene, Thing, random_scene
+from .scenes import Scene, Thing, random_scene, split_of
 from .wording import pick
 
 # Every task, with its share of the default mixture. The part before "/" is the family, by which tasks are also chosen.
@@ -47,6 +47,7 @@ _MENDS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", 
 _ENHANCING = (*_MENDS, "refine")
 _ENHANCING_SOUND = 0.25  # how much rarer an enhancing task is on a sound picture in view (refine: as usual)
 _ALSO_GREY = 0.3  # share of pixelated and noisy pictures that are grey besides, where colorizing is a task too
+_BRIEF = 0.3  # share of drawings that are asked for in few words
 _ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
 _SAME_EDIT = 0.7  # share of identified regions whose edit is asked for next
 _ATTEMPTS = 4000  # scenes tried before a wish is called impossible: a few in training, hundreds in long eval chains
@@ -284,8 +285,22 @@ def _question(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules)
 
 
 def _generate(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    asked = prompt(rng, "generate", caption(rng, view.scene))
-    return Round(asked, None, None, draw(view.scene), step.task, view.scene, None), replace(view, shown=True)
+    scene = view.scene
+    if rng.random() < _BRIEF:
+        text = brief(rng, scene)
+        scene = _with_jitter(parse_scene(text), scene)
+        if split_of(scene) != rules.split:
+            return None
+    else:
+        text = caption(rng, scene)
+    asked = prompt(rng, "generate", text)
+    return Round(asked, None, None, draw(scene), step.task, scene, None), replace(view, scene=scene, shown=True)
+
+
+def _with_jitter(scene: Scene, other: Scene) -> Scene:
+    """The scene with the jitter of another one that has as many things."""
+    things = (replace(thing, dx=old.dx, dy=old.dy) for thing, old in zip(scene.things, other.things, strict=True))
+    return replace(scene, things=tuple(things))
 
 
 def _edit(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:

@@ -1,6 +1,7 @@
 """The small change of language: spelling, typing habits, and words that single a thing out.
 
-A thing is referred to by any set of its attributes that fits no other thing of its scene, never by ambiguous words.
+A thing is referred to by any set of its attributes that fits no other thing of its scene, never by ambiguous words;
+"it" is the only one.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def references(scene: Scene, thing: Thing, hide: Collection[str] = ()) -> list[t
 
 def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: Collection[str] = ()) -> str | None:
     """ "the red circle" or other words that mean this thing alone; None when nothing singles it out."""
+    if len(scene.things) == 1 and rng.random() < 0.25:
+        return "it"
     ways = references(scene, thing, hide)
     if not ways:
         return None
