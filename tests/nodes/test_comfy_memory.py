@@ -1,11 +1,9 @@
 """The model in ComfyUI's own memory management: loaded whole, in part, not at all, and unloaded.
 
 Runs where ComfyUI can be imported, that is, with its Python and from its folder:
-`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. There is a GPU in none of it, but a device that
-is far away: tensors "on" it compute in host memory, with real values, but say that they are on the device `meta`, and
-refuse to meet a tensor in host memory in one operation, as tensors on a GPU do; only copies cross. What this cannot
-show: speed, streams and pinned memory, the kernels of a GPU. The memory functions of newer versions' dynamic VRAM need
-a GPU too and are replaced; what its patcher and its layers do with them is the real thing.
+`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. There is a GPU in none of it, but a far device.
+The memory functions of newer versions' dynamic VRAM need a GPU too and are replaced; what its patcher and its layers do
+with them is the real thing.
 """
 
 from __future__ import annotations
@@ -13,87 +11,19 @@ from __future__ import annotations
 import gc
 import weakref
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, Sampling, Solver, load_mingtok, load_univision
 from ming_univision.ming_core.experts import Experts
 from ming_univision.nodes import host
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from ming_univision.tests.far_device import FarDevice, near_first
 
 comfy = pytest.importorskip("comfy", reason="ComfyUI is not on the path")
 management = comfy.model_management
 
 TOLERANCE = 3e-4  # as between any two ways of computing one result
-FAR = torch.device("meta")
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-
-
-class FarTensor(torch.Tensor):
-    @staticmethod
-    def __new__(cls, near: Tensor) -> FarTensor:
-        make = {"strides": near.stride(), "dtype": near.dtype, "device": FAR}
-        return torch.Tensor._make_wrapper_subclass(cls, near.shape, requires_grad=False, **make)
-
-    def __init__(self, near: Tensor) -> None:
-        self.near = near
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _run(func, args, kwargs or {}, [])
-
-    def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, tuple):  # torch would make tensors of lists without asking the mode
-            index = tuple(FarTensor(torch.tensor(i)) if isinstance(i, list) else i for i in index)
-        return super().__getitem__(index)
-
-    is_cuda = True  # so that the ways for a GPU are taken
-
-    def tolist(self) -> list:
-        return self.near.tolist()
-
-    def __repr__(self, **_: Any) -> str:
-        return f"FarTensor({self.near})"
-
-
-class FarDevice(TorchDispatchMode):
-    """While it is active the device exists. `brought`: shapes of the tensors that were copied to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.brought: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _run(func, args, kwargs or {}, self.brought)
-
-
-def _run(func: Any, args: tuple, kwargs: dict, brought: list) -> Any:
-    tensors: list[Tensor] = []
-    tree_map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
-    far = [isinstance(t, FarTensor) for t in tensors]
-    near_args = tree_map(lambda x: x.near if isinstance(x, FarTensor) else x, args)
-    place = kwargs.get("device")
-    to_far = any(far) if place is None else torch.device(place) == FAR
-    kwargs = {k: (torch.device("cpu") if k == "device" and v is not None else v) for k, v in kwargs.items()}
-    if func is torch.ops.aten.copy_.default:
-        if far[0] and not far[1]:
-            brought.append(tuple(tensors[1].shape))
-        func(*near_args, **kwargs)
-        return args[0]
-    if func is torch.ops.aten._to_copy.default:
-        if to_far and not far[0]:
-            brought.append(tuple(tensors[0].shape))
-    elif any(far) and not all(f or t.ndim == 0 for f, t in zip(far, tensors, strict=True)) and place is None:
-        raise RuntimeError(f"{func}: tensors far and near: {[tuple(t.shape) for t in tensors]} {far}")
-    result = func(*near_args, **tree_map(lambda x: x.near if isinstance(x, FarTensor) else x, kwargs))
-    if func in READS or not to_far:
-        return result
-    if func._schema.is_mutable and result is near_args[0]:
-        return args[0]
-    return tree_map(lambda x: FarTensor(x) if isinstance(x, Tensor) else x, result)
+FAR = FarDevice.device
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +52,7 @@ def far(monkeypatch):
         left = device.free - sum(m.model_loaded_memory() for m in management.current_loaded_models)
         return (left, left) if torch_free_too else left
 
-    tensor = torch.tensor  # makes the tensor where it is to be without asking the mode
-    monkeypatch.setattr(torch, "tensor", lambda data, device=None, **more: tensor(data, **more).to(device or "cpu"))
+    monkeypatch.setattr(torch, "tensor", near_first(torch.tensor))
     monkeypatch.setattr(management, "get_free_memory", free)
     with device:
         yield device
