@@ -5,8 +5,8 @@
 
 Random weights draw noise; what is measured (bytes, time) does not depend on what they say. On a GPU, `run` times
 whole pictures at bf16, int8 and int4, and compares them with the time that their weights take to be read at the copy
-bandwidth of the same run; once plainly and once by CUDA graphs ("nan" from the first that fails on; of the language
-model none is recorded at int8 and int4). Four drawings a figure: one precision a call where time is short.
+bandwidth of the same run; once plainly and once by CUDA graphs ("nan" from the first that fails on). Four drawings a
+figure: one precision a call where time is short.
 """
 
 from __future__ import annotations

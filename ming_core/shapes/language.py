@@ -130,7 +130,8 @@ def _one_of(words: Iterable[str]) -> str:
 # What `_mention` and `_added` write. Longest place first, for "top left" begins as "top" does.
 _PLACES = _one_of(sorted(POSITIONS, key=len, reverse=True))
 _MENTIONED = re.compile(
-    rf"(?:at the (?:{_PLACES}) )?\b(?:an? )?(?:(?:{_one_of(SIZES)}) )?(?:{_one_of(COLORS)}) (?:{_one_of(SHAPES)})\b"
+    rf"(?:at the (?:{_PLACES}) )?\b(?P<known>the )?(?:an? )?(?:(?:{_one_of(SIZES)}) )?(?:{_one_of(COLORS)}) "
+    rf"(?:{_one_of(SHAPES)})\b"
     rf"(?: (?:at|in|on) the (?:{_PLACES})(?: corner| side)?)?",
     re.IGNORECASE,
 )
@@ -139,11 +140,17 @@ _MENTIONED = re.compile(
 def mentions(text: str, scene: Scene) -> Iterator[tuple[int, Thing]]:
     """The things of the scene that a prompt with a caption names, each with the place where its words end."""
     for found in _MENTIONED.finditer(text):
+        if found["known"]:  # it is spoken of, not told
+            continue
         (told,) = parse_scene(found.group()).things
         anywhere = not re.search(_PLACES, found.group(), re.IGNORECASE)
-        for thing in scene.things:
-            if thing.content == (replace(told, position=thing.position) if anywhere else told).content:
-                yield found.end(), thing
+        fitting = [
+            thing
+            for thing in scene.things
+            if thing.content == (replace(told, position=thing.position) if anywhere else told).content
+        ]
+        if len(fitting) == 1:  # else two look alike, and the words do not say which comes where
+            yield found.end(), fitting[0]
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------

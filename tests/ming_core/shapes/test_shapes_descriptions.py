@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from ming_univision.ming_core.shapes import Scene, Thing, caption, describe, mentions, parse_scene, scene_from_seed
+from ming_univision.ming_core.shapes.language import brief
 
 EXAMPLE = "a large red circle at the top left and a small blue star at the centre on a white background"
 
@@ -43,6 +44,22 @@ def test_every_thing_is_found_in_a_caption_up_to_where_its_words_end():
             assert f"{thing.color} {thing.shape}" in text[begin:end]
             assert not text[end:] or text[end:].startswith((",", ".", " and ", " on ", " against "))
             begin = end
+
+
+def test_few_words_are_true_of_the_scene_and_leave_out_most_of_it():
+    rng = np.random.default_rng(0)
+    placed = colored = 0
+    for seed in range(500):
+        scene = scene_from_seed(seed)
+        text = brief(rng, scene)
+        meant = parse_scene(text)
+        assert sorted(thing.shape for thing in meant.things) == sorted(thing.shape for thing in scene.things)
+        looks = [(thing.shape, thing.color, thing.size) for thing in meant.things]
+        named = sum(looks.count(look) == 1 and look[1] in text for look in looks)
+        assert len(list(mentions(text, meant))) >= named
+        placed += any(place in text for place in ("top", "bottom", "left", "right", "cent", "middle"))
+        colored += all(thing.color in text for thing in scene.things)
+    assert placed < 200 and colored > 400
 
 
 @pytest.mark.parametrize(

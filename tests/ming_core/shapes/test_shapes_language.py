@@ -10,6 +10,7 @@ from ming_univision.ming_core.shapes import (
     SHAPES,
     SIZES,
     TASK_INSTRUCTIONS,
+    Edit,
     Scene,
     Thing,
     instruction,
@@ -84,6 +85,24 @@ def test_a_reference_means_one_thing_only_and_never_tells_what_is_hidden():
             for hidden in ("color", "shape", "size", "position"):
                 words = refer(rng, scene, thing, hide=(hidden,))
                 assert words is None or hidden not in told(words)
+
+
+def test_a_lone_thing_may_be_called_it_and_one_of_several_never():
+    rng = np.random.default_rng(1)
+    for things, called_it in (((1, 1), True), ((2, 3), False)):
+        words = [refer(rng, scene, scene.things[0]) for scene in map(scene_from_seed, range(80), [things] * 80)]
+        assert ("it" in words) == called_it
+
+
+def test_what_is_added_without_its_place_goes_to_the_first_free_cell():
+    rng = np.random.default_rng(0)
+    beside = Scene((Thing("circle", "red", "large", "centre"),), "white")
+    edit = Edit("add", Thing("star", "blue", "large", "left"))
+    texts = [edit_words(rng, beside, edit) for _ in range(40)]
+    unplaced = [text for text in texts if "left" not in text]
+    assert unplaced and len(unplaced) < 40
+    elsewhere = Edit("add", Thing("star", "blue", "large", "right"))
+    assert all("right" in edit_words(rng, beside, elsewhere) for _ in range(40))
 
 
 def test_what_nothing_singles_out_has_no_reference():

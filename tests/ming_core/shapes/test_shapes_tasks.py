@@ -48,6 +48,14 @@ def test_mixed_dialogues_have_one_to_five_rounds_and_meet_every_task():
     assert {turn.task for dialogue in made for turn in dialogue.rounds} == set(TASKS)
 
 
+def test_a_drawing_asked_for_in_few_words_shows_what_they_leave_open_by_default():
+    turns = [dialogue.rounds[0] for dialogue in dialogues(300, tasks=["generate"], things=(1, 1), rounds=1)]
+    unplaced = [t for t in turns if not any(place in t.prompt for place in ("top", "bottom", "left", "right"))]
+    assert len(unplaced) > 80
+    assert {turn.target_scene.things[0].position for turn in unplaced} == {"centre"}
+    assert len({(turn.target_scene.things[0].dx, turn.target_scene.things[0].dy) for turn in unplaced}) > 4
+
+
 def test_a_picture_is_in_view_or_attached_exactly_when_it_is_needed():
     for dialogue in dialogues(300):
         in_view = False
