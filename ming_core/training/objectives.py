@@ -131,9 +131,9 @@ class JointLoss(nn.Module):
             hidden = language_model.model(
                 x.unflatten(0, shape), batch.positions, Causal(batch.mask), seen.unflatten(0, shape)
             ).flatten(0, 1)
-        asked = batch.labels.flatten() != IGNORE
+        asked = batch.wanted.flatten() != IGNORE
         logits = language_model.logits(hidden[asked])
-        wrong = F.cross_entropy(logits, batch.labels.flatten()[asked], reduction="none")
+        wrong = F.cross_entropy(logits, batch.wanted.flatten()[asked], reduction="none")
         counts = batch.counts.flatten()[asked]
         parts = {"text": (counts * wrong).sum() / counts.sum().clamp_min(1.0)}
         # each token is drawn from the hidden state of the one before it

@@ -38,7 +38,7 @@ from ..shapes import (
     read_region,
 )
 
-IGNORE = -100  # a label that asks for nothing
+IGNORE = -100  # nothing is asked for
 # Of the flow loss of a token on a thing; 1 on plain background. A model in doubt draws a thing that much more readily
 # than ground, so that with 4 it learned faster and drew things twice.
 OBJECT_WEIGHT = 2.0
@@ -64,14 +64,14 @@ UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_views`; 0 sees eve
 class PlacedPicture:
     """A picture in a sequence: uint8 [H, W, 3], position of its first token, and whether the model is to draw it.
 
-    labels: int64 [kinds, N], what each token of it shows (`SHOWN`), or IGNORE; None for a picture that is not drawn.
+    shown: int64 [kinds, N], what each token of it shows (`SHOWN`), or IGNORE; None for a picture that is not drawn.
     before: the picture that it is an edit of; None for any other.
     """
 
     pixels: np.ndarray
     start: int
     drawn: bool
-    labels: np.ndarray | None = None
+    shown: np.ndarray | None = None
     before: np.ndarray | None = None
 
 
@@ -80,7 +80,7 @@ class Sequence:
     """One dialogue.
 
     ids        token ids; the patch token where a picture's features go
-    labels     what each position must predict next, or IGNORE
+    wanted     what each position must predict next, or IGNORE
     counts     how much that counts
     positions  as rotary embedding counts them
     pictures   in order
@@ -90,7 +90,7 @@ class Sequence:
     """
 
     ids: list[int]
-    labels: list[int]
+    wanted: list[int]
     counts: list[float]
     positions: list[int]
     pictures: tuple[PlacedPicture, ...]
@@ -108,8 +108,8 @@ class Sequence:
 class Batch(NamedTuple):
     """Sequences packed into R rows of L tokens; every sequence sees only itself.
 
-    ids, labels, positions  int64 [R, L]
-    counts                  float32 [R, L], weights of the labels
+    ids, wanted, positions  int64 [R, L]
+    counts                  float32 [R, L], weights of what is wanted
     mask                    bool [R, L, L]
     pictures                uint8 [P, H, W, 3], all pictures of all sequences
     drawn                   bool [P]
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
     """
 
     ids: Tensor
-    labels: Tensor
+    wanted: Tensor
     positions: Tensor
     counts: Tensor
     mask: Tensor
@@ -147,7 +147,7 @@ def spell(
     have (no picture, nothing before) is the unconditional one.
     """
     ids: list[int] = []
-    wanted: dict[int, int] = {}  # what a position must predict next
+    following: dict[int, int] = {}  # what a position must predict next
     short: set[int] = set()  # positions that predict a short answer
     placed: list[PlacedPicture] = []
     meant: dict[int, Thing] = {}
@@ -166,20 +166,20 @@ def spell(
         emitted = _emitted(chat, grid, turn)
         talk = talk.extended(emitted, "")
         begin = len(ids)
-        _append(emitted, turn.target, ids, placed, chat.patch_id, _labels(turn, grid), _before(turn))
+        _append(emitted, turn.target, ids, placed, chat.patch_id, _shows(turn, grid), _before(turn))
         if row == 0:
             if turn.meant is not None:
                 meant[begin - 1] = turn.meant
             end = len(ids) if turn.target is None else begin + 1  # of a picture only `<image>` is predicted
-            wanted |= {i - 1: ids[i] for i in range(begin, end)}
-            wanted[len(ids) - 1] = chat.end_id
+            following |= {i - 1: ids[i] for i in range(begin, end)}
+            following[len(ids) - 1] = chat.end_id
         if turn.answer is not None and len(ids) - begin <= SHORT_ANSWER:
             short |= set(range(begin - 1, len(ids)))
-    labels = [wanted.get(i, IGNORE) for i in range(len(ids))]
+    wanted = [following.get(i, IGNORE) for i in range(len(ids))]
     counts = [SHORT_WEIGHT if i in short else 1.0 for i in range(len(ids))]
     n = len(hidden)
     positions = [*range(n), *range(n - int(hidden.sum()), len(ids) - int(hidden.sum()))]
-    return Sequence(ids, labels, counts, positions, tuple(placed), meant, hidden)
+    return Sequence(ids, wanted, counts, positions, tuple(placed), meant, hidden)
 
 
 def _estranged(turn: Round, stranger: Round, row: int) -> Round:
@@ -221,7 +221,7 @@ def _append(
     ids: list[int],
     placed: list[PlacedPicture],
     patch: int,
-    labels: np.ndarray | None = None,
+    shown: np.ndarray | None = None,
     before: np.ndarray | None = None,
 ) -> None:
     """Add the tokens of a part, and its picture where it has one."""
@@ -229,23 +229,23 @@ def _append(
         if isinstance(segment, Text):
             ids += segment.ids
         else:
-            placed.append(PlacedPicture(pixels, len(ids), segment.drawn, labels, before))
+            placed.append(PlacedPicture(pixels, len(ids), segment.drawn, shown, before))
             ids += [patch] * segment.length
 
 
-def _labels(turn: Round, grid: tuple[int, int]) -> np.ndarray | None:
+def _shows(turn: Round, grid: tuple[int, int]) -> np.ndarray | None:
     """What the tokens of the picture to be drawn show; little is known of one that is not just its scene (a region)."""
     if turn.target is None:
         return None
-    labels = np.full((len(SHOWN), grid[0] * grid[1]), IGNORE, dtype=np.int64)
+    shown = np.full((len(SHOWN), grid[0] * grid[1]), IGNORE, dtype=np.int64)
     if turn.target_scene is not None and np.array_equal(turn.target, draw(turn.target_scene)):
         known = patch_labels(turn.target_scene, grid[0])
-        labels[: len(known)] = [known[name].reshape(-1) for name in LABEL_CLASSES]
+        shown[: len(known)] = [known[name].reshape(-1) for name in LABEL_CLASSES]
     if turn.family == "edit":
-        labels[-1] = _differ(turn.target, draw(turn.source_scene), grid)
+        shown[-1] = _differ(turn.target, draw(turn.source_scene), grid)
     elif turn.family == "identify region":
-        labels[-1] = _cells(read_region(turn.target), grid)
-    return labels
+        shown[-1] = _cells(read_region(turn.target), grid)
+    return shown
 
 
 def _before(turn: Round) -> np.ndarray | None:
@@ -301,7 +301,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         rows[row].append(sequence)
         room[row] -= len(sequence.ids)
     ids, positions = np.zeros((2, len(rows), length), dtype=np.int64)
-    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    wanted = np.full((len(rows), length), IGNORE, dtype=np.int64)
     counts = np.ones((len(rows), length), dtype=np.float32)
     mask = np.zeros((len(rows), length, length), dtype=bool)
     mask[:, range(length), range(length)] = True  # padding sees itself: a softmax over nothing is NaN
@@ -310,7 +310,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         begin = 0
         for sequence in row:
             end = begin + len(sequence.ids)
-            ids[i, begin:end], labels[i, begin:end] = sequence.ids, sequence.labels
+            ids[i, begin:end], wanted[i, begin:end] = sequence.ids, sequence.wanted
             positions[i, begin:end], counts[i, begin:end] = sequence.positions, sequence.counts
             mask[i, begin:end, begin:end] = sequence.mask()
             pictures += sequence.pictures
@@ -319,7 +319,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
             meant += [attributes(thing) for thing in sequence.meant.values()]
             begin = end
     return Batch(
-        *(torch.from_numpy(array) for array in (ids, labels, positions, counts, mask)),
+        *(torch.from_numpy(array) for array in (ids, wanted, positions, counts, mask)),
         torch.from_numpy(np.stack([p.pixels for p in pictures]))
         if pictures
         else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
@@ -342,8 +342,8 @@ def attributes(thing: Thing) -> list[int]:
 def _shown(pictures: list[PlacedPicture], grid: tuple[int, int]) -> Tensor:
     shown = np.full((len(pictures), len(SHOWN), grid[0] * grid[1]), IGNORE, dtype=np.int64)
     for place, picture in zip(shown, pictures, strict=True):
-        if picture.labels is not None:
-            place[:] = picture.labels
+        if picture.shown is not None:
+            place[:] = picture.shown
     return torch.from_numpy(shown)
 
 

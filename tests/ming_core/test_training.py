@@ -472,15 +472,15 @@ def test_a_dropped_sample_has_a_strangers_prompt_and_asks_for_no_text_in_that_ro
         text = ",".join(map(str, sequence.ids))
         assert ",".join(map(str, words)) in text and ",".join(map(str, chat.encode(own.prompt))) not in text
         assert sequence.pictures[0].pixels is attached and sequence.pictures[1].pixels is own.target
-        assert set(sequence.labels) == {IGNORE}
+        assert set(sequence.wanted) == {IGNORE}
 
 
 def test_an_answer_is_asked_for_token_by_token_and_then_the_end(chat):
     dialogue = dialogue_of("question", 4)
     sequence = spell(dialogue, chat, GRID)
     answer = [*chat.encode(dialogue.rounds[0].answer), chat.end_id]
-    asked = [i for i, label in enumerate(sequence.labels) if label != IGNORE]
-    assert [sequence.labels[i] for i in asked] == answer
+    asked = [i for i, label in enumerate(sequence.wanted) if label != IGNORE]
+    assert [sequence.wanted[i] for i in asked] == answer
     assert asked[0] == len(sequence.ids) - len(answer)  # the last token of the prompt predicts the first of the answer
     assert sequence.ids[asked[0]] == chat.role_close_id
 
@@ -488,7 +488,7 @@ def test_an_answer_is_asked_for_token_by_token_and_then_the_end(chat):
 def test_a_drawing_round_asks_for_the_picture_to_begin_and_for_the_end_after_it(chat):
     sequence = spell(dialogue_of("generate"), chat, GRID)
     (picture,) = sequence.pictures
-    asked = {i: label for i, label in enumerate(sequence.labels) if label != IGNORE}
+    asked = {i: label for i, label in enumerate(sequence.wanted) if label != IGNORE}
     assert asked == {picture.start - 2: chat.image_open_id, len(sequence.ids) - 1: chat.end_id}
     assert picture.drawn and sequence.ids[picture.start - 1 :] == [chat.image_open_id] + [chat.patch_id] * 16
 
@@ -514,7 +514,7 @@ def test_a_sequence_is_the_transcript_that_a_conversation_would_have(chat):
 def test_answers_of_a_word_or_two_count_more_than_descriptions(chat):
     dialogue = dialogue_of(["question"], 5, rounds=2)
     sequence = spell(dialogue, chat, GRID)
-    asked = [i for i, label in enumerate(sequence.labels) if label != IGNORE]
+    asked = [i for i, label in enumerate(sequence.wanted) if label != IGNORE]
     assert [i for i, count in enumerate(sequence.counts) if count == SHORT_WEIGHT] == asked
     batch = pack([sequence], 0, GRID)
     assert batch.counts[0].tolist() == sequence.counts
@@ -584,7 +584,7 @@ def test_packed_sequences_do_not_see_one_another(chat):
     position = 0
     for sequence in sorted(sequences, key=lambda s: -len(s.ids)):
         own = slice(position, position + len(sequence.ids))
-        assert batch.ids[0, own].tolist() == sequence.ids and batch.labels[0, own].tolist() == sequence.labels
+        assert batch.ids[0, own].tolist() == sequence.ids and batch.wanted[0, own].tolist() == sequence.wanted
         assert batch.positions[0, own].tolist() == sequence.positions
         assert np.array_equal(batch.mask[0, own, own], sequence.mask())
         assert not batch.mask[0, own, : own.start].any() and not batch.mask[0, own, own.stop :].any()
@@ -635,7 +635,7 @@ def test_the_tokens_that_an_edit_changes_or_its_region_covers_are_told_from_thos
         if turn.meant not in turn.source_scene.things:
             continue  # a background, or a thing that is to be added
         (_, target) = spell(dialogue, chat, (8, 8)).pictures
-        edited = target.labels[list(SHOWN).index("edited")].reshape(8, 8)
+        edited = target.shown[list(SHOWN).index("edited")].reshape(8, 8)
         for thing in turn.source_scene.things:
             x, y = (int(middle) // 16 for middle in POSITIONS[thing.position])
             assert edited[y - 1 : y + 1, x - 1 : x + 1].any() == (thing == turn.meant)
