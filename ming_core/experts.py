@@ -20,7 +20,7 @@ from .placement import rest_on, wants_gradient
 
 log = logging.getLogger(__name__)
 
-GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU gathers the experts' weights rather than sorting tokens
+GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU copies the experts' weights rather than sorting tokens
 
 
 class GatedMlp(nn.Module):
@@ -50,6 +50,7 @@ class Experts(nn.Module):
     """
 
     fetches_weights = True  # a host may leave them where they rest
+    gather_limit = GATHER_LIMIT
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -81,11 +82,15 @@ class Experts(nn.Module):
         """Whether products of so many pairs of a token and an expert wait for the device."""
         return self._way(x, pairs) == self._sorted
 
+    def gathered_bytes(self, pairs: int) -> int:
+        """The most that a GPU copies for up to so many pairs."""
+        return min(self.gather_limit, pairs) * sum(p.nbytes for p in self.parameters()) // self.count
+
     def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
         if rest_on(x.device, self):
             if grouped_product_serves(x):
                 return self._grouped
-            if x.is_cuda and pairs <= GATHER_LIMIT:
+            if x.is_cuda and pairs <= self.gather_limit:
                 return self._gathered
         return self._sorted
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .buffers import Buffers, KeyValueBuffer
 from .captured import wanted
 from .config import LanguageModelConfig
-from .experts import GATHER_LIMIT, GatedMlp, MixtureOfExperts
+from .experts import GatedMlp, MixtureOfExperts
 from .placement import Placed
 
 PREFILL_CHUNK = 512  # tokens forwarded at once; bounds the mask of a chunk to [512, length so far]
@@ -331,11 +331,16 @@ class LanguageModel(Placed):
         chunk = min(prefix, PREFILL_CHUNK)
         scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
-        # a GPU without a grouped product copies the experts of a step
-        gathered = min(GATHER_LIMIT, rows * config.num_experts_per_tok) * 3 * config.hidden_size
-        gathered *= config.moe_intermediate_size * size * (2 if wanted() else 1)  # a CUDA graph has its own
+        # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk
+        copies = max(self._gathered_bytes(rows) * (2 if wanted() else 1), self._gathered_bytes(chunk))
         logits = 2 * rows * config.vocab_size * 4
-        return position * (prefix + rows * new) + scores + max(experts, gathered) + logits
+        return position * (prefix + rows * new) + scores + max(experts, copies) + logits
+
+    def _gathered_bytes(self, tokens: int) -> int:
+        pairs = tokens * self.config.num_experts_per_tok
+        return max(
+            (layer.mlp.experts.gathered_bytes(pairs) for layer in self.model.layers if not layer.dense), default=0
+        )
 
     def waits(self, x: Tensor) -> bool:
         """Whether a step with these embeddings, [rows, H], waits for the device on its way."""

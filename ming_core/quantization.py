@@ -50,7 +50,7 @@ INT8_ROWS = 32  # of x; from more on, dequantising once costs less than the CPU'
 LOST = "lost"  # an order that nothing can be computed in
 BLOCK = 64  # rows of weights that an int4 kernel's order stays within
 K_TILES = 8  # of the CUDA kernel: widths must be multiples of 16 * 8
-HALVES_GROUPS = (256, 128, 64, 32)  # that the int4 kernels know; for int8 all groups of a row are alike
+HALVES_GROUPS = (256, 128, 64, 32)  # that the int4 kernels know; for int8 any will do, so the largest
 
 
 # --- Numbers --------------------------------------------------------------------------------------------------------
@@ -129,12 +129,12 @@ def _split(values: Tensor) -> Tensor:
 def product(x: Tensor, values: Tensor, scale: Tensor, packed: bool) -> Tensor:
     """x [.., K] times the transposed weights [N, K] -> [.., N]. packed: in the order of this device's int4 kernel."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.data_ptr() % 32:  # kernels read several values at a time, and check nothing
+        flat = flat.clone()
     if packed:
         out = _packed_product(flat, values, scale)
     elif _fits_int8_kernel(flat, values) and _kernel_serves("int8", x, scale):
-        # it reads 16 values of x at a time, too: 32 bytes
-        aligned = flat if flat.data_ptr() % 32 == 0 else flat.clone()
-        out = torch._weight_int8pack_mm(aligned, values, scale)
+        out = torch._weight_int8pack_mm(flat, values, scale)
     else:
         return torch.cat([_plain_product(x, values, scale, rows) for rows in _chunks(values, PIECE)], dim=-1)
     return out.view(*x.shape[:-1], -1)
@@ -169,7 +169,8 @@ def kernel_works(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     if dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
         return False  # in float32 and fp16 they do not exist, or are slower than dequantising
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 256, generator=generator).to(device, dtype) for n in (3, 2 * BLOCK))
+    x, weight = (torch.randn(n, 384, generator=generator).to(device, dtype) for n in (3, 2 * BLOCK))
+    x = x + 1
     values, scale = quantize_int4(weight, GROUPS[0]) if kind == "int4" else quantize_int8(weight)
     expected = x.float() @ dequantize(values, scale.float()).T
     with torch.no_grad():
@@ -191,7 +192,8 @@ def kernel_works(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 def _packed_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """x [n, K] by the int4 kernel of its device -> [n, N]."""
-    return _whole(_kernel_product(x, values, scale), values.dtype, scale)
+    out = _kernel_product(x, values, scale)
+    return _joined(out, scale) if values.dtype == torch.int8 else out
 
 
 def _kernel_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
@@ -206,16 +208,20 @@ def _kernel_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return torch._weight_int4pack_mm_for_cpu(x, values, group, scale)
 
 
-def _whole(out: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
-    """What `_kernel_product` gave for values of this dtype, int8 put together; scale broadcasts against [n, N]."""
-    return out.unflatten(-1, (-1, 2, BLOCK)).sum(-2).flatten(-2) * scale if dtype == torch.int8 else out
+def _joined(halves: Tensor, scale: Tensor) -> Tensor:
+    """[n, 2 N] -> [n, N], scaled; scale broadcasts against it."""
+    whole = halves.unflatten(-1, (-1, 2, BLOCK)).sum(-2, dtype=torch.float32).flatten(-2)
+    return (whole * scale).to(halves.dtype)
 
 
 @functools.lru_cache(maxsize=32)  # as many shapes as a model has; some MB
 def _scales_of_halves(rows: int, width: int, device: torch.device) -> Tensor:
-    """bf16 [K/g, 2 N, 2]: what makes (v - 8) * step + offset the halves of int8 values, 16 * high - 128 and low."""
+    """bf16 [K/g, 2 N, 2]: what makes (v - 8) * step + offset the halves of int8 values, 16 * high - 120 and low - 8.
+
+    Both are around 0, so that their products are not large where the sum is small.
+    """
     groups = width // next(g for g in HALVES_GROUPS if width % g == 0)
-    steps = torch.tensor([[16, 0], [1, 8]], dtype=torch.bfloat16).repeat_interleave(BLOCK, dim=0)
+    steps = torch.tensor([[16, 8], [1, 0]], dtype=torch.bfloat16).repeat_interleave(BLOCK, dim=0)
     return steps.repeat(groups, rows // BLOCK, 1).to(device)
 
 
@@ -296,9 +302,10 @@ def _width(values: Tensor) -> int:
 
 def _can_pack(values: Tensor, device: torch.device) -> bool:
     """Whether the int4 kernel of this device is the one for these values; on a CPU int8 has its own."""
-    if device.type == "cuda":
-        return values.device == device and values.shape[-2] % BLOCK == 0 and _width(values) % (16 * K_TILES) == 0
-    return values.device == device and values.dtype == torch.uint8
+    if values.device != device or device.type != "cuda":
+        return values.device == device and values.dtype == torch.uint8
+    whole = values.shape[-2] % BLOCK == 0 and _width(values) % (16 * K_TILES) == 0
+    return whole and values.data_ptr() % 16 == 0
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------
@@ -350,14 +357,22 @@ class Quantized(nn.Module):
         self.order = order
 
     def ready(self, x: Tensor) -> bool:
-        """Arrange the weights for a product with x; True: they are in the order of its device's kernel."""
+        """Arrange the weights for a product with x; True: they are in the order of its device's int4 kernel."""
+        packed = self.served(x)
+        self.arrange(x.device.type if packed else "plain")
+        return packed
+
+    def served(self, x: Tensor) -> bool:
+        """Whether the int4 kernel of its device can multiply x with all the weights.
+
+        Once they are in its order they may rest elsewhere, and are copied.
+        """
         every = [getattr(self, name) for name in self.NAMES]
         scale = getattr(self, self.NAMES[0] + SCALE)
         kinds = {"int4" if values.dtype == torch.uint8 else "int8 halves" for values in every}
-        packable = all(_can_pack(values, x.device) for values in every)
-        packed = packable and all(_kernel_serves(kind, x, scale) for kind in kinds)
-        self.arrange(x.device.type if packed else "plain")
-        return packed
+        if not all(_kernel_serves(kind, x, scale) for kind in kinds):
+            return False
+        return self.order == x.device.type or all(_can_pack(values, x.device) for values in every)
 
 
 class QuantizedLinear(Quantized):
@@ -380,6 +395,7 @@ class QuantizedExperts(Quantized, Experts):
     """Experts whose stacked weights are quantised; only those of the chosen ones are read."""
 
     NAMES = ("gate_up", "down")
+    gather_limit = 2 * GATHER_LIMIT  # copies take half as much as in 16 bit, or less
 
     def __init__(self, experts: Experts, kind: str) -> None:
         nn.Module.__init__(self)
@@ -388,22 +404,23 @@ class QuantizedExperts(Quantized, Experts):
             self._register(name, getattr(experts, name), kind)
 
     def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        few = pairs <= 2 * GATHER_LIMIT  # copies take half as much as in 16 bit, or less
-        if x.is_cuda and few and rest_on(x.device, self) and self.ready(x):
+        if x.is_cuda and pairs <= self.gather_limit and rest_on(x.device, self) and self.served(x):
             return self._gathered
         return self._sorted
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Copies the chosen experts in their few bits, and reads each in a product of its own; never waits."""
+        self.ready(x)
         experts = chosen.flatten()
         gate, up = self._products("gate_up", experts, x.repeat_interleave(chosen.shape[1], 0)).chunk(2, dim=-1)
         return self._products("down", experts, F.silu(gate) * up).unflatten(0, chosen.shape)
 
     def _products(self, name: str, experts: Tensor, x: Tensor) -> Tensor:
         """Row by row, x [P, K] through experts [P] -> [P, N]."""
-        values, scale = (getattr(self, n)[experts] for n in (name, name + SCALE))
-        rows = [_kernel_product(*of_one) for of_one in zip(x[:, None], values, scale, strict=True)]
-        return _whole(torch.cat(rows), values.dtype, scale)
+        whole, scale = getattr(self, name), getattr(self, name + SCALE)[experts]
+        values = whole.view(torch.int64)[experts].view(whole.dtype)  # copied eight bytes at a time
+        rows = torch.cat([_kernel_product(*of_one) for of_one in zip(x[:, None], values, scale, strict=True)])
+        return _joined(rows, scale) if values.dtype == torch.int8 else rows
 
     def apply_expert(self, expert: int, x: Tensor) -> Tensor:
         packed = self.ready(x)

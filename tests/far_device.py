@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+aten = torch.ops.aten
+READS = (aten._local_scalar_dense.default, aten.equal.default)
+SIZED = (aten.nonzero.default, aten.masked_select.default, aten.bincount.default)  # by what is in their input
 
 
 class FarTensor(torch.Tensor):
@@ -51,7 +53,7 @@ class FarDevice(TorchDispatchMode):
     """While it is active the device exists: the one that torch calls "meta", which every build of torch knows.
 
     brought  shapes of the tensors that were copied to it
-    waits    how often the host read what was computed there: a GPU would have had to finish first
+    waits    how often the host had to know what was computed there: a GPU would have had to finish first
     """
 
     device = torch.device("meta")
@@ -69,12 +71,12 @@ class FarDevice(TorchDispatchMode):
         far = [isinstance(t, FarTensor) for t in tensors]
         place = kwargs.get("device")
         to_far = any(far) if place is None else torch.device(place).type == self.device.type
-        if func is torch.ops.aten.copy_.default:
+        if func is aten.copy_.default:
             to_far = far[0]
-        copies = func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+        copies = func in (aten.copy_.default, aten._to_copy.default)
         if copies and to_far and not far[-1]:
             self.brought.append(tuple(tensors[-1].shape))
-        if func in READS or (copies and any(far) and not to_far):
+        if func in (*READS, *SIZED) or (copies and any(far) and not to_far):
             self.waits += 1
         if not copies and any(far) and not all(f or t.ndim == 0 for f, t in zip(far, tensors, strict=True)):
             raise RuntimeError(f"{func}: tensors far and near: {[tuple(t.shape) for t in tensors]} {far}")

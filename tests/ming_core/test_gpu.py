@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, Guidance, Solver, UniVision, captured, experts, load_univision
+from ming_univision.ming_core.quantization import FORMATS, QuantizedLinear, kernel_works
 from ming_univision.nodes.host import PACK
 from ming_univision.tests.far_device import FarDevice, bring, near_first
 from torch import Tensor
@@ -38,8 +39,8 @@ class Gpu:
         return model
 
     def never_waits(self, model: UniVision):
-        """For `on_token`: from the first image token to the last nothing is read from the device."""
-        last, before = model.config.llm_config.num_image_tokens_for_gen, 0
+        """For `on_token`: from the first image token to the last nothing is read from the device, nor copied to it."""
+        last, before = model.config.llm_config.num_image_tokens_for_gen, None
 
         def on_token(progress):
             nonlocal before
@@ -48,9 +49,9 @@ class Gpu:
             if not self.far:
                 torch.cuda.set_sync_debug_mode("error" if progress.done == 1 else "default")
             elif progress.done == 1:
-                before = self.far.waits
+                before = self.far.waits, len(self.far.brought)
             else:
-                assert self.far.waits == before
+                assert (self.far.waits, len(self.far.brought)) == before
 
         return on_token
 
@@ -97,6 +98,10 @@ def scene() -> Tensor:
         return model.mingtok.decode(drawn.features)
 
 
+def few_bits_work() -> bool:
+    return REAL and all(kernel_works(kind, torch.device("cuda"), torch.bfloat16) for kind in ("int4", "int8 halves"))
+
+
 @pytest.mark.parametrize(
     ("precision", "gpu"),
     [("fp32", (9, 0)), ("bf16", (9, 0)), *([("int8", ())] if REAL else [("bf16", (8, 0))]), ("int4", (9, 0))],
@@ -108,8 +113,8 @@ def test_a_gpu_gives_what_the_cpu_gives_and_draws_without_waiting(gpu, scene, pr
     first = torch.zeros(3, model.config.llm_config.hidden_size, dtype=model.dtype, device=gpu.device)
     waits = model.language_model.waits(first)
     found = rounds(model, scene, on_token=None if waits else gpu.never_waits(model))
-    assert not waits or precision in ("int8", "int4")  # where the kernels do not work
-    assert found.said == expected.said
+    assert not waits or (precision in ("int8", "int4") and not few_bits_work())
+    assert found.said == expected.said or (REAL and precision != "fp32")
     assert torch.cosine_similarity(found.drawn.flatten(), expected.drawn.flatten(), dim=0) > CLOSEST[precision]
     assert (found.shown - expected.shown).abs().mean() < 0.05
 
@@ -126,31 +131,47 @@ def test_cuda_graphs_draw_the_same(gpu, scene, precision, guidance, monkeypatch)
             steps[function.__name__] = self
 
     plain = rounds(model, scene, guidance=guidance)
+    if "quantization" in PRECISIONS[precision] and not few_bits_work():
+        pytest.skip("this GPU has no kernel for few bits")
     monkeypatch.setattr(captured, "Captured", Noted)
+    monkeypatch.setattr(captured.Recorder, "failed", False)
     monkeypatch.setenv(captured.SWITCH, "1")
     model.prefix_cache.clear()
     found = rounds(model, scene, guidance=guidance)
     assert {name: step.replaying for name, step in steps.items()} == {"condition": True, "flow": True, "expand": True}
-    assert found.said == plain.said
     assert torch.cosine_similarity(found.drawn.flatten(), plain.drawn.flatten(), dim=0) > CLOSEST[precision]
 
 
 @on_a_real_one
-@pytest.mark.parametrize("kind", ["int4", "int8 halves"])
-def test_the_kernel_for_few_bits_works_here(kind):
-    from ming_univision.ming_core.quantization import kernel_works
-
-    assert kernel_works(kind, torch.device("cuda"), torch.bfloat16)
+def test_the_kernels_for_few_bits_work_on_ampere_and_newer():
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has none")
+    assert few_bits_work()
 
 
 @on_a_real_one
-def test_a_model_that_is_gone_leaves_nothing_on_the_gpu(gpu, scene):
-    def drawn_with(precision):
+@pytest.mark.parametrize("back", ["cuda", "cpu"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_order_of_the_kernels_is_undone_exactly(kind, back):
+    layer = QuantizedLinear(torch.nn.Linear(256, 192, dtype=torch.bfloat16), kind).cuda()
+    values, x = layer.weight.clone(), torch.randn(3, 256, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        found = layer(x)
+        assert layer.order == "cuda" or not few_bits_work()
+        layer.to(back)
+        torch.testing.assert_close(layer(x.to(back)), found.to(back), rtol=0.02, atol=0.02)
+        layer.arrange("plain")
+    assert torch.equal(layer.weight, values.to(back))
+
+
+@on_a_real_one
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_that_is_gone_leaves_nothing_on_the_gpu(gpu, scene, precision):
+    def allocated():
         model = gpu.load(precision)
         rounds(model, scene)
+        del model
+        gc.collect()
+        return torch.cuda.memory_allocated()
 
-    drawn_with("bf16")  # libraries take their workspaces
-    before = torch.cuda.memory_allocated()
-    drawn_with("bf16")
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before
+    assert allocated() >= allocated()  # what libraries and shapes need once is there after the first

@@ -127,7 +127,7 @@ def test_inputs_that_are_slices_of_others_are_taken(kind):
 def test_int8_through_the_kernel_of_int4_is_the_same(quantised_as_on_a_gpu, rows, wide, packed):
     layer, plain = linear("int8", wide)
     values = layer.weight.clone()
-    x = normal(rows, 256, seed=2, dtype=torch.bfloat16)
+    x = normal(rows, 256, seed=2, dtype=torch.bfloat16) + 1  # whose mean must not cost exactness
     with torch.no_grad():
         found = layer(x)
         assert (layer.order == "cpu") == packed and torch.equal(layer.weight, values) == (not packed)
@@ -142,6 +142,20 @@ def test_every_int8_value_has_its_two_halves():
     assert halves.max() == 15 and torch.equal(quantization._from_nibbles(halves, torch.int8), values)
     high, low = halves.view(2, 64, 256).int()
     assert torch.equal(16 * high + low - 128, values.int())
+    packed, one_each = quantization._packed(values), torch.eye(256, dtype=torch.bfloat16)
+    found = quantization._packed_product(one_each, packed, torch.ones(64, dtype=torch.bfloat16))
+    assert torch.equal(found, values.T.bfloat16())
+
+
+def test_weights_in_the_order_of_a_kernel_keep_it_while_they_rest_elsewhere(quantised_as_on_a_gpu, monkeypatch):
+    layer, _ = linear("int8")
+    x = normal(3, 256, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        monkeypatch.setattr(quantization, "_can_pack", lambda values, device: False)  # as of weights on another device
+        packed = layer.weight.clone()
+        layer(x)
+    assert layer.order == "cpu" and torch.equal(layer.weight, packed)
 
 
 @both
