@@ -129,6 +129,14 @@ def drawings(examiner: Examiner) -> Iterator[Score]:
             yield share("own description of what was drawn agrees with the scorer", agrees, "85 %")
 
 
+def few_words(examiner: Examiner) -> Iterator[Score]:
+    """ "a red circle and a star": pictures from words that leave most of it open."""
+    asked = examiner.in_few_words()
+    drawn = (read_scene(examiner.pixels(result.features)) for result in examiner.draw_rounds(asked))
+    right = [compare(reading, turn.target_scene).things_right for reading, turn in zip(drawn, asked, strict=True)]
+    yield share("drawings asked for in few words", right, "90 %")
+
+
 def edits(examiner: Examiner) -> Iterator[Score]:
     """Edits of an attached picture, and what MingFeaturesCompare reads off them."""
     done, kept, masks = [], [], []
@@ -206,6 +214,7 @@ EXAMINATIONS: dict[str, Callable[[Examiner], Iterator[Score]]] = {
     "questions": questions,
     "descriptions": descriptions,
     "drawings": drawings,
+    "few words": few_words,
     "edits": edits,
     "regions": regions,
     "enhancements": enhancements,

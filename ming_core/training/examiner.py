@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import Conversation, Features, Solver, Turn, UniVision
 from ..images import to_images, to_pixels
-from ..shapes import Dialogue, Round, random_dialogue
+from ..shapes import Dialogue, Round, draw, parse_scene, random_dialogue, random_scene, split_of
+from ..shapes.language import brief
 from .many import Wish, draw_many
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,19 @@ class Examiner:
     def rounds(self, tasks: list[str], things: tuple[int, int] | None = None) -> list[Round]:
         """The rounds of dialogues of one round."""
         return [dialogue.rounds[0] for dialogue in self.dialogues(tasks, things=things)]
+
+    def in_few_words(self) -> list[Round]:
+        """Drawings that are asked for as people do at first; each shows what is left open by default."""
+        rng = np.random.default_rng([self.seed, *map(ord, "few words")])
+        found: dict[str, Round] = {}
+        for _ in range(TRIES * self.scenes):
+            if len(found) == self.scenes:
+                break
+            text = brief(rng, random_scene(rng, self.things))
+            scene = parse_scene(text)
+            if split_of(scene) == "eval":
+                found[text] = Round(text, None, None, draw(scene), "generate", scene)
+        return list(found.values())
 
     @torch.no_grad()
     def features(self, pixels: np.ndarray) -> Features:
