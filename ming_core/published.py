@@ -2,7 +2,7 @@
 
 Module names are the published keys but for a few prefixes (`PUBLISHED_PREFIXES`) and the experts, whose weights are
 stacked here and published one by one. A quantised folder has the same keys with whole numbers in them, and a
-`weight_scale` beside each (see quantization.py).
+`weight_scale` beside each (see few_bits.py).
 """
 
 from __future__ import annotations

@@ -107,15 +107,15 @@ def picture(model):
 @pytest.fixture
 def quantised_as_on_a_gpu(monkeypatch):
     """Int8 goes through the int4 kernel (the CPU's), and few rows through copies of their experts."""
-    from ming_univision.ming_core import quantization
+    from ming_univision.ming_core import few_bits, quantization
 
     def can_pack(values, device):
-        return values.shape[-2] % quantization.BLOCK == 0 and quantization._width(values) % 128 == 0
+        return values.shape[-2] % few_bits.BLOCK == 0 and few_bits.width_of(values) % 128 == 0
 
     def way(self, x, pairs):
         return self._gathered if self.ready(x) else self._sorted
 
-    monkeypatch.setattr(quantization, "_can_pack", can_pack)
+    monkeypatch.setattr(quantization, "can_pack", can_pack)
     monkeypatch.setattr(quantization.QuantizedExperts, "_way", way)
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, Guidance, Solver, UniVision, captured, experts, load_univision
-from ming_univision.ming_core.quantization import FORMATS, QuantizedLinear, kernel_works
+from ming_univision.ming_core.few_bits import kernel_works
+from ming_univision.ming_core.quantization import FORMATS, QuantizedLinear
 from ming_univision.nodes.host import PACK
 from ming_univision.tests.far_device import FarDevice, bring, near_first
 from torch import Tensor

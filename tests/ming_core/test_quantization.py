@@ -11,6 +11,7 @@ from ming_univision.ming_core import (
     Conversation,
     UniVision,
     checkpoint,
+    few_bits,
     load_mingtok,
     load_univision,
     quantization,
@@ -19,6 +20,7 @@ from ming_univision.ming_core import (
 from ming_univision.ming_core.checkpoint import checkpoint_bytes, stored_quantization
 from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig
 from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.few_bits import dequantize, quantize_int4, quantize_int8
 from ming_univision.ming_core.prompts import ChatFormat
 from ming_univision.ming_core.quantization import (
     FORMATS,
@@ -26,10 +28,7 @@ from ming_univision.ming_core.quantization import (
     QuantizedExperts,
     QuantizedLinear,
     arrange_plainly,
-    dequantize,
     quantize,
-    quantize_int4,
-    quantize_int8,
 )
 from ming_univision.ming_core.training.objectives import initialise
 from safetensors.torch import load_file, save_file
@@ -92,10 +91,10 @@ def test_the_integers_are_the_same_whatever_the_dtype(kind):
 
 def test_the_order_of_a_kernel_is_undone_exactly():
     values, _ = quantize_int4(normal(192, 320), 64)
-    packed = quantization._packed(values)
-    official = torch._convert_weight_to_int4pack_for_cpu(quantization._split(values).int(), 1)
+    packed = few_bits.packed_for_kernel(values)
+    official = torch._convert_weight_to_int4pack_for_cpu(few_bits._split(values).int(), 1)
     assert torch.equal(packed.flatten(), official.flatten()) and not torch.equal(packed, values)
-    assert torch.equal(quantization._unpacked(packed, "cpu"), values)
+    assert torch.equal(few_bits.unpacked(packed, "cpu"), values)
 
 
 # --- products -----------------------------------------------------------------------------------------------------
@@ -138,12 +137,12 @@ def test_int8_through_the_kernel_of_int4_is_the_same(quantised_as_on_a_gpu, rows
 
 def test_every_int8_value_has_its_two_halves():
     values = torch.arange(-128, 128).to(torch.int8).repeat(64, 1)
-    halves = quantization._nibbles(values)
-    assert halves.max() == 15 and torch.equal(quantization._from_nibbles(halves, torch.int8), values)
+    halves = few_bits._nibbles(values)
+    assert halves.max() == 15 and torch.equal(few_bits._from_nibbles(halves, torch.int8), values)
     high, low = halves.view(2, 64, 256).int()
     assert torch.equal(16 * high + low - 128, values.int())
-    packed, one_each = quantization._packed(values), torch.eye(256, dtype=torch.bfloat16)
-    found = quantization._packed_product(one_each, packed, torch.ones(64, dtype=torch.bfloat16))
+    packed, one_each = few_bits.packed_for_kernel(values), torch.eye(256, dtype=torch.bfloat16)
+    found = few_bits._packed_product(one_each, packed, torch.ones(64, dtype=torch.bfloat16))
     assert torch.equal(found, values.T.bfloat16())
 
 
@@ -152,7 +151,7 @@ def test_weights_in_the_order_of_a_kernel_keep_it_while_they_rest_elsewhere(quan
     x = normal(3, 256, seed=2, dtype=torch.bfloat16)
     with torch.no_grad():
         layer(x)
-        monkeypatch.setattr(quantization, "_can_pack", lambda values, device: False)  # as of weights on another device
+        monkeypatch.setattr(quantization, "can_pack", lambda values, device: False)  # as of weights on another device
         packed = layer.weight.clone()
         layer(x)
     assert layer.order == "cpu" and torch.equal(layer.weight, packed)
@@ -164,7 +163,7 @@ def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
     x = normal(3, 256, seed=2, dtype=torch.bfloat16)
     with torch.no_grad():
         fast = layer(x)
-        monkeypatch.setattr(quantization, "kernel_works", lambda *_: False)
+        monkeypatch.setattr(few_bits, "kernel_works", lambda *_: False)
         slow = layer(x)
     assert layer.order == "plain"
     assert (fast.float() - slow.float()).norm() / slow.float().norm() < 1e-2
@@ -174,7 +173,7 @@ def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
 def test_a_kernel_that_gives_wrong_numbers_is_not_used(kind, monkeypatch):
     for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"):
         monkeypatch.setattr(torch, name, lambda x, *_: x.new_zeros(len(x), 128))
-    assert not quantization.kernel_works.__wrapped__(kind, torch.device("cpu"), torch.bfloat16)
+    assert not few_bits.kernel_works.__wrapped__(kind, torch.device("cpu"), torch.bfloat16)
 
 
 @both
@@ -192,14 +191,14 @@ def test_gradients_pass_through_to_the_input_also_after_a_kernel_has_run(kind):
 def test_weights_that_an_error_left_between_two_orders_are_not_used(monkeypatch):
     layer, _ = linear("int4", rows=256, width=64)
     x = normal(3, 64, seed=2, dtype=torch.bfloat16)
-    assert quantization.kernel_works("int4", x.device, x.dtype)
+    assert few_bits.kernel_works("int4", x.device, x.dtype)
 
     def stopped(*_):
         raise KeyboardInterrupt
 
     with torch.no_grad():
         with monkeypatch.context() as patched:
-            patched.setattr(quantization, "_packed", stopped)
+            patched.setattr(quantization, "packed_for_kernel", stopped)
             with pytest.raises(KeyboardInterrupt):
                 layer(x)
         with pytest.raises(RuntimeError, match="load the model again"):
@@ -253,9 +252,9 @@ def test_quantised_experts_give_the_same_sorted_and_gathered(kind, quantised_as_
 def test_a_product_without_a_kernel_goes_piece_by_piece(kind, dtype, monkeypatch):
     layer = nn.Linear(64, 192, bias=False, dtype=dtype)
     mixed, x = QuantizedLinear(layer, kind), torch.randn(3, 64).to(dtype)
-    whole, pieces, exact = mixed(x), [], quantization.F.linear
-    monkeypatch.setattr(quantization, "PIECE", 64 * 64)
-    monkeypatch.setattr(quantization.F, "linear", lambda x, w: pieces.append(w.shape) or exact(x, w))
+    whole, pieces, exact = mixed(x), [], few_bits.F.linear
+    monkeypatch.setattr(few_bits, "PIECE", 64 * 64)
+    monkeypatch.setattr(few_bits.F, "linear", lambda x, w: pieces.append(w.shape) or exact(x, w))
     torch.testing.assert_close(mixed(x), whole)
     assert len(pieces) > 1 and sum(shape[0] for shape in pieces) == 192
 
