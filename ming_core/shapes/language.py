@@ -86,12 +86,12 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
 
 def brief(rng: np.random.Generator, scene: Scene) -> str:
     """Few words about things as they are in the scene; what they leave out is as `parse_scene` fills it in."""
-    article = (lambda name: name) if rng.random() < 0.2 else with_article
+    article = (lambda name: name) if rng.random() < 0.3 else with_article
     things = []
     for index in rng.permutation(len(scene.things)):
         thing = scene.things[index]
         size = thing.size if rng.random() < 0.25 else ""
-        color = thing.color if rng.random() < 0.95 else ""
+        color = thing.color if rng.random() < 0.92 else ""
         place = f" {_place(rng, thing.position)}" if rng.random() < 0.15 else ""
         things.append(article(" ".join(filter(None, (size, color, thing.shape)))) + place)
     text = join_words(things, pick(rng, (" and ", " and ", ", ")))
