@@ -48,6 +48,7 @@ _ENHANCING = (*_MENDS, "refine")
 _ENHANCING_SOUND = 0.25  # how much rarer an enhancing task is on a sound picture in view (refine: as usual)
 _ALSO_GREY = 0.3  # share of pixelated and noisy pictures that are grey besides, where colorizing is a task too
 _BRIEF = 0.5  # share of drawings that are asked for in few words
+_BARE = 0.4  # share of those whose few words are all that is typed
 _ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
 _SAME_EDIT = 0.7  # share of identified regions whose edit is asked for next
 _ATTEMPTS = 4000  # scenes tried before a wish is called impossible: a few in training, hundreds in long eval chains
@@ -291,9 +292,9 @@ def _generate(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules)
         scene = _with_jitter(parse_scene(text), scene)
         if split_of(scene) != rules.split:
             return None
+        asked = text if rng.random() < _BARE else prompt(rng, "generate", text)
     else:
-        text = caption(rng, scene)
-    asked = prompt(rng, "generate", text)
+        asked = prompt(rng, "generate", caption(rng, scene))
     return Round(asked, None, None, draw(scene), step.task, scene, None), replace(view, scene=scene, shown=True)
 
 

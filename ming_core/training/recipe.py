@@ -220,7 +220,7 @@ RECIPE = (
         "joint",
         batch=24,
         lr=1.2e-3,
-        hours=1.5,
+        hours=1.85,
         warmup=60,
         settle=0.9,
         average=0.995,
