@@ -555,7 +555,9 @@ def test_every_thing_of_a_caption_is_told_where_its_words_end(chat):
     for seed in range(20):
         dialogue = dialogue_of(("generate", "colorize"), seed, things=(2, 3))
         scene, sequence = dialogue.rounds[0].target_scene, spell(dialogue, chat, GRID)
-        assert sorted(thing.content for thing in sequence.meant.values()) == sorted(t.content for t in scene.things)
+        named = [t for t in scene.things if f"{t.color} {t.shape}" in dialogue.rounds[0].prompt.lower()]
+        assert len(named) >= len(scene.things) - 1  # few words may leave a colour out
+        assert sorted(thing.content for thing in sequence.meant.values()) == sorted(t.content for t in named)
         for place, thing in sequence.meant.items():
             told = chat.decode(sequence.ids[: place + 1]).lower()
             assert told.endswith((thing.shape, "corner", "side", *re.split("[ -]", thing.position), "center", "middle"))
