@@ -288,7 +288,9 @@ def width_of(values: Tensor) -> int:
 
 def can_pack(values: Tensor, device: torch.device) -> bool:
     """Whether the int4 kernel of this device is the one for these values; on a CPU int8 has its own."""
-    if values.device != device or device.type != "cuda":
-        return values.device == device and values.dtype == torch.uint8
+    if values.device != device:
+        return False
+    if device.type != "cuda":
+        return values.dtype == torch.uint8
     whole = values.shape[-2] % BLOCK == 0 and width_of(values) % (16 * K_TILES) == 0
     return whole and values.data_ptr() % 16 == 0

@@ -143,7 +143,7 @@ class QuantizedExperts(Quantized, Experts):
 
     def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Copies the chosen experts in their few bits, and reads each in a product of its own; never waits."""
-        self.ready(x)
+        self.arrange(x.device.type)
         experts = chosen.flatten()
         gate, up = self._products("gate_up", experts, x.repeat_interleave(chosen.shape[1], 0)).chunk(2, dim=-1)
         return self._products("down", experts, F.silu(gate) * up).unflatten(0, chosen.shape)

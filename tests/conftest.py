@@ -120,6 +120,22 @@ def quantised_as_on_a_gpu(monkeypatch):
 
 
 @pytest.fixture
+def captured_steps(monkeypatch):
+    """The steps of the last drawing, which may be replayed as graphs, by the names of their functions."""
+    from ming_univision.ming_core import captured
+
+    steps = {}
+
+    class Noted(captured.Captured):
+        def __init__(self, function, record):
+            super().__init__(function, record)
+            steps[function.__name__] = self
+
+    monkeypatch.setattr(captured, "Captured", Noted)
+    return steps
+
+
+@pytest.fixture
 def tensors_alive(monkeypatch):
     """Counts, while checkpoints are loaded: [tensors read, most of them that were alive at once]."""
     from ming_univision.ming_core.stored import TensorReader

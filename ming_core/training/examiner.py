@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,14 +35,12 @@ class Examiner:
 
     def dialogues(self, tasks: list[str], rounds: int = 1, things: tuple[int, int] | None = None) -> list[Dialogue]:
         """Unseen ones, the same at every call, no two alike."""
-        rng = np.random.default_rng([self.seed, *map(ord, "/".join(tasks))])
-        found: dict[tuple, Dialogue] = {}
-        for _ in range(TRIES * self.scenes):
-            if len(found) == self.scenes:
-                break
+
+        def one(rng: np.random.Generator) -> tuple[tuple, Dialogue]:
             dialogue = random_dialogue(rng, tasks, things or self.things, "eval", rounds)
-            found.setdefault(_asked(dialogue), dialogue)
-        return list(found.values())
+            return _asked(dialogue), dialogue
+
+        return self._different("/".join(tasks), one)
 
     def rounds(self, tasks: list[str], things: tuple[int, int] | None = None) -> list[Round]:
         """The rounds of dialogues of one round."""
@@ -48,15 +48,25 @@ class Examiner:
 
     def in_few_words(self) -> list[Round]:
         """Drawings that are asked for as people do at first; each shows what is left open by default."""
-        rng = np.random.default_rng([self.seed, *map(ord, "few words")])
-        found: dict[str, Round] = {}
+
+        def one(rng: np.random.Generator) -> tuple[str, Round | None]:
+            text = brief(rng, random_scene(rng, self.things))
+            scene = parse_scene(text)
+            seen = split_of(scene) != "eval"
+            return text, None if seen else Round(text, None, None, draw(scene), "generate", scene)
+
+        return self._different("few words", one)
+
+    def _different(self, name: str, one: Callable[[np.random.Generator], tuple[Any, Any]]) -> list:
+        """What `one` makes, with what tells it from others; the same at every call of one name. None is left out."""
+        rng = np.random.default_rng([self.seed, *map(ord, name)])
+        found: dict[Any, Any] = {}
         for _ in range(TRIES * self.scenes):
             if len(found) == self.scenes:
                 break
-            text = brief(rng, random_scene(rng, self.things))
-            scene = parse_scene(text)
-            if split_of(scene) == "eval":
-                found[text] = Round(text, None, None, draw(scene), "generate", scene)
+            about, made = one(rng)
+            if made is not None:
+                found.setdefault(about, made)
         return list(found.values())
 
     @torch.no_grad()

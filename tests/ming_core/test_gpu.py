@@ -123,23 +123,17 @@ def test_a_gpu_gives_what_the_cpu_gives_and_draws_without_waiting(gpu, scene, pr
 @on_a_real_one
 @pytest.mark.parametrize("guidance", [Guidance(1.0, 1.0), Guidance()])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_cuda_graphs_draw_the_same(gpu, scene, precision, guidance, monkeypatch):
-    model, steps = gpu.load(precision), {}
-
-    class Noted(captured.Captured):
-        def __init__(self, function, record):
-            super().__init__(function, record)
-            steps[function.__name__] = self
-
+def test_cuda_graphs_draw_the_same(gpu, scene, precision, guidance, captured_steps, monkeypatch):
+    model = gpu.load(precision)
     plain = rounds(model, scene, guidance=guidance)
     if "quantization" in PRECISIONS[precision] and not few_bits_work():
         pytest.skip("this GPU has no kernel for few bits")
-    monkeypatch.setattr(captured, "Captured", Noted)
     monkeypatch.setattr(captured.Recorder, "failed", False)
     monkeypatch.setenv(captured.SWITCH, "1")
     model.prefix_cache.clear()
     found = rounds(model, scene, guidance=guidance)
-    assert {name: step.replaying for name, step in steps.items()} == {"condition": True, "flow": True, "expand": True}
+    replayed = {name: step.replaying for name, step in captured_steps.items()}
+    assert replayed == {"condition": True, "flow": True, "expand": True}
     assert torch.cosine_similarity(found.drawn.flatten(), plain.drawn.flatten(), dim=0) > CLOSEST[precision]
 
 
