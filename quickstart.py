@@ -154,13 +154,13 @@ def existing_file(text: str) -> Path:
 
 def run_workflow(options: argparse.Namespace) -> int:
     load_pack()
-    cli = importlib.import_module("ming_univision.nodes.headless_cli")
+    cli = importlib.import_module("ming_univision.runner.cli")
     return cli.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
 
 
 def download_model(options: argparse.Namespace) -> int:
     load_pack()
-    return importlib.import_module("ming_univision.nodes.download").main(options.name, to=options.to)
+    return importlib.import_module("ming_univision.runner.download").main(options.name, to=options.to)
 
 
 def check_tests() -> None:

@@ -29,11 +29,11 @@ from torch import Tensor
 
 import ming_core
 from ming_core import Conversation, UniVision
-from ming_core.captured import SWITCH, Recorder
 from ming_core.checkpoint import in_shards
+from ming_core.checkpoint.keys import published_slots
+from ming_core.checkpoint.reader import INDEX
 from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config
-from ming_core.published import published_slots
-from ming_core.stored import INDEX
+from ming_core.cuda_graphs import SWITCH, Recorder
 
 GB = 1e9
 SHARD = 2e9  # bytes

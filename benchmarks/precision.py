@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from ming_core import Conversation, UniVision, load_univision
 from ming_core.images import psnr, to_images
-from ming_core.training.evaluation import EXAMINATIONS
-from ming_core.training.examiner import Examiner
+from tiny_shapes.training.evaluation import EXAMINATIONS
+from tiny_shapes.training.examiner import Examiner
 
 PRECISIONS = {
     "float32": {},

@@ -22,7 +22,7 @@ from timing import machine, medians
 from torch import Tensor, nn
 
 from ming_core import Conversation, Features, Guidance, Solver, UniVision
-from ming_core.conversation import Picture, guidance_views
+from ming_core.conversation import Picture, guidance_masks
 from ming_core.flow_head import Sampler
 from ming_core.language_model import Rows
 from ming_core.rounds import embed
@@ -66,7 +66,7 @@ def make_case(model: UniVision, rows: int) -> Case:
     part = model.chat.prompt([[Picture(features, False)] if features else "", PROMPT])
     embeddings, image_gate = embed(model, part.segments)
     noise = torch.randn(grid[0] * grid[1], channels, generator=generator)
-    views = guidance_views((part,))
+    views = guidance_masks((part,))
     return Case(model, rows, features, embeddings, image_gate, views, noise)
 
 

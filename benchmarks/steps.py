@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ming_core import Solver, load_univision
 from ming_core.flow_head import METHODS, FlowHead, Sampler
-from ming_core.shapes import compare, read_scene
-from ming_core.training.evaluation import Score, share
-from ming_core.training.examiner import Examiner
+from tiny_shapes.training.evaluation import Score, share
+from tiny_shapes.training.examiner import Examiner
+from tiny_shapes.world import compare, read_scene
 
 EVALUATIONS = (4, 6, 8, 12, 16)
 REFERENCE = Solver(64, "ab2")

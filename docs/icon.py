@@ -18,7 +18,7 @@ SCENE = "a large yellow star at the centre on a navy background"
 
 def icon() -> Image.Image:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from ming_core.shapes import draw, parse_scene
+    from tiny_shapes.world import draw, parse_scene
 
     side = SIDE * SCALE
     around = Image.fromarray(draw(parse_scene(SCENE), ZOOM * side))

@@ -146,7 +146,8 @@ def examination() -> None:
     """The first scenes of the examination, as they come: drawings from words, and edits with the picture before."""
     pack()
     from ming_univision.ming_core import load_univision
-    from ming_univision.ming_core.training.examiner import Examiner
+
+    from tiny_shapes.training.examiner import Examiner
 
     examiner = Examiner(load_univision(ROOT / "models" / "tiny-shapes"), scenes=6)
     parts = []
@@ -162,7 +163,8 @@ def reconstruction() -> None:
     """Unseen scenes above, what comes back from the tokenizer below."""
     pack()
     from ming_univision.ming_core import load_mingtok
-    from ming_univision.ming_core.shapes import draw, scene_from_seed
+
+    from tiny_shapes.world import draw, scene_from_seed
 
     mingtok = load_mingtok(ROOT / "models" / "tiny-shapes")
     above = [draw(scene_from_seed(seed, split="eval")) for seed in SCENES]

@@ -3,31 +3,40 @@
 import ming_core
 
 model = ming_core.load_univision("models/tiny-shapes")
-turn = model.generate_image(ming_core.Conversation(), "a large red circle on a white background")
-pixels = model.mingtok.decode(turn.features)
+result = model.generate_image(ming_core.Conversation(), "a large red circle on a white background")
+pixels = model.mingtok.decode(result.features)
 """
 
 from .checkpoint import CheckpointError, load_mingtok, load_univision, save_mingtok, save_univision
-from .conversation import Conversation, load_conversation, save_conversation
-from .decoding import Sampling, Turn
-from .features import Features, load_features, save_features
+from .conversation import Conversation
+from .engine import Engine
+from .features import Features
 from .files import FileError
-from .flow_head import Guidance, Solver
 from .mingtok import MingTok
-from .rounds import Progress
+from .options import Guidance, ImageOptions, Sampling, TextOptions
+from .rounds import DrawRequest, ImageResult, Progress, RoundPlan, RoundResult, TextResult
+from .saved import load_conversation, load_features, save_conversation, save_features
+from .solver import Solver
 from .univision import UniVision
 
 __all__ = [
     "CheckpointError",
     "Conversation",
+    "DrawRequest",
+    "Engine",
     "Features",
     "FileError",
     "Guidance",
+    "ImageOptions",
+    "ImageResult",
     "MingTok",
     "Progress",
+    "RoundPlan",
+    "RoundResult",
     "Sampling",
     "Solver",
-    "Turn",
+    "TextOptions",
+    "TextResult",
     "UniVision",
     "load_conversation",
     "load_features",

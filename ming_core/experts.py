@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
-from .placement import rest_on, wants_gradient
+from .offload import all_on, needs_gradient
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class Experts(nn.Module):
         """x [T, H] through each of its chosen experts [T, k] -> [T, k, H]."""
         return self._way(x, chosen.numel())(x, chosen)
 
-    def waits(self, x: Tensor, pairs: int) -> bool:
-        """Whether products of so many pairs of a token and an expert wait for the device."""
+    def synchronizes(self, x: Tensor, pairs: int) -> bool:
+        """Whether products of so many pairs of a token and an expert synchronize with the device."""
         return self._way(x, pairs) == self._sorted
 
     def gathered_bytes(self, pairs: int) -> int:
@@ -87,7 +87,7 @@ class Experts(nn.Module):
         return min(self.gather_limit, pairs) * sum(p.nbytes for p in self.parameters()) // self.count
 
     def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        if rest_on(x.device, self):
+        if all_on(x.device, self):
             if grouped_product_serves(x):
                 return self._grouped
             if x.is_cuda and pairs <= self.gather_limit:
@@ -134,8 +134,8 @@ def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_product_serves(x: Tensor) -> bool:
-    """Whether torch has a grouped product for x that does not wait for the device."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and not wants_gradient(x) and _grouped_product_works(x.device)
+    """Whether torch has a grouped product for x that does not synchronize with the device."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and not needs_gradient(x) and _grouped_product_works(x.device)
 
 
 @functools.cache

@@ -1,23 +1,19 @@
-"""Features: pictures as Ming-UniVision sees, draws and hands them on.
+"""Features: images as Ming-UniVision sees, draws and hands them on.
 
-A picture has two equivalent forms: compact latents, and the semantic tokens they expand to. `Features` carries both,
-so that a round can follow a round without pixels and without expanding anything twice. What identifies a picture is
+A image has two equivalent forms: compact latents, and the semantic tokens they expand to. `Features` carries both,
+so that a round can follow a round without pixels and without expanding anything twice. What identifies an image is
 its latents, not its tokens: equality and hash go by them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .files import FileError, read_tensors, write_tensors
-
-FILE_FORMAT = "ming features 1"
 CHANGED = 0.15  # from which difference on a token counts as changed: docs/TRAINING.md says how it was chosen
 
 
@@ -46,7 +42,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
     return digest_of(str(tuple(values.shape)).encode(), values.numpy().tobytes())
 
 
-class ByContent:
+class ContentHashed:
     """Equality and hash by content digest, for named tuples whose tensors cannot be compared by ==."""
 
     __slots__ = ()
@@ -69,14 +65,14 @@ class _Features(NamedTuple):
     depth: int = 0
 
 
-class Features(ByContent, _Features):
-    """A batch of B pictures of one grid, in host memory.
+class Features(ContentHashed, _Features):
+    """A batch of B images of one grid, in host memory.
 
     tokens     float32 [B, h*w, D], semantic features, row by row
     latents    float32 [B, C, h, w], the normalised latents that `tokens` were expanded from
     grid       (h, w)
     tokenizer  fingerprint of the MingTok that both belong to
-    depth      0 for a picture that was encoded, +1 for every drawing that lies behind it
+    depth      0 for an image that was encoded, +1 for every drawing that lies behind it
     """
 
     __slots__ = ()
@@ -85,8 +81,8 @@ class Features(ByContent, _Features):
     def batch(self) -> int:
         return self.tokens.shape[0]
 
-    def pictures(self) -> list[Features]:
-        """One Features of batch 1 for each picture."""
+    def split(self) -> list[Features]:
+        """One Features of batch 1 for each image."""
         return [
             self._replace(tokens=self.tokens[i : i + 1], latents=self.latents[i : i + 1]) for i in range(self.batch)
         ]
@@ -102,17 +98,17 @@ class Features(ByContent, _Features):
 def change(a: Features, b: Features) -> Tensor:
     """How much each token differs: 1 - cosine similarity of the semantic tokens, float32 [B, 1, h, w], 0 to 2.
 
-    Raises ValueError unless both have one tokenizer, one grid and equally many pictures.
+    Raises ValueError unless both have one tokenizer, one grid and equally many images.
     """
     for what, of_a, of_b in (
         ("tokenizer", a.tokenizer[:12], b.tokenizer[:12]),
         ("grid", a.grid, b.grid),
-        ("number of pictures", a.batch, b.batch),
+        ("number of images", a.batch, b.batch),
     ):
         if of_a != of_b:
             raise ValueError(
                 f"these features cannot be compared: their {what} differs ({of_a} and {of_b}); encode both with one "
-                "MingTok and one detail, as many pictures of each"
+                "MingTok and one detail, as many images of each"
             )
     difference = 1 - F.cosine_similarity(a.tokens, b.tokens, dim=-1)
     difference = difference.masked_fill((a.tokens == b.tokens).all(-1), 0)  # rounding would leave a little
@@ -131,25 +127,3 @@ def principal_colours(features: Features) -> Tensor:
     low, high = values.amin(0), values.amax(0)
     colours = (values - low) / (high - low).clamp_min(1e-12)
     return to_grid(colours.unflatten(0, (features.batch, -1)), features.grid)
-
-
-def save_features(features: Features, path: str | Path) -> None:
-    """Write one safetensors file, whole or not at all. Tokens are kept too, so that no model is needed to read it."""
-    write_tensors(
-        path,
-        {"tokens": features.tokens, "latents": features.latents},
-        {"format": FILE_FORMAT, "tokenizer": features.tokenizer, "depth": features.depth},
-    )
-
-
-def load_features(path: str | Path) -> Features:
-    """Read what `save_features` wrote. Raises FileError for a file that is damaged or of another kind."""
-    tensors, about = read_tensors(path, FILE_FORMAT)
-    try:
-        tokens, latents = tensors["tokens"].float(), tensors["latents"].float()
-        (b, n, _), (b2, _, h, w) = tokens.shape, latents.shape
-        if (b, n) != (b2, h * w) or not (torch.isfinite(tokens).all() and torch.isfinite(latents).all()):
-            raise ValueError(f"tokens {tuple(tokens.shape)} do not belong to latents {tuple(latents.shape)}")
-        return Features(tokens, latents, (h, w), str(about["tokenizer"]), int(about["depth"]))
-    except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise FileError(f"{path}: not a whole features file ({error}); save the features again") from None

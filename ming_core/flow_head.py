@@ -10,88 +10,18 @@ steps in one product. Usable on its own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import deque
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .solver import Schedule, Solver
 from .transformer import LAYER_NORM_EPS, SwiGLU
 
 TIME_FREQUENCIES = 128
 TIME_SCALE = 1000.0  # the network sees 1000 * t
-METHODS = ("euler", "ab2")
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How far the picture is pulled towards the prompt (`text`) and towards the prompt's pictures and past (`image`).
-
-    1 is no guidance. With a row that saw everything (c), one that saw no text (t) and one that saw neither (u):
-    v = g_t v_c + (g_i - g_t) v_t + (1 - g_i) v_u. With no picture in the prompt and nothing before it only c and u
-    exist: v = g_t v_c + (1 - g_t) v_u.
-    """
-
-    text: float = 3.0
-    image: float = 1.1
-
-    def __post_init__(self) -> None:
-        for name in ("text", "image"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"guidance.{name} is {value}: give a number of 0 or more")
-
-    def factors(self, rows: int) -> tuple[float, ...]:
-        """Factors of the velocities of the rows [c], [c, u] or [c, u, t]."""
-        if rows == 1:
-            return (1.0,)
-        if rows == 2:
-            return (self.text, 1 - self.text)
-        return (self.text, 1 - self.image, self.image - self.text)
-
-
-@dataclass(frozen=True)
-class Solver:
-    """The ODE solver. `steps` None: the checkpoint's own number.
-
-    `method`: "euler", or "ab2", the Adams-Bashforth rule of second order, which goes by the velocity of the step before
-    as well (its first step is one of Euler). Both ask the network for one velocity a step.
-    `renorm` (scale the guided velocity down to the length of the conditional one) and `time_shift` (spend the steps
-    nearer to the noise, above 1, or to the data, below) exist in the published code and are off by default there.
-    """
-
-    steps: int | None = None
-    method: str = "euler"
-    renorm: bool = False
-    time_shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"solver method {self.method!r} is unknown: give one of {METHODS}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"solver steps {self.steps}: give 1 or more, or None for the checkpoint's number")
-        if not 0 < self.time_shift < math.inf:
-            raise ValueError(f"solver time_shift {self.time_shift}: give a number above 0")
-
-    def times(self, steps: int) -> Tensor:
-        """The steps + 1 points in time, float32, from 1 (noise) down to 0 (data)."""
-        u = torch.linspace(0, 1, steps + 1)
-        # in this order of operations: the network sees 1000 * t, so that a last bit is felt
-        return 1 - u / (u + self.time_shift - self.time_shift * u)
-
-    def coefficients(self, steps: int) -> list[tuple[float, float]]:
-        """Each step adds a * (its velocity) + b * (the velocity of the step before): the (a, b) of all steps."""
-        times = self.times(steps)
-        lengths = (times[:-1] - times[1:]).tolist()
-        if self.method == "euler":
-            return [(h, 0.0) for h in lengths]
-        if not all(lengths):
-            raise ValueError(f"solver time_shift {self.time_shift} leaves steps of no length: give one nearer to 1")
-        # the line through two velocities, integrated over a step that need not be as long as the one before
-        later = [(h + h * h / (2 * before), -h * h / (2 * before)) for before, h in pairwise(lengths)]
-        return [(lengths[0], 0.0), *later]
 
 
 class Modulation(NamedTuple):
@@ -215,7 +145,7 @@ class VelocityNet(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """The vision head, which turns hidden states into conditions, and the velocity network with its solver."""
+    """The vision head, which turns hidden states into conditions, and the velocity network."""
 
     def __init__(
         self,
@@ -241,63 +171,62 @@ class FlowHead(nn.Module):
         self,
         z: Tensor,
         noise: Tensor,
-        factors: tuple[float, ...] = (1.0,),
+        guidance_weights: tuple[float, ...] = (1.0,),
         *,
         steps: int = 16,
         solver: Solver | None = None,
     ) -> Tensor:
-        """Draw one latent a picture; who draws several in a row makes one `Sampler` for all. See `Sampler`."""
-        sampler = Sampler(self.net, factors, steps, solver or Solver(), device=z.device, dtype=z.dtype)
+        """Draw one latent an image; a caller that draws several in a row makes one `Sampler` for all. See `Sampler`."""
+        sampler = Sampler(self.net, guidance_weights, steps, solver or Solver(), device=z.device, dtype=z.dtype)
         return sampler.draw(z, noise)
 
 
 class Sampler:
     """Draws latents, one after the other, with one solver and one guidance.
 
-    What is the same for every token is made here, once: the embedded times, and `factors`, those of the guidance rows'
-    velocities (`Guidance.factors`), on their device. It belongs to the weights as they are now, so it is made anew for
-    every drawing. `draw` never waits for the device, and what it does depends on shapes alone.
+    What is the same for every token is computed here, once: the embedded times, and the weights of the guidance rows'
+    velocities (`Guidance.weights`). It belongs to the weights of the network as they are now, so every drawing makes
+    its own. `draw` never synchronizes with the device, and what it does depends on shapes alone.
     """
 
     def __init__(
         self,
         net: VelocityNet,
-        factors: tuple[float, ...],
+        guidance_weights: tuple[float, ...],
         steps: int,
         solver: Solver,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.net, self.renorm, self.coefficients = net, solver.renorm, solver.coefficients(steps)
-        times = solver.times(steps)[:-1].to(device)  # no velocity is asked for at t = 0
-        self.time = net.time_embed(times, dtype)[:, None, None]  # (steps, 1, 1, w)
-        self.factors = torch.tensor(factors, device=device)[:, None]
+        self.net, self.renorm = net, solver.renorm
+        self.schedule: Schedule = solver.schedule(steps)
+        self.time = net.time_embed(self.schedule.times.to(device), dtype)[:, None, None]  # (steps, 1, 1, w)
+        self.guidance_weights = torch.tensor(guidance_weights, device=device)[:, None]
 
     def draw(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Draw one latent a picture.
+        """Draw one latent an image.
 
-        z      [B, g, w], conditions of the g guidance rows of each picture, the conditional row first
+        z      [B, g, w], conditions of the g guidance rows of each image, the conditional row first
         noise  float32 [B, C], the start, already multiplied by the temperature
         Returns float32 [B, C]. The latent and its updates stay float32 in every precision.
         """
-        x, before = noise.float(), None
-        for modulations, (a, b) in zip(self._modulations(z), self.coefficients, strict=True):
-            v = self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float())
-            x = x + a * v
-            if b:
-                x = x + b * before
-            before = v
+        x, velocities = noise.float(), deque[Tensor](maxlen=self.schedule.order)
+        for modulations, weights in zip(self._modulations(z), self.schedule.weights, strict=True):
+            velocities.appendleft(self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float()))
+            for weight, velocity in zip(weights, velocities, strict=False):
+                if weight:
+                    x = x + weight * velocity
         return x
 
     def _modulations(self, z: Tensor) -> list[Modulations]:
-        """Of every step: made for all of them at once, (steps, B, g, ...), then taken apart."""
+        """The modulations of every step, computed for all of them at once: (steps, B, g, ...), then taken apart."""
         layers = self.net.modulations(self.time, z)
         return list(zip(*(_by_step(layer) for layer in layers), strict=True))
 
     def _guided(self, v: Tensor) -> Tensor:
         """Velocities of the guidance rows [B, g, C] -> [B, C]."""
-        guided = (self.factors * v).sum(1)
+        guided = (self.guidance_weights * v).sum(1)
         if not self.renorm:
             return guided
         length = v[:, 0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
@@ -305,5 +234,6 @@ class Sampler:
 
 
 def _by_step(modulation: Modulation) -> list[Modulation]:
-    shift, scale, gate = (m if m is None else m.unbind() for m in modulation)
-    return [Modulation(shift[i], scale[i], gate and gate[i]) for i in range(len(shift))]
+    shifts, scales = modulation.shift.unbind(), modulation.scale.unbind()
+    gates = [None] * len(shifts) if modulation.gate is None else modulation.gate.unbind()
+    return [Modulation(*parts) for parts in zip(shifts, scales, gates, strict=True)]

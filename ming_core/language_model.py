@@ -1,181 +1,26 @@
 """The decoder-only language model: text tokens and image tokens in one sequence.
 
-A pre-norm transformer with grouped-query attention, rotary positions and a mixture of experts in every layer. How
-attention looks at the past is the business of a cache object with one method, `attend`:
-
-- `Prefix`  one growing sequence that is being prefilled, in chunks, so that no square mask is ever built;
-- `Rows`    several continuations of one prefix, a token each at a time. Guidance rows and the pictures of a batch
-            are such rows: the prefix is stored and read once for all of them, and each row sees its own part of it;
-- `Causal`  no cache at all, for training.
+A pre-norm transformer with grouped-query attention, rotary positions and a mixture of experts in every layer. Each
+layer is handed the way in which it attends (attention.py): over the sequence itself in training, over a `PrefillCache`
+while a prompt is read, over a `DecodeCache` while rows grow token by token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .buffers import Buffers, KeyValueBuffer
-from .captured import wanted
+from .attention import Attend, DecodeAttention, PrefillAttention
 from .config import LanguageModelConfig
+from .cuda_graphs import graphs_requested
 from .experts import GatedMlp, MixtureOfExperts
-from .placement import Placed
+from .kv_cache import DecodeCache, PrefillCache
+from .offload import OffloadableModule
 
 PREFILL_CHUNK = 512  # tokens forwarded at once; bounds the mask of a chunk to [512, length so far]
-
-
-class KeyValues(NamedTuple):
-    """Keys (after rope) and values of n consecutive positions: [layers, kv_heads, n, head_dim] each."""
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-
-class Cache(Protocol):
-    """What a layer's attention asks for: add this token's keys and values, give what its queries find."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, heads, T, d]; k, v [B, kv_heads, T, d] -> [B, heads, T, d]."""
-        ...
-
-
-class Causal:
-    """Full attention over the sequence itself, for training: causal, or by a mask (bool [B, T, T], True: seen)."""
-
-    def __init__(self, mask: Tensor | None = None) -> None:
-        self.mask = None if mask is None else mask[:, None]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
-
-
-class Prefix:
-    """Keys and values of one sequence, preallocated for `capacity` positions and filled from the front."""
-
-    def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-        self.mask: Tensor | None = None  # of the chunk that is forwarded; the first layer makes it for all
-
-    def extend(self, known: KeyValues) -> None:
-        """Take over positions that were computed before."""
-        end = self.length + known.length
-        self.keys[:, :, self.length : end] = known.keys
-        self.values[:, :, self.length : end] = known.values
-        self.length = end
-
-    def slice(self, start: int, end: int) -> KeyValues:
-        """A copy of positions start..end in host memory."""
-        return KeyValues(*(x[:, :, start:end].detach().to("cpu", copy=True) for x in (self.keys, self.values)))
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The new positions see the whole prefix and, causally, each other. `length` moves on after the last layer."""
-        n, end = q.shape[2], self.length + q.shape[2]
-        self.keys[layer, :, self.length : end] = k[0]
-        self.values[layer, :, self.length : end] = v[0]
-        # each key/value head serves a group of query heads: (kv, group, ., d), without a copy
-        q = q.reshape(k.shape[1], -1, n, q.shape[3])
-        k, v = (x[layer, :, None, :end].expand(-1, q.shape[1], -1, -1) for x in (self.keys, self.values))
-        if layer == 0 and self.length and n > 1:
-            self.mask = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(self.length)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=not self.length)
-        if layer == len(self.keys) - 1:
-            self.length, self.mask = end, None
-        return out.flatten(0, 1)[None]
-
-
-class Rows:
-    """`rows` sequences that continue one prefix, one token a step each.
-
-    visible  bool [rows, prefix.length], what each row sees of the prefix; None: everything. All that a row itself
-             has added is visible to it. A row counts its positions over what it sees, so a row that sees less has
-             compacted positions, while the keys of the prefix keep those they were made with.
-    """
-
-    def __init__(self, prefix: Prefix, capacity: int, rows: int = 1, visible: Tensor | None = None) -> None:
-        layers, heads, _, head_dim = prefix.keys.shape
-        self.prefix, self.rows = prefix, rows
-        make = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
-        self.buffers = Buffers(KeyValueBuffer(rows, heads, capacity, head_dim, **make) for _ in range(layers))
-        self._see(visible)
-
-    def _see(self, visible: Tensor | None) -> None:
-        device = self.prefix.keys.device
-        self.bias = None
-        starts = torch.full((self.rows,), self.prefix.length, dtype=torch.long)
-        if visible is not None:
-            starts = visible.sum(1)
-            if not visible.all():
-                bias = torch.zeros(visible.shape).masked_fill(~visible.cpu(), float("-inf"))
-                self.bias = bias.to(device)[None, :, None]  # (1, rows, 1, P)
-        self.starts = starts.to(device)
-
-    @property
-    def length(self) -> int:
-        """Tokens that each row has added."""
-        return self.buffers[-1].length
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of each row's next token, [rows, 1]."""
-        place = self.buffers.place
-        return (self.starts + (self.length if place is None else place.index))[:, None]
-
-    def fork(self, rows: int, capacity: int, visible: Tensor | None) -> Rows:
-        """`rows` copies of a single row, which go on separately."""
-        return self._copy(torch.zeros(rows, dtype=torch.long), capacity, visible)
-
-    def select(self, indices: list[int], capacity: int) -> Rows:
-        """Only these rows, which must be ones that see everything; with room for `capacity` tokens in all."""
-        return self._copy(torch.tensor(indices), capacity, None)
-
-    def _copy(self, indices: Tensor, capacity: int, visible: Tensor | None) -> Rows:
-        other = Rows(self.prefix, capacity, len(indices), visible)
-        indices = indices.to(self.prefix.keys.device)
-        for mine, theirs in zip(self.buffers, other.buffers, strict=True):
-            theirs.append(mine.keys[indices, :, : mine.length], mine.values[indices, :, : mine.length])
-        return other
-
-    def slice(self, row: int, start: int, end: int) -> KeyValues:
-        """A copy in host memory of what one row has added, from its start-th token to its end-th."""
-        keys = torch.stack([b.keys[row, :, start:end] for b in self.buffers])
-        values = torch.stack([b.values[row, :, start:end] for b in self.buffers])
-        return KeyValues(keys.detach().cpu(), values.detach().cpu())  # stacking has copied them
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the shared prefix and the row's own tokens; the prefix is read once for all rows."""
-        rows, heads, _, d = q.shape
-        own_k, own_v = self.buffers[layer].append(k, v)  # (rows, kv, n, d)
-        end = self.prefix.length
-        past_k, past_v = self.prefix.keys[layer, :, :end], self.prefix.values[layer, :, :end]  # (kv, P, d)
-        kv = past_k.shape[0]
-        q = q.view(rows, kv, heads // kv, d) * d**-0.5
-        past = (q.transpose(0, 1).reshape(kv, -1, d) @ past_k.mT).view(kv, rows, -1, end).float()
-        if self.bias is not None:
-            past = past + self.bias
-        own = (q @ own_k.mT).float()  # (rows, kv, group, n)
-        seen = self.buffers[layer].seen
-        if seen is not None:
-            own = own.where(seen, float("-inf"))
-        # the scores alone are put together and taken apart, and transposed: keys and values lie where they are
-        weights = torch.cat([past, own.transpose(0, 1)], dim=-1).softmax(-1).to(q.dtype)
-        past, own = weights.split([end, own_k.shape[2]], dim=-1)
-        past = (past.reshape(kv, -1, end) @ past_v).view(kv, rows, -1, d).transpose(0, 1)
-        return (past + own.transpose(0, 1) @ own_v).reshape(rows, heads, 1, d)
 
 
 class RMSNorm(nn.Module):
@@ -236,12 +81,12 @@ class GroupedQueryAttention(nn.Module):
         self.query_key_value = operations.Linear(config.hidden_size, width, **make)
         self.dense = operations.Linear(self.heads * self.head_dim, config.hidden_size, **make)
 
-    def forward(self, x: Tensor, rope: Rope, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         b, t, _ = x.shape
         qkv = self.query_key_value(x).view(b, t, -1, self.head_dim).transpose(1, 2)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rope.rotate(qk).split([self.heads, self.kv_heads], dim=1)
-        out = cache.attend(self.layer, q, k, v)
+        out = attend(self.layer, q, k, v)
         return self.dense(out.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -268,8 +113,8 @@ class DecoderLayer(nn.Module):
             else MixtureOfExperts(config, **make)
         )
 
-    def forward(self, x: Tensor, rope: Rope, cache: Cache, image_gate: Tensor | None) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), rope, cache)
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, image_gate: Tensor | None) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x), rope, attend)
         normed = self.post_attention_layernorm(x)
         return x + (self.mlp(normed) if self.dense else self.mlp(normed, image_gate))
 
@@ -292,15 +137,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(config, i, **make) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: Cache, image_gate: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, image_gate: Tensor | None = None) -> Tensor:
         """x [B, T, H]; positions int64 [B, T]; image_gate bool [B, T], tokens for the image router -> [B, T, H]."""
         rope = Rope.at(positions, self.config, x.dtype)
         for layer in self.layers:
-            x = layer(x, rope, cache, image_gate)
+            x = layer(x, rope, attend, image_gate)
         return self.norm(x)
 
 
-class LanguageModel(Placed):
+class LanguageModel(OffloadableModule):
     """The decoder with its output layer, and the two ways to run it without gradients: `prefill` and `step`."""
 
     def __init__(
@@ -318,7 +163,7 @@ class LanguageModel(Placed):
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
     @property
-    def witness(self) -> Tensor:
+    def reference_weight(self) -> Tensor:
         return self.model.norm.weight
 
     def working_memory(self, prefix: int, rows: int, new: int) -> int:
@@ -332,7 +177,7 @@ class LanguageModel(Placed):
         scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk
-        copies = max(self._gathered_bytes(rows) * (2 if wanted() else 1), self._gathered_bytes(chunk))
+        copies = max(self._gathered_bytes(rows) * (2 if graphs_requested() else 1), self._gathered_bytes(chunk))
         logits = 2 * rows * config.vocab_size * 4
         return position * (prefix + rows * new) + scores + max(experts, copies) + logits
 
@@ -342,10 +187,10 @@ class LanguageModel(Placed):
             (layer.mlp.experts.gathered_bytes(pairs) for layer in self.model.layers if not layer.dense), default=0
         )
 
-    def waits(self, x: Tensor) -> bool:
-        """Whether a step with these embeddings, [rows, H], waits for the device on its way."""
+    def synchronizes(self, x: Tensor) -> bool:
+        """Whether a step with these embeddings, [rows, H], synchronizes with the device."""
         pairs = len(x) * self.config.num_experts_per_tok
-        return any(layer.mlp.experts.waits(x, pairs) for layer in self.model.layers if not layer.dense)
+        return any(layer.mlp.experts.synchronizes(x, pairs) for layer in self.model.layers if not layer.dense)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""
@@ -355,31 +200,34 @@ class LanguageModel(Placed):
         """Final-normed hidden states [..., H] -> float32 [..., vocabulary]."""
         return self.lm_head(hidden).float()
 
-    def prefix(self, capacity: int) -> Prefix:
-        return Prefix(self.config, capacity, device=self.device, dtype=self.dtype)
+    def new_cache(self, capacity: int) -> PrefillCache:
+        """An empty cache for one sequence of up to `capacity` positions."""
+        return PrefillCache(self.config, capacity, device=self.device, dtype=self.dtype)
 
     def prefill(
         self,
         x: Tensor,
-        prefix: Prefix,
+        cache: PrefillCache,
         image_gate: Tensor | None = None,
-        tell: Callable[[int], None] | None = None,
+        on_chunk: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Forward the next T embeddings [T, H] of one sequence; returns the last hidden state [H].
 
-        image_gate: bool [T]. Runs in chunks: memory grows with the length, not with its square. `tell` is called
-        between them with the number of embeddings that are done, and may raise to stop.
+        image_gate: bool [T], tokens for the image router. Runs in chunks, so memory grows with the length, not with
+        its square. `on_chunk` is called between them with the number of finished embeddings and may raise to stop.
         """
         hidden = x[-1]
         for start in range(0, len(x), PREFILL_CHUNK):
-            if start and tell:
-                tell(start)
+            if start and on_chunk:
+                on_chunk(start)
             chunk = x[None, start : start + PREFILL_CHUNK]
-            positions = torch.arange(prefix.length, prefix.length + chunk.shape[1], device=x.device)[None]
+            tokens = chunk.shape[1]
+            positions = torch.arange(cache.length, cache.length + tokens, device=x.device)[None]
             gate = None if image_gate is None else image_gate[None, start : start + PREFILL_CHUNK]
-            hidden = self.model(chunk, positions, prefix, gate)[0, -1]
+            hidden = self.model(chunk, positions, PrefillAttention(cache, tokens), gate)[0, -1]
+            cache.advance(tokens)
         return hidden
 
-    def step(self, x: Tensor, rows: Rows) -> Tensor:
-        """Forward one embedding a row, [rows, H], routed by the text gate; returns hidden states [rows, H]."""
-        return self.model(x[:, None], rows.positions, rows)[:, 0]
+    def decode(self, x: Tensor, cache: DecodeCache) -> Tensor:
+        """Forward the next T embeddings of every row [rows, T, H], all through the text gate -> hidden states alike."""
+        return self.model(x, cache.positions(x.shape[1]), DecodeAttention(cache))

@@ -17,17 +17,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .buffers import Buffers, KeyValueBuffer
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
-from .placement import Placed, out_of_range
+from .kv_cache import LayerCache, LayerCaches
+from .offload import OffloadableModule, nonfinite_error
 from .transformer import LAYER_NORM_EPS, GeluMlp, SwiGLU, block_stack
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
 
 
-def as_finely(module: nn.Module, x: Tensor) -> Tensor:
+def upcast_forward(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), computed as finely as x is where the weights are stored with fewer bits.
 
     Weights that rest on another device are left to their layers, which bring them over in the dtype of their input.
@@ -126,10 +126,10 @@ class SemanticDecoder(nn.Module):
         self.blocks = block_stack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
 
-    def forward(self, raw: Tensor, buffers: list[KeyValueBuffer] | None = None) -> Tensor:
+    def forward(self, raw: Tensor, caches: LayerCaches | None = None) -> Tensor:
         x = self.embed(raw)
         for i, block in enumerate(self.blocks[0]):
-            x = block(x, causal=True, buffer=buffers[i] if buffers else None)
+            x = block(x, causal=True, cache=caches[i] if caches else None)
         return self.norm(x)
 
     def embed(self, raw: Tensor) -> Tensor:
@@ -157,11 +157,11 @@ class PixelDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks[0]:
-            x = as_finely(block, x)
-        return as_finely(self.head, as_finely(self.norm, x))
+            x = upcast_forward(block, x)
+        return upcast_forward(self.head, upcast_forward(self.norm, x))
 
 
-class MingTok(Placed):
+class MingTok(OffloadableModule):
     """The tokenizer: its three stages and the normalisation of the latents between the first two.
 
     `calls` counts what was run: "encode", "semantic", "decode", "preview". `fingerprint` identifies the weights that
@@ -202,7 +202,7 @@ class MingTok(Placed):
         return self.config.low_level_encoder.img_size
 
     @property
-    def witness(self) -> Tensor:
+    def reference_weight(self) -> Tensor:
         return self.low_level_encoder.cls_token
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class MingTok(Placed):
         self.calls["encode"] += 1
         raw = self.low_level_encoder(pixels.to(self.device, self.dtype))[:, :-1].float()  # without the class latent
         if not raw.isfinite().all():
-            raise out_of_range(self.dtype)
+            raise nonfinite_error(self.dtype)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         return to_grid(self.normalise(raw), grid)
 
@@ -230,7 +230,7 @@ class MingTok(Placed):
         raw = self.denormalise(to_tokens(latents).to(self.device))
         tokens = self.semantic_decoder(raw.to(self.dtype)).float().cpu()
         if not tokens.isfinite().all():
-            raise out_of_range(self.dtype)
+            raise nonfinite_error(self.dtype)
         own = latents.to("cpu", copy=True)  # the caller may write to theirs
         return Features(tokens, own, tuple(latents.shape[2:]), self.fingerprint)
 
@@ -281,7 +281,7 @@ class MingTok(Placed):
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Semantic tokens [B, N, D] -> patches [B, N, cells*cells, p*p*3], not clamped; float32 tokens in float32."""
-        x = rearrange(as_finely(self.sem_to_pix, tokens), "b n (cell d) -> b (n cell) d", cell=self.cells**2)
+        x = rearrange(upcast_forward(self.sem_to_pix, tokens), "b n (cell d) -> b (n cell) d", cell=self.cells**2)
         return self.pixel_decoder(x).unflatten(1, (-1, self.cells**2))
 
     def assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -341,14 +341,13 @@ class SemanticStream:
     def __init__(self, mingtok: MingTok, rows: int, capacity: int) -> None:
         self.mingtok = mingtok
         config = mingtok.config.semantic_decoder
-        self.buffers = Buffers(
-            KeyValueBuffer(
-                rows, config.embed_dim // HEAD_DIM, capacity, HEAD_DIM, device=mingtok.device, dtype=mingtok.dtype
-            )
-            for _ in range(config.decoder_depth)
+        options = {"device": mingtok.device, "dtype": mingtok.dtype}
+        heads = config.embed_dim // HEAD_DIM
+        self.caches = LayerCaches(
+            LayerCache(rows, heads, capacity, HEAD_DIM, **options) for _ in range(config.decoder_depth)
         )
 
     def append(self, latents: Tensor) -> Tensor:
-        """The next normalised latent of each picture [B, 1, C] -> its features [B, 1, D]."""
+        """The next normalised latents of each image [B, n, C] -> their features [B, n, D]."""
         raw = self.mingtok.denormalise(latents.float())
-        return self.mingtok.semantic_decoder(raw.to(self.mingtok.dtype), self.buffers)
+        return self.mingtok.semantic_decoder(raw.to(self.mingtok.dtype), self.caches)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from .language_model import KeyValues
+from .kv_cache import KeyValues
 
 DEFAULT_BYTES = 1 << 30
 

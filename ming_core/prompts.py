@@ -1,6 +1,6 @@
 """The chat template, the special tokens, and text to token ids and back.
 
-A prompt is `<role>HUMAN</role>` + pictures and text + `<role>ASSISTANT</role>`; a picture is `<image>`, its patches,
+A prompt is `<role>HUMAN</role>` + images and text + `<role>ASSISTANT</role>`; an image is `<image>`, its patches,
 `</image>` and a line break. Special tokens are placed by this file alone: what a user types is encoded by a
 tokenizer that takes them for plain text, so `<image>` in a prompt is seven characters.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .conversation import ANSWER, MARK, PROMPT, ROLE, Part, Picture, Segment, Text
+from .conversation import ANSWER, MARK, PROMPT, ROLE, Image, Part, Segment, Text
 
 HUMAN, ASSISTANT = "HUMAN", "ASSISTANT"
 END, ROLE_OPEN, ROLE_CLOSE = "<|endoftext|>", "<role>", "</role>"
 PATCH, IMAGE_OPEN, IMAGE_CLOSE = "<imagePatch>", "<image>", "</image>"
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose bytes are not all there
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder contains for a character whose bytes are not all there
 
 
 class ChatFormat:
@@ -57,20 +57,20 @@ class ChatFormat:
         """Text of token ids; special tokens are left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def prompt(self, contents: Sequence[str | Sequence[Picture]]) -> Part:
-        """One message of the user: texts, and lists of pictures, in order, with the tags around it."""
+    def prompt(self, contents: Sequence[str | Sequence[Image]]) -> Part:
+        """One message of the user: texts, and lists of images, in order, with the tags around it."""
         segments: list[Segment] = [self._tag(HUMAN)]
         pending = ""
         for content in contents:
             if isinstance(content, str):
                 pending += content
                 continue
-            for i, picture in enumerate(content):
-                pending += "\n" if i else ""  # between the pictures of one list
+            for i, image in enumerate(content):
+                pending += "\n" if i else ""  # between the images of one list
                 segments += self._text(pending)
                 segments += [
                     Text((self.image_open_id,), MARK, IMAGE_OPEN),
-                    picture,
+                    image,
                     Text((self.image_close_id,), MARK, IMAGE_CLOSE),
                 ]
                 pending = "\n"

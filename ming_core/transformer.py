@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .buffers import KeyValueBuffer
+from .attention import cached_attention, causal_attention
 from .config import HEAD_DIM
+from .kv_cache import LayerCache
 
 LAYER_NORM_EPS = 1e-6
 
@@ -30,33 +31,17 @@ class Attention(nn.Module):
         self.qkv = operations.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.proj = operations.Linear(dim, dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, *, causal: bool = False, buffer: KeyValueBuffer | None = None) -> Tensor:
-        """x [B, N, D]. With a buffer, x holds the one next token, or the first N of an empty buffer."""
+    def forward(self, x: Tensor, *, causal: bool = False, cache: LayerCache | None = None) -> Tensor:
+        """x [B, N, D]: the whole sequence, or with a cache its next N tokens."""
         b, n, dim = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
-        seen = None
-        if buffer is not None:
-            if n > 1 and buffer.length:
-                raise ValueError(f"{n} tokens after the first {buffer.length}: give one at a time")
-            k, v = buffer.append(k, v)
-            seen = buffer.seen
-        if n == 1 and x.is_cuda:
-            x = attend_once(q, k, v, seen)
+        if cache is not None:
+            x = cached_attention(q, cache, k, v)
+        elif causal:
+            x = causal_attention(q, k, v)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and n > 1)
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(b, n, dim))
-
-
-def attend_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Attention of one query [B, heads, 1, d] to keys and values [B, heads, N, d]; seen: bool [1, N].
-
-    For CUDA, where torch's own goes to cuDNN on newer GPUs: by reports (there was no GPU to measure on) that plans anew
-    for every N, and with one query it is wrong on some cards.
-    """
-    scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
-    if seen is not None:
-        scores = scores.where(seen, float("-inf"))
-    return scores.softmax(-1).to(q.dtype) @ v
 
 
 def swiglu_width(dim: int) -> int:
@@ -117,8 +102,8 @@ class Block(nn.Module):
         self.norm2 = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.mlp = feed_forward(dim, **make)
 
-    def forward(self, x: Tensor, *, causal: bool = False, buffer: KeyValueBuffer | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), causal=causal, buffer=buffer)
+    def forward(self, x: Tensor, *, causal: bool = False, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), causal=causal, cache=cache)
         return x + self.mlp(self.norm2(x))
 
 

@@ -1,47 +1,49 @@
-"""Ming-UniVision: the parts put together.
+"""Ming-UniVision: the network, put together from its parts.
 
     pixels -> MingTok -> semantic features -> linear_proj -> language model -> text
                               ^                                   |
-                              +---- semantic decoder <- flow head-+   (a latent, 64 or 256 times a picture)
+                              +---- semantic decoder <- flow head-+   (a latent, 64 or 256 times an image)
 
-What is seen and what is drawn enter the language model as the same features, so a picture it has drawn is in its
-view without ever having been pixels. The loops that draw and write are in decoding.py.
+What is seen and what is drawn enter the language model as the same features, so an image that it has drawn is in its
+view without ever having been pixels. The loops that draw and write are in the engine (engine.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import decoding
+from .attention import CausalAttention
 from .config import MingTokConfig, UniVisionConfig
-from .conversation import Conversation
-from .decoding import Sampling, Turn
-from .features import Features
-from .flow_head import FlowHead, Guidance, Solver
+from .flow_head import FlowHead
 from .language_model import LanguageModel
 from .mingtok import MingTok
-from .placement import Placed
-from .prefix_cache import PrefixCache
-from .prompts import ChatFormat
-from .rounds import Progress, drawn_tokens, plan_round
+from .offload import OffloadableModule
 
 
-class UniVision(Placed):
-    """One autoregressive model that looks at, draws and edits pictures.
+class UniVisionOutput(NamedTuple):
+    """What the network predicts at every position of a sequence.
 
-    `chat` may be None for a model that is only trained or measured. `flow_hidden`: inner width of the flow head's
-    layers where it is not the usual one. `fingerprint` identifies the weights; the loader sets it. Keys and values of
-    what was said are kept in `prefix_cache`; `prefix_cache.clear()` frees them.
+    logits      float32 [B, T, vocabulary], for the next token where it is text
+    conditions  [B, T, w], for the flow head where the next token is an image token
+    """
+
+    logits: Tensor
+    conditions: Tensor
+
+
+class UniVision(OffloadableModule):
+    """The weights of one autoregressive model that looks at, draws and edits images.
+
+    `flow_hidden`: inner width of the flow head's layers where it is not the usual one. `quantization`: the format of
+    quantized weights; set by quantization.quantize.
     """
 
     def __init__(
         self,
         config: UniVisionConfig | None = None,
-        chat: ChatFormat | None = None,
         *,
         flow_hidden: int | None = None,
         operations: Any = nn,
@@ -52,129 +54,38 @@ class UniVision(Placed):
         self.config = config = config or UniVisionConfig()
         mingtok = config.mingtok_config or MingTokConfig()
         llm, flow = config.llm_config, config.vishead_diffloss_config
-        make = {"operations": operations, "device": device, "dtype": dtype}
+        make: dict[str, Any] = {"operations": operations, "device": device, "dtype": dtype}
         self.mingtok = MingTok(mingtok, **make)
         self.linear_proj = _projection(mingtok.semantic_decoder.embed_dim, llm.hidden_size, config.mlp_depth, **make)
         self.language_model = LanguageModel(llm, **make)
         self.flow_head = FlowHead(
             llm.hidden_size, mingtok.semantic_decoder.in_dim, flow.diffloss_w, flow.diffloss_d, flow_hidden, **make
         )
-        self.chat = chat
-        self.fingerprint = ""
-        self.quantization: str | None = None  # set by quantization.quantize
-        self.prefix_cache = PrefixCache()
+        self.quantization: str | None = None
 
     @property
-    def witness(self) -> Tensor:
-        return self.language_model.witness
+    def reference_weight(self) -> Tensor:
+        return self.language_model.reference_weight
 
     def project(self, tokens: Tensor) -> Tensor:
         """Semantic features [..., D] -> the language model's embeddings [..., H]."""
         return self.linear_proj(tokens.to(self.device, self.dtype))
 
-    def working_memory(
-        self, conversation: Conversation, prompt: str, features: Features | None, max_new_tokens: int, pictures: int = 0
-    ) -> int:
-        """Bytes that a round takes beside the weights, at most; `pictures` that it draws.
+    def forward(
+        self, ids: Tensor, features: Tensor, at: Tensor, seen: Tensor, mask: Tensor | None = None
+    ) -> UniVisionOutput:
+        """The figure of the paper, over whole sequences: text and image tokens in, predictions for both out.
 
-        Raises what the round itself would raise before it computes anything: so a round that cannot be is refused
-        before memory is made for it.
+        ids       int64 [B, T], token ids; those at image positions do not count
+        features  [B, T, D], semantic features; those at text positions do not count
+        at        bool [B, T], True at image positions
+        seen      bool [B, T], True at positions of images that were looked at rather than drawn: the image router's
+        mask      bool [B, T, T], True where a position may attend; None: causal
         """
-        planned = plan_round(self, conversation, prompt, features, max_new_tokens, drawing=pictures > 0)
-        prefix = planned.length
-        if not pictures:
-            return self.language_model.working_memory(prefix, 1, max_new_tokens)
-        # three guidance rows a picture, and the row of those that goes on to the text after it
-        new = 2 * max_new_tokens + drawn_tokens(self)
-        drawing = self.language_model.working_memory(prefix, 4 * pictures, new)
-        return drawing + self.mingtok.working_memory(pictures, self.config.llm_config.num_image_tokens_for_gen)
-
-    def understand(
-        self,
-        conversation: Conversation,
-        prompt: str,
-        *,
-        features: Features | None = None,
-        max_new_tokens: int = 512,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        on_token: Callable[[Progress], None] | None = None,
-        return_logits: bool = False,
-    ) -> Turn:
-        """One round that answers in text.
-
-        conversation   what was said so far; `Conversation()` for the first round
-        features       pictures to attach to the prompt; those in view already are not attached again
-        sampling       greedy unless its temperature is above 0, then drawn with `seed`
-        on_token       called after every token and between parts of a long prompt; raise from it to stop, which loses
-                       nothing but this round
-        return_logits  keep a row of logits for every emitted token
-
-        Raises ValueError for a blank prompt, pictures or a conversation of another model, or a transcript that would
-        outgrow the model's positions; RuntimeError where fp16 is too narrow for the model.
-        """
-        return decoding.understand(
-            self,
-            conversation,
-            prompt,
-            features=features,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling or Sampling(),
-            seed=seed,
-            on_token=on_token,
-            return_logits=return_logits,
-        )
-
-    def generate_image(
-        self, conversation: Conversation, prompt: str, *, seed: int = 0, noise: Tensor | None = None, **options: Any
-    ) -> Turn:
-        """One round that draws one picture: `generate_images` with one seed, and noise float32 [tokens, C]."""
-        noises = None if noise is None else noise[None]
-        return self.generate_images(conversation, prompt, seeds=[seed], noise=noises, **options)[0]
-
-    def generate_images(
-        self,
-        conversation: Conversation,
-        prompt: str,
-        *,
-        seeds: Sequence[int],
-        features: Features | None = None,
-        guidance: Guidance | None = None,
-        solver: Solver | None = None,
-        temperature: float = 1.0,
-        start: str = "draw now",
-        max_new_tokens: int = 64,
-        noise: Tensor | None = None,
-        on_token: Callable[[Progress], None] | None = None,
-        return_logits: bool = False,
-    ) -> list[Turn]:
-        """One round that draws, a picture a seed, all in one pass over the weights: one Turn a seed.
-
-        On a conversation without a picture in view this is text to image, else an edit.
-
-        guidance        defaults to text 3.0, image 1.1 as published
-        solver          defaults to Euler with the checkpoint's number of steps
-        temperature     the noise is multiplied by it
-        start           "draw now": begin the picture at once; "model decides": write until the model itself begins it
-        max_new_tokens  of text, before and after the picture together
-        noise           float32 [seeds, tokens, C] in the place of the seeded one (one more row a picture is ignored)
-        The others are as in `understand`, and so are the errors; RuntimeError when the model decides not to draw.
-        """
-        return decoding.draw(
-            self,
-            conversation,
-            prompt,
-            seeds=list(seeds),
-            features=features,
-            guidance=guidance or Guidance(),
-            solver=solver or Solver(),
-            temperature=temperature,
-            start=start,
-            max_new_tokens=max_new_tokens,
-            noise=noise,
-            on_token=on_token,
-            return_logits=return_logits,
-        )
+        x = torch.where(at[..., None], self.project(features), self.language_model.embed(ids))
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = self.language_model.model(x, positions, CausalAttention(mask), seen)
+        return UniVisionOutput(self.language_model.logits(hidden), self.flow_head.vis_head(hidden))
 
 
 def _projection(width: int, hidden: int, depth: int, *, operations: Any, device: Any, dtype: Any) -> nn.Sequential:

@@ -7,14 +7,24 @@ from typing import Any
 
 from PIL import Image
 
-from ..ming_core import Conversation, Features, Guidance, Progress, Sampling, Solver, Turn, UniVision
+from ..ming_core import (
+    Conversation,
+    Engine,
+    Features,
+    Guidance,
+    ImageOptions,
+    Progress,
+    Sampling,
+    Solver,
+    TextOptions,
+)
 from ..ming_core import load_conversation as read_conversation
 from ..ming_core import save_conversation as write_conversation
-from ..ming_core.conversation import FILE_FORMAT
-from ..ming_core.decoding import STARTS
-from ..ming_core.flow_head import METHODS
+from ..ming_core.engine import EMPTY_PROMPT
 from ..ming_core.images import to_images, to_uint8
-from ..ming_core.rounds import EMPTY_PROMPT
+from ..ming_core.options import STARTS
+from ..ming_core.saved import CONVERSATION_FORMAT
+from ..ming_core.solver import METHODS
 from . import host
 from .saved_files import LoadingNode, SavingNode, saved_as, saved_path
 from .widgets import CATEGORY, FEATURES, TOOLS, combo, file_name, integer, number, prompt, seed, socket
@@ -28,7 +38,7 @@ def _prompt_verdict(text: str | None) -> bool | str:
     return True if text is None or text.strip() else EMPTY_PROMPT
 
 
-def _reporter(node: object, most: int, model: UniVision | None = None) -> Callable[[Progress], None]:
+def _reporter(node: object, most: int, model: Engine | None = None) -> Callable[[Progress], None]:
     """on_token of a node, for a round of at most `most` tokens: moves the bar, shows the text and the picture so far.
 
     Of several pictures the first is shown. While a long prompt is read the bar stands, but Interrupt is heard.
@@ -102,18 +112,12 @@ class MingUnderstand:
         conversation: Conversation | None = None,
     ) -> tuple[str, Conversation]:
         conversation = conversation or Conversation()
-        memory = model.model.working_memory(conversation, prompt, features, max_new_tokens)
-        turn: Turn = host.ready(model, memory).understand(
-            conversation,
-            prompt,
-            features=features,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_p),
-            seed=seed,
-            on_token=_reporter(self, max_new_tokens),
-        )
-        host.show_text(turn.text, type(self).__name__)
-        return turn.text, turn.conversation
+        options = TextOptions(max_new_tokens, Sampling(temperature, top_p), seed)
+        plan = model.model.plan(conversation, prompt, options, features)
+        engine: Engine = host.ready(model, plan.working_memory)
+        result = engine.write(plan, _reporter(self, max_new_tokens))
+        host.show_text(result.text, type(self).__name__)
+        return result.text, result.conversation
 
 
 class _Drawing:
@@ -170,22 +174,20 @@ class _Drawing:
         conversation: Conversation | None = None,
     ) -> tuple[list[Features], list[Conversation], list[str]]:
         conversation = conversation or Conversation()
-        memory = model.model.working_memory(conversation, prompt, features, max_new_tokens, batch_size)
-        loaded: UniVision = host.ready(model, memory)
-        turns: list[Turn] = loaded.generate_images(
-            conversation,
-            prompt,
-            seeds=[seed + k for k in range(batch_size)],
-            features=features,
-            guidance=Guidance(text_guidance, image_guidance),
-            solver=Solver(steps, solver),
-            temperature=temperature,
-            start=start,
-            max_new_tokens=max_new_tokens,
-            on_token=_reporter(self, max_new_tokens + loaded.config.llm_config.num_image_tokens_for_gen, loaded),
+        options = ImageOptions(
+            tuple(seed + k for k in range(batch_size)),
+            Guidance(text_guidance, image_guidance),
+            Solver(steps, solver),
+            temperature,
+            start,
+            max_new_tokens,
         )
-        host.show_text(turns[0].text, type(self).__name__)
-        return [t.features for t in turns], [t.conversation for t in turns], [t.text for t in turns]
+        plan = model.model.plan(conversation, prompt, options, features)
+        engine: Engine = host.ready(model, plan.working_memory)
+        tokens = max_new_tokens + engine.config.llm_config.num_image_tokens_for_gen
+        results = engine.draw(plan, _reporter(self, tokens, engine))
+        host.show_text(results[0].text, type(self).__name__)
+        return [r.features for r in results], [r.conversation for r in results], [r.text for r in results]
 
 
 class MingGenerate(_Drawing):
@@ -284,7 +286,7 @@ class MingEdit(_Drawing):
         conversation: Conversation | None = None,
         **widgets: Any,
     ) -> tuple[list[Features], list[Conversation], list[str]]:
-        if features is None and not (conversation and conversation.pictures):
+        if features is None and not (conversation and conversation.images):
             raise ValueError(NO_PICTURE)
         return super().draw(prompt=instruction, features=features, conversation=conversation, **widgets)
 
@@ -312,7 +314,7 @@ class MingSaveConversation(SavingNode):
 
 class MingLoadConversation(LoadingNode):
     DESCRIPTION = "Loads a saved conversation, to go on with it. It needs the model that it was held with."
-    FILE_FORMAT = FILE_FORMAT
+    FILE_FORMAT = CONVERSATION_FORMAT
     CATEGORY = TOOLS
     RETURN_TYPES, RETURN_NAMES = ("MING_CONVERSATION",), ("conversation",)
     OUTPUT_TOOLTIPS = ("The conversation, as it was saved.",)
@@ -358,7 +360,7 @@ class MingConversationPicture:
         }
 
     def pick(self, conversation: Conversation, index: int) -> tuple[Features]:
-        pictures = conversation.pictures
+        pictures = conversation.images
         if not -len(pictures) <= index < len(pictures):
             n = len(pictures)
             has = f"{n} picture{'s' * (n > 1)} (0 to {n - 1}, or -1 to {-n} from the end)" if n else "no picture"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ..ming_core import Features
 from ..ming_core import load_features as read_features
 from ..ming_core import save_features as write_features
-from ..ming_core.features import CHANGED, FILE_FORMAT, change, principal_colours
+from ..ming_core.features import CHANGED, change, principal_colours
+from ..ming_core.saved import FEATURES_FORMAT
 from . import host
 from .latents import to_latent
 from .saved_files import LoadingNode, SavingNode, saved_as, saved_path
@@ -109,7 +110,7 @@ class MingSaveFeatures(SavingNode):
 
 class MingLoadFeatures(LoadingNode):
     DESCRIPTION = "Loads saved features."
-    FILE_FORMAT = FILE_FORMAT
+    FILE_FORMAT = FEATURES_FORMAT
     CATEGORY = FEATURES
     RETURN_TYPES, RETURN_NAMES = ("MING_FEATURES",), ("features",)
     OUTPUT_TOOLTIPS = ("The features, as they were saved.",)

@@ -51,9 +51,9 @@ _folders: ContextVar[tuple[Path, Path]] = ContextVar("ming_folders", default=(PA
 class ManagedModel(nn.Module):
     """What a patcher manages. ComfyUI writes attributes such as `device` on it, which a model of ours computes."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.model = model
+        self.network = network
         self.device = device
 
 
@@ -61,7 +61,7 @@ class ManagedModel(nn.Module):
 class Loaded:
     """A loaded model as it travels between nodes. `patcher` is None without ComfyUI."""
 
-    model: Any  # ming_core.MingTok or ming_core.UniVision
+    model: Any  # ming_core.MingTok or ming_core.Engine
     patcher: Any
     name: str
     owner: Loaded | None = None  # the Ming-UniVision that this MingTok is a part of
@@ -148,16 +148,27 @@ def operations() -> Any:
     return Operations
 
 
-def managed(model: nn.Module, name: str) -> Loaded:
-    """Hand a loaded model to ComfyUI's memory management."""
+def managed(model: Any, name: str) -> Loaded:
+    """Hand a loaded Engine or MingTok to ComfyUI's memory management."""
     if not comfy:
         return Loaded(model, None, name)
-    fetching = [module for module in model.modules() if getattr(module, "fetches_weights", False)]
+    network: nn.Module = getattr(model, "network", model)
+    fetching = [module for module in network.modules() if getattr(module, "fetches_weights", False)]
     for module in fetching:
         _may_be_left_behind(module)
-    model.compute_on(device())
-    patcher = _patcher_class(bool(fetching))(ManagedModel(model, resting_device()), device(), resting_device())
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget)
+    network.compute_on(device())
+    patcher = _patcher_class(bool(fetching))(ManagedModel(network, resting_device()), device(), resting_device())
+    if hasattr(model, "prefix_cache"):
+
+        def forget(patcher: Any, unloaded: bool = True) -> None:
+            """When ComfyUI unloads a model, what it remembers of past rounds is freed too.
+
+            ComfyUI also calls this without unloading, whenever the model is loaded again.
+            """
+            if unloaded:
+                model.prefix_cache.clear()
+
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget)
     return Loaded(model, patcher, name)
 
 
@@ -236,15 +247,6 @@ def make_room(coming: int) -> None:
 def _entries() -> list[Any]:
     """What ComfyUI's manager has loaded."""
     return list(getattr(comfy.model_management, "current_loaded_models", ())) if comfy else []
-
-
-def forget(patcher: Any, unloaded: bool = True) -> None:
-    """When ComfyUI unloads a model, what it remembers of past rounds is freed too.
-
-    ComfyUI also calls this without unloading, whenever the model is loaded anew.
-    """
-    if unloaded and hasattr(patcher.model.model, "prefix_cache"):
-        patcher.model.model.prefix_cache.clear()
 
 
 # --- While a node runs --------------------------------------------------------------------------------------------

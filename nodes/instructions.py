@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ming_core.shapes import TASK_INSTRUCTIONS, instruction
+from ..tiny_shapes.world import TASK_INSTRUCTIONS, instruction
 from .widgets import TOOLS, combo, prompt
 
 OUR_WORDS = ("super-resolution", "denoise", "colorize")  # the other tasks' words are the published ones

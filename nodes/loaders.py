@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from ..ming_core import load_mingtok, load_univision
-from ..ming_core.checkpoint import checkpoint_bytes, checkpoint_kind, stored_quantization
-from ..ming_core.stored import INDEX
+from ..ming_core.checkpoint import INDEX, checkpoint_bytes, checkpoint_kind, stored_quantization
 from . import host
 from .widgets import CATEGORY, combo
 

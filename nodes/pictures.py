@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..ming_core.images import psnr, ssim
-from ..ming_core.shapes import DEGRADATIONS, describe, draw, parse_scene, scene_from_seed
-from ..ming_core.shapes import degrade as spoil
+from ..tiny_shapes.world import DEGRADATIONS, describe, draw, parse_scene, scene_from_seed
+from ..tiny_shapes.world import degrade as spoil
 from . import host
 from .widgets import TOOLS, combo, integer, seed, socket
 

@@ -126,19 +126,19 @@ def captured_steps(monkeypatch):
 
     steps = {}
 
-    class Noted(captured.Captured):
+    class Noted(cuda_graphs.CapturedStep):
         def __init__(self, function, record):
             super().__init__(function, record)
             steps[function.__name__] = self
 
-    monkeypatch.setattr(captured, "Captured", Noted)
+    monkeypatch.setattr(captured, "CapturedStep", Noted)
     return steps
 
 
 @pytest.fixture
 def tensors_alive(monkeypatch):
     """Counts, while checkpoints are loaded: [tensors read, most of them that were alive at once]."""
-    from ming_univision.ming_core.stored import TensorReader
+    from ming_univision.ming_core.checkpoint.reader import TensorReader
 
     alive, counts, read = [], [0, 0], TensorReader.read
 

@@ -95,7 +95,7 @@ def test_download_takes_a_published_name_and_a_folder(quickstart, monkeypatch):
             return 4
 
     monkeypatch.setattr(quickstart, "load_pack", lambda: None)
-    monkeypatch.setattr(quickstart.importlib, "import_module", {"ming_univision.nodes.download": Download()}.get)
+    monkeypatch.setattr(quickstart.importlib, "import_module", {"ming_univision.runner.download": Download()}.get)
     for argv in (["download"], ["download", "MingTok-Vision", "--to", "there"]):
         options = quickstart.parse(argv)
         assert options.command(options) == 4

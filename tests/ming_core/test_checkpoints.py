@@ -21,9 +21,9 @@ from ming_univision.ming_core import (
     save_univision,
 )
 from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind
+from ming_univision.ming_core.checkpoint.keys import published_slots
 from ming_univision.ming_core.config import ConfigError, MingTokConfig, UniVisionConfig, read_config
 from ming_univision.ming_core.files import write_whole
-from ming_univision.ming_core.published import published_slots
 from safetensors.torch import load_file, save_file
 
 PUBLISHED_VALUES = 18_804_506_432

@@ -19,7 +19,7 @@ from ming_univision.ming_core import (
     load_univision,
     save_conversation,
 )
-from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Part, Picture, Text, guidance_views, prompt_views
+from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Part, Picture, Text, guidance_masks, prompt_views
 from ming_univision.ming_core.features import Features, load_features, save_features
 from ming_univision.ming_core.files import read_tensors, write_tensors
 
@@ -179,7 +179,7 @@ def test_a_picture_is_masked_as_in_a_first_round_and_visible_to_all_from_the_nex
     talk = model.understand(Conversation(), "Hello.", **SHORT).conversation
     shown = model.understand(talk, "What is it?", features=picture, **SHORT).conversation
     attached = shown.parts[2]
-    _, unconditional, text_unconditional = guidance_views(shown.parts[:3])
+    _, unconditional, text_unconditional = guidance_masks(shown.parts[:3])
     n, past = picture.tokens.shape[1], talk.length
     role = attached.segments[0].length
     picture_columns = slice(past + role, past + role + n + 2)  # with its two marks
@@ -188,7 +188,7 @@ def test_a_picture_is_masked_as_in_a_first_round_and_visible_to_all_from_the_nex
     assert prompt_views(attached)[0] == unconditional[past:].tolist()
 
     later = model.understand(shown, "Sure?", **SHORT).conversation
-    _, unconditional, text_unconditional = guidance_views(later.parts[:5])
+    _, unconditional, text_unconditional = guidance_masks(later.parts[:5])
     assert unconditional[: shown.length - shown.parts[3].length].all() and text_unconditional[: shown.length].all()
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Guidance, Solver, UniVision, captured, experts, load_univision
-from ming_univision.ming_core.few_bits import kernel_works
+from ming_univision.ming_core import Conversation, Guidance, Solver, UniVision, experts, load_univision
 from ming_univision.ming_core.quantization import FORMATS, QuantizedLinear
+from ming_univision.ming_core.quantization.kernels import kernel_works
 from ming_univision.nodes.host import PACK
 from ming_univision.tests.far_device import FarDevice, bring, near_first
 from torch import Tensor
@@ -128,8 +128,8 @@ def test_cuda_graphs_draw_the_same(gpu, scene, precision, guidance, captured_ste
     plain = rounds(model, scene, guidance=guidance)
     if "quantization" in PRECISIONS[precision] and not few_bits_work():
         pytest.skip("this GPU has no kernel for few bits")
-    monkeypatch.setattr(captured.Recorder, "failed", False)
-    monkeypatch.setenv(captured.SWITCH, "1")
+    monkeypatch.setattr(cuda_graphs.Recorder, "failed", False)
+    monkeypatch.setenv(cuda_graphs.SWITCH, "1")
     model.prefix_cache.clear()
     found = rounds(model, scene, guidance=guidance)
     replayed = {name: step.replaying for name, step in captured_steps.items()}

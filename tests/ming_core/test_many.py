@@ -6,8 +6,9 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision
 from ming_univision.ming_core.images import to_pixels
-from ming_univision.ming_core.shapes import draw, parse_scene
-from ming_univision.ming_core.training.many import AT_ONCE, Wish, draw_many
+
+from tiny_shapes.training.many import AT_ONCE, Wish, draw_many
+from tiny_shapes.world import draw, parse_scene
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-shapes"
 SAME = 1e-3  # latents of the built-in model, alone or in a batch

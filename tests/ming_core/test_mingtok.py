@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ming_univision.ming_core import load_mingtok
-from ming_univision.ming_core.mingtok import as_finely
+from ming_univision.ming_core.mingtok import upcast_forward
 from ming_univision.ming_core.transformer import attend_once
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +39,7 @@ def test_a_layer_that_brings_its_weights_over_itself_is_given_what_to_compute_in
             return x
 
     layer = Offloaded(2, 2, device="meta", dtype=torch.bfloat16)
-    assert as_finely(layer, torch.ones(1, 2)).dtype == torch.float32
+    assert upcast_forward(layer, torch.ones(1, 2)).dtype == torch.float32
 
 
 def test_encoding_asks_for_no_convolution_which_a_gpu_would_round_to_tf32(model):

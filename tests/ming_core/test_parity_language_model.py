@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from ming_univision.ming_core.checkpoint import fill
+from ming_univision.ming_core.checkpoint.reader import CheckpointReader
 from ming_univision.ming_core.config import LanguageModelConfig, read_config
 from ming_univision.ming_core.experts import MixtureOfExperts
 from ming_univision.ming_core.flow_head import FlowHead, Guidance, Solver, TimeEmbed
 from ming_univision.ming_core.language_model import Causal, LanguageModel, Rows
-from ming_univision.ming_core.stored import CheckpointFiles
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,7 +29,7 @@ def no_gradients():
 def filled(module: type[nn.Module], case, *arguments) -> nn.Module:
     """The module on the meta device, filled from the case's files as a checkpoint is."""
     model = module(*arguments, device="meta", dtype=torch.float32)
-    fill(model, CheckpointFiles(case.folder), "cpu", torch.float32)
+    fill(model, CheckpointReader(case.folder), "cpu", torch.float32)
     return model
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision
-from ming_univision.ming_core.conversation import guidance_views, segment_keys
+from ming_univision.ming_core.conversation import guidance_masks, segment_keys
 
 TOLERANCE = 3e-4
 CASES = ["understand", "generate_image", "edit_image", "edit_round", "edit_after_answer"]
@@ -61,7 +61,7 @@ def test_guidance_rows_see_and_count_what_was_recorded(golden, name):
         assert ids == io["input_ids"][0].tolist()
         if "img_in_uncond_attention_mask" not in io:
             continue
-        views = guidance_views(tuple(parts))
+        views = guidance_masks(tuple(parts))
         assert torch.equal(views[1].long(), io["img_in_uncond_attention_mask"][0])
         if len(views) == 3:
             assert torch.equal(views[2].long(), io["img_in_text_uncond_attention_mask"][0])

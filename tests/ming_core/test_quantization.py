@@ -20,7 +20,6 @@ from ming_univision.ming_core import (
 from ming_univision.ming_core.checkpoint import checkpoint_bytes, stored_quantization
 from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig
 from ming_univision.ming_core.experts import Experts
-from ming_univision.ming_core.few_bits import dequantize, quantize_int4, quantize_int8
 from ming_univision.ming_core.prompts import ChatFormat
 from ming_univision.ming_core.quantization import (
     FORMATS,
@@ -30,9 +29,11 @@ from ming_univision.ming_core.quantization import (
     arrange_plainly,
     quantize,
 )
-from ming_univision.ming_core.training.objectives import initialise
+from ming_univision.ming_core.quantization.kernels import dequantize, quantize_int4, quantize_int8
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from tiny_shapes.training.objectives import initialise
 
 both = pytest.mark.parametrize("kind", FORMATS)
 

@@ -12,9 +12,9 @@ from ming_univision.ming_core import Conversation, files, load_univision
 from ming_univision.ming_core.images import to_images, to_pixels
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, headless_core, host, loaders, mingtok
 from ming_univision.nodes import saved_files as saved_files_module
-from ming_univision.nodes.headless import NodeError, known_node_classes, run_workflow
-from ming_univision.nodes.headless_workflow import WorkflowError, plan, read_workflow
 from ming_univision.nodes.saved_files import new_file, saved_files, saved_path
+from ming_univision.runner.run import NodeError, known_node_classes, run_workflow
+from ming_univision.runner.workflow import WorkflowError, plan, read_workflow
 
 SHORT = {"max_new_tokens": 4}
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision, save_univision
-from ming_univision.ming_core import quantize as quantize_command
 from ming_univision.ming_core.checkpoint import checkpoint_bytes
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
+from ming_univision.runner import quantize as quantize_command
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
-from ming_univision.nodes.headless import run_workflow
-from ming_univision.nodes.headless_workflow import read_workflow, with_image
+from ming_univision.runner.run import run_workflow
+from ming_univision.runner.workflow import read_workflow, with_image
 from PIL import Image
 
 FOLDER = host.PACK / "workflows" / "api"

@@ -1,0 +1,148 @@
+"""Attention: what queries gather from keys and values, for each of the ways in which a transformer runs here.
+
+    causal_attention         a whole sequence at once: training, and the semantic decoder
+    cached_attention         new tokens of every row over that row's own cache: the semantic decoder, token by token
+    prefill_attention        new tokens of one sequence over its cache, grouped key/value heads
+    shared_prefix_attention  new tokens of several rows over a prefix that they share and their own caches, in one
+                             softmax: guidance rows and the images of a batch
+
+A language model layer is handed one of `CausalAttention`, `PrefillAttention` and `DecodeAttention`: it stores the new
+keys and values, if there is a cache, and attends. Scores are float32 in every precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kv_cache import DecodeCache, LayerCache, PrefillCache
+
+# (layer, queries [B, heads, T, d], keys and values [B, kv_heads, T, d]) -> [B, heads, T, d]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend over the sequence itself, [B, heads, T, d] each.
+
+    mask: bool [B, 1, T, T], True where a query may attend; None: causal.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def cached_attention(q: Tensor, cache: LayerCache, k: Tensor, v: Tensor) -> Tensor:
+    """Store the new keys and values [B, heads, T, d] and attend to all that the cache holds, causally."""
+    tokens, empty = q.shape[2], not cache.length
+    k, v = cache.append(k, v)
+    if tokens == 1 and q.is_cuda:
+        return _single_query_attention(q, k, v, cache.attn_mask(1))
+    if empty and cache.cache_position is None:
+        return causal_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=cache.attn_mask(tokens))
+
+
+def _single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with one query [B, heads, 1, d]; mask: bool [1, N].
+
+    Used on CUDA, where torch's fused attention goes to cuDNN on newer GPUs: reports say that it plans anew for every N
+    and is wrong for one query on some cards. Not measured: there was no GPU to do so.
+    """
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
+    if mask is not None:
+        scores = scores.where(mask, float("-inf"))
+    return scores.softmax(-1).to(q.dtype) @ v
+
+
+def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with the last T positions of one sequence: q [1, heads, T, d], k and v [kv_heads, N, d].
+
+    mask: bool [T, N]; None: T = N, causal, or T = 1. Each key/value head serves a group of query heads.
+    """
+    kv_heads, n, d = k.shape
+    q = q.reshape(kv_heads, -1, q.shape[2], d)
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    causal = mask is None and q.shape[2] == n
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).flatten(0, 1)[None]
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    prefix_bias: Tensor | None = None,
+    own_mask: Tensor | None = None,
+) -> Tensor:
+    """Attend over a shared prefix and each row's own tokens in one softmax; the prefix is read once for all rows.
+
+    q            [rows, heads, T, d]
+    prefix       keys and values [kv_heads, P, d]
+    own          keys and values [rows, kv_heads, n, d], the T new tokens among them
+    prefix_bias  float32 [rows, P], added to the scores of the prefix (-inf: not seen)
+    own_mask     bool [T, n], True where a new token may attend
+    Returns [rows, heads, T, d].
+    """
+    (prefix_k, prefix_v), (own_k, own_v) = prefix, own
+    rows, heads, tokens, d = q.shape
+    kv_heads, length, _ = prefix_k.shape
+    q = q.reshape(rows, kv_heads, -1, d)  # (rows, kv, group * T, d)
+    scaled = q.float() * d**-0.5
+    # (kv, rows, group * T, P), then (kv, rows, group * T, n)
+    past = (scaled.transpose(0, 1).reshape(kv_heads, -1, d) @ prefix_k.float().mT).view(kv_heads, rows, -1, length)
+    if prefix_bias is not None:
+        past = past + prefix_bias[None, :, None]
+    recent = (scaled @ own_k.float().mT).transpose(0, 1)
+    if own_mask is not None:
+        recent = recent.unflatten(2, (-1, tokens)).where(own_mask, float("-inf")).flatten(2, 3)
+    # only the scores are put together and taken apart: keys and values stay where they are
+    weights = torch.cat([past, recent], dim=-1).softmax(-1).to(q.dtype)
+    past, recent = weights.split([length, own_k.shape[2]], dim=-1)
+    gathered = (past.reshape(kv_heads, -1, length) @ prefix_v).view(kv_heads, rows, -1, d).transpose(0, 1)
+    return (gathered + recent.transpose(0, 1) @ own_v).reshape(rows, heads, tokens, d)
+
+
+class CausalAttention:
+    """No cache: full attention over the sequence itself, for training.
+
+    mask: bool [B, T, T], True where a query may attend; None: causal.
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self.mask = None if mask is None else mask[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return causal_attention(q, k, v, self.mask)
+
+
+class PrefillAttention:
+    """Attention of the next `tokens` positions of a sequence that is being prefilled."""
+
+    def __init__(self, cache: PrefillCache, tokens: int) -> None:
+        self.cache, self.mask = cache, None
+        if cache.length and tokens > 1:
+            mask = torch.ones(tokens, cache.length + tokens, dtype=torch.bool, device=cache.keys.device)
+            self.mask = mask.tril(cache.length)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return prefill_attention(q, *self.cache.append(layer, k[0], v[0]), self.mask)
+
+
+class DecodeAttention:
+    """Attention of the next tokens of every row of a `DecodeCache`."""
+
+    def __init__(self, cache: DecodeCache) -> None:
+        self.cache = cache
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        prefix, own = self.cache.prefix, self.cache.layers[layer]
+        end = prefix.length
+        recent = own.append(k, v)
+        return shared_prefix_attention(
+            q,
+            (prefix.keys[layer, :, :end], prefix.values[layer, :, :end]),
+            recent,
+            self.cache.prefix_bias,
+            own.attn_mask(q.shape[2]),
+        )

@@ -1,0 +1,218 @@
+"""Keys and values of past tokens: storage only. What attention computes from them is in attention.py.
+
+    KeyValues     keys and values of consecutive positions, as they travel to the prefix cache and back
+    PrefillCache  one sequence that is being prefilled
+    DecodeCache   several continuations of one prefilled sequence: guidance rows, and the images of a batch
+    LayerCache    one layer of a stack; LayerCaches, all of them
+
+Buffers are allocated once and filled from the front, so a step copies nothing but its own keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import LanguageModelConfig
+
+
+class KeyValues(NamedTuple):
+    """Keys (after rotary embedding) and values of n consecutive positions: [layers, kv_heads, n, head_dim] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+
+class CachePosition:
+    """Index of the next token as a tensor on the device, for caches whose shapes must not change (a static cache)."""
+
+    def __init__(self, index: int, capacity: int, device: torch.device) -> None:
+        self.index = torch.tensor([index], device=device)
+        self._slots = torch.arange(capacity, device=device)
+
+    @property
+    def attn_mask(self) -> Tensor:
+        """Slots that the token at this index may attend to: bool [1, capacity]."""
+        return (self._slots <= self.index)[None]
+
+
+class LayerCache:
+    """Preallocated keys and values of one attention layer, for `rows` sequences that grow together.
+
+    keys, values: [rows, heads, capacity, head_dim]; the first `length` positions are filled.
+    """
+
+    def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
+        self.keys = torch.empty(rows, heads, capacity, head_dim, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+        self.cache_position: CachePosition | None = None  # set while the cache is static
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [rows, heads, n, head_dim] of each and return views of all that is filled now.
+
+        A static cache takes one token and returns its whole capacity, of which `attn_mask` tells what counts. Raises
+        ValueError when the capacity is exceeded.
+        """
+        if self.cache_position is not None:
+            self.keys.index_copy_(2, self.cache_position.index, keys)
+            self.values.index_copy_(2, self.cache_position.index, values)
+            return self.keys, self.values
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"{end} tokens exceed the cache's capacity of {self.keys.shape[2]}")
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def attn_mask(self, tokens: int) -> Tensor | None:
+        """Which keys returned by `append` each of the newest `tokens` may attend to: bool [tokens, keys].
+
+        None where each attends to all of them.
+        """
+        if self.cache_position is not None:
+            return self.cache_position.attn_mask
+        if tokens == 1:
+            return None
+        seen = torch.ones(tokens, self.length, dtype=torch.bool, device=self.keys.device)
+        return seen.tril(self.length - tokens)
+
+
+class LayerCaches(list[LayerCache]):
+    """The caches of all layers of a stack.
+
+    A static one does the same operations on the same memory in every step, as a CUDA graph requires: the position of
+    the next token is a tensor on the device, and unfilled slots are masked.
+    """
+
+    @property
+    def length(self) -> int:
+        """Tokens that every row holds; the last layer is the last to be filled."""
+        return self[-1].length
+
+    @property
+    def cache_position(self) -> CachePosition | None:
+        return self[-1].cache_position
+
+    def make_static(self) -> None:
+        """Take one token a step from now on; `advance` completes the step."""
+        last = self[-1]
+        position = CachePosition(last.length, last.keys.shape[2], last.keys.device)
+        for layer in self:
+            layer.cache_position = position
+            for tensor in (layer.keys, layer.values):
+                tensor[:, :, layer.length :] = 0  # masked slots have weight 0, but 0 * NaN is NaN
+
+    def make_dynamic(self) -> None:
+        """Grow with every `append` again."""
+        for layer in self:
+            layer.cache_position = None
+
+    def advance(self) -> None:
+        """Complete a step of a static cache; a dynamic one counts by itself."""
+        if self.cache_position is not None:
+            self.cache_position.index += 1
+            for layer in self:
+                layer.length += 1
+
+
+class PrefillCache:
+    """Keys and values of one sequence, preallocated for `capacity` positions: [layers, kv_heads, capacity, head_dim]."""
+
+    def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one layer's new positions [kv_heads, n, head_dim] and return views of all of its filled ones.
+
+        The positions count as filled for the other layers once `advance` is called, after the last layer.
+        """
+        end = self.length + keys.shape[1]
+        self.keys[layer, :, self.length : end] = keys
+        self.values[layer, :, self.length : end] = values
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def extend(self, known: KeyValues) -> None:
+        """Append positions that were computed before."""
+        end = self.length + known.length
+        self.keys[:, :, self.length : end] = known.keys
+        self.values[:, :, self.length : end] = known.values
+        self.length = end
+
+    def slice(self, start: int, end: int) -> KeyValues:
+        """Copy positions start..end to host memory."""
+        return KeyValues(*(x[:, :, start:end].detach().to("cpu", copy=True) for x in (self.keys, self.values)))
+
+
+class DecodeCache:
+    """`rows` sequences that continue one prefix. The prefix is stored once for all of them.
+
+    visible  bool [rows, prefix.length], the positions of the prefix that each row attends to; None: all. A row attends
+             to all that it has added itself. Its positions count what it attends to, so a row that sees less has
+             compacted positions, while the prefix keeps the keys it was computed with (MODEL_SPEC, generation loop).
+    """
+
+    def __init__(self, prefix: PrefillCache, capacity: int, rows: int = 1, visible: Tensor | None = None) -> None:
+        layers, heads, _, head_dim = prefix.keys.shape
+        options = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
+        self.prefix, self.rows, self.visible = prefix, rows, visible
+        self.layers = LayerCaches(LayerCache(rows, heads, capacity, head_dim, **options) for _ in range(layers))
+        self.prefix_bias: Tensor | None = None  # float32 [rows, P], added to the scores of the prefix
+        starts = torch.full((rows,), prefix.length, dtype=torch.long)
+        if visible is not None:
+            starts = visible.sum(1)
+            if not visible.all():
+                bias = torch.zeros(visible.shape).masked_fill(~visible.cpu(), float("-inf"))
+                self.prefix_bias = bias.to(prefix.keys.device)
+        self._starts = starts.to(prefix.keys.device)
+
+    @property
+    def length(self) -> int:
+        """Tokens that each row has added."""
+        return self.layers.length
+
+    def positions(self, tokens: int) -> Tensor:
+        """Positions of the next `tokens` of each row, int64 [rows, tokens]."""
+        static = self.layers.cache_position
+        first = self._starts + (self.length if static is None else static.index)
+        if tokens == 1:
+            return first[:, None]
+        return first[:, None] + torch.arange(tokens, device=first.device)
+
+    def fork(self, rows: int, capacity: int, visible: Tensor | None) -> DecodeCache:
+        """Copy a single row `rows` times; the copies go on separately and see `visible` of the prefix."""
+        return self._copy([0] * rows, capacity, visible)
+
+    def select(self, rows: list[int], capacity: int) -> DecodeCache:
+        """Copy only these rows, with room for `capacity` tokens in all."""
+        return self._copy(rows, capacity, None if self.visible is None else self.visible[rows])
+
+    def _copy(self, rows: list[int], capacity: int, visible: Tensor | None) -> DecodeCache:
+        other = DecodeCache(self.prefix, capacity, len(rows), visible)
+        index = torch.tensor(rows, device=self.prefix.keys.device)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.append(mine.keys[index, :, : mine.length], mine.values[index, :, : mine.length])
+        return other
+
+    def slice(self, row: int, start: int, end: int) -> KeyValues:
+        """Copy what one row has added, from its start-th token to its end-th, to host memory."""
+        keys = torch.stack([layer.keys[row, :, start:end] for layer in self.layers])
+        values = torch.stack([layer.values[row, :, start:end] for layer in self.layers])
+        return KeyValues(keys.detach().cpu(), values.detach().cpu())  # stacking has copied them

@@ -1,0 +1,109 @@
+"""What a caller chooses for a round: how text is sampled, how an image is drawn. All are frozen and checked at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .solver import Solver
+
+STARTS = ("draw now", "model decides")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text tokens are chosen: the most likely one at temperature 0, else sampled from the nucleus of mass top_p."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"sampling.temperature is {self.temperature}: it must be a number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: how far an image is pulled towards the prompt (`text`) and its images and past (`image`).
+
+    1 is no guidance. With a row that saw everything (c), one that saw no text (t) and one that saw neither (u):
+    v = g_t v_c + (g_i - g_t) v_t + (1 - g_i) v_u. With no picture in the prompt and nothing before it only c and u
+    exist: v = g_t v_c + (1 - g_t) v_u.
+    """
+
+    text: float = 3.0
+    image: float = 1.1
+
+    def __post_init__(self) -> None:
+        for name in ("text", "image"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"guidance.{name} is {value}: it must be a number of at least 0")
+
+    def weights(self, rows: int) -> tuple[float, ...]:
+        """Weights of the velocities of the rows [c], [c, u] or [c, u, t]."""
+        if rows == 1:
+            return (1.0,)
+        if rows == 2:
+            return (self.text, 1 - self.text)
+        return (self.text, 1 - self.image, self.image - self.text)
+
+
+def _check_max_new_tokens(value: int) -> None:
+    if value < 1:
+        raise ValueError(f"max_new_tokens is {value}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """A round that answers in text.
+
+    max_new_tokens  the answer ends after this many tokens at the latest
+    sampling        greedy by default
+    seed            for a temperature above 0
+    return_logits   keep a row of logits for every emitted token
+    """
+
+    max_new_tokens: int = 512
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    return_logits: bool = False
+
+    def __post_init__(self) -> None:
+        _check_max_new_tokens(self.max_new_tokens)
+
+
+@dataclass(frozen=True, eq=False)  # tensors cannot be compared by ==
+class ImageOptions:
+    """A round that draws images, one for each seed, in one pass over the weights.
+
+    guidance        text 3.0, image 1.1 by default, as published
+    solver          Euler with the checkpoint's number of steps by default
+    temperature     the noise is multiplied by it
+    start           "draw now": begin the image at once; "model decides": write until the model itself begins it
+    max_new_tokens  of text, before and after the image together
+    noise           float32 [seeds, tokens, C] in place of the seeded one (one more token an image is ignored)
+    return_logits   keep a row of logits for every emitted token
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    guidance: Guidance = field(default_factory=Guidance)
+    solver: Solver = field(default_factory=Solver)
+    temperature: float = 1.0
+    start: str = "draw now"
+    max_new_tokens: int = 64
+    noise: Tensor | None = None
+    return_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds is empty: give one for every image to draw")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}: choose one of {STARTS}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}: it must be a number of at least 0")
+        _check_max_new_tokens(self.max_new_tokens)

@@ -1,0 +1,1 @@
+"""Runs workflows without a ComfyUI server, and prepares model folders."""

@@ -1,0 +1,169 @@
+"""Steps played back as CUDA graphs, with a stand-in that plays back on the CPU what a graph would on a GPU."""
+
+import pytest
+import torch
+from ming_univision.ming_core import Conversation, Guidance, Solver, captured, load_univision
+from ming_univision.ming_core.cuda_graphs import CapturedStep, recorder
+from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.offload import all_on
+from ming_univision.ming_core.quantization import FORMATS
+from ming_univision.nodes.host import PACK
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tape(TorchDispatchMode):
+    """The operations of a run, which `replay` does once more with the same tensors, into the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for operation, args, kwargs, out in self.operations:
+            memory = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+            for old, new in zip(tensors(out), tensors(operation(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in memory:  # neither a view nor in place
+                    old.copy_(new)
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def record(run):
+    with Tape() as tape:
+        outputs = run()
+    return tape.replay, outputs
+
+
+@pytest.fixture
+def graphs(monkeypatch, captured_steps):
+    """Captures as on a GPU; gives the steps of the last drawing."""
+    monkeypatch.setattr(captured, "recorder", lambda device, *modules: record)
+    monkeypatch.setattr(Experts, "_way", lambda self, x, pairs: self._gathered)
+    return captured_steps
+
+
+DRAWINGS = {
+    "from a prompt": {},
+    "an edit, with three rows": {"edit": True, "guidance": Guidance(2.0, 1.3)},
+    "without guidance": {"guidance": Guidance(1.0, 1.0)},
+    "two pictures": {"seeds": [1, 2]},
+    "second order and renorm": {"solver": Solver(4, "ab2", renorm=True)},
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_drawing_by_graphs_is_the_drawing(model, picture, graphs, monkeypatch, name):
+    options = {"seeds": [1], **DRAWINGS[name]}
+    if options.pop("edit", False):
+        options["features"] = picture
+
+    def rounds():
+        """The drawing, and a second one that goes on from the first picture of it."""
+        model.prefix_cache.clear()
+        turns = model.generate_images(Conversation(), "a red circle", max_new_tokens=3, **options)
+        return [*turns, model.generate_image(turns[0].conversation, "make it blue", max_new_tokens=3)]
+
+    by_graphs = rounds()
+    assert {name: step.replaying for name, step in graphs.items()} == {"condition": True, "flow": True, "expand": True}
+    monkeypatch.undo()
+    for found, plain in zip(by_graphs, rounds(), strict=True):
+        torch.testing.assert_close(found.features.latents, plain.features.latents, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.features.tokens, plain.features.tokens, rtol=1e-4, atol=1e-4)
+        assert found.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("quantised", FORMATS)
+def test_quantised_experts_are_replayed_too(graphs, request, quantised):
+    """The built-in model, whose experts have shapes that the int4 kernel takes."""
+    model = load_univision(PACK / "models" / "tiny-shapes", dtype=torch.bfloat16, quantization=quantised)
+    plain = model.generate_image(Conversation(), "a red circle", seed=3, max_new_tokens=1).features
+    request.getfixturevalue("quantised_as_on_a_gpu")
+    found = model.generate_image(Conversation(), "a red circle", seed=3, max_new_tokens=1).features
+    assert {name: step.replaying for name, step in graphs.items()} == {"condition": True, "flow": True, "expand": True}
+    assert torch.cosine_similarity(found.tokens.flatten(), plain.tokens.flatten(), dim=0) > 0.98
+
+
+def test_a_step_that_waits_for_the_device_is_not_recorded_and_the_others_are(model, graphs, monkeypatch):
+    monkeypatch.setattr(Experts, "_way", lambda self, x, pairs: self._sorted)
+    model.generate_image(Conversation(), "a red circle", max_new_tokens=3)
+    assert {name: step.replaying for name, step in graphs.items()} == {"condition": False, "flow": True, "expand": True}
+
+
+def test_a_function_that_cannot_be_recorded_goes_on_as_it_is(caplog):
+    double = CapturedStep(lambda x: (x * float(x.sum().item()),), record)
+    for i in range(5):
+        assert double(torch.tensor([2.0 + i]))[0] == (2.0 + i) ** 2
+    assert not double.replaying and "not permitted" in caplog.text
+
+
+def test_a_replay_that_gives_other_numbers_is_not_used(caplog):
+    count = 0
+
+    def forgetful(x):
+        """Python's count would be frozen in a graph."""
+        nonlocal count
+        count += 1
+        return (x * count,)
+
+    step, x = CapturedStep(forgetful, record), torch.ones(2)
+    found = [float(step(x)[0][0]) for _ in range(6)]
+    assert not step.replaying and "differs" in caplog.text
+    assert found == sorted(found) and len(set(found)) == 6  # never a frozen one
+
+
+def test_numbers_out_of_range_are_not_trusted_to_a_graph():
+    step = CapturedStep(lambda x: (x, x / 0 * 0), record)
+    for _ in range(5):
+        step(torch.ones(2))
+    assert not step.replaying
+
+
+def test_a_replay_that_differs_leaves_no_trace_in_what_is_remembered():
+    """A step writes at its place what it was given; a graph that was recorded wrong would write something else."""
+    memory = torch.zeros(3)
+
+    def remember(x):
+        memory[1:2] = x
+        return (memory.clone(),)
+
+    step = CapturedStep(remember, lambda run: (lambda: memory.fill_(7), run()))
+    for i in range(4):
+        step(torch.tensor([float(i + 1)]))
+    assert not step.replaying and memory[1] == 4
+
+
+def test_a_replay_that_fails_is_given_up():
+    def fail():
+        raise torch.OutOfMemoryError("no memory")
+
+    step = CapturedStep(lambda x: (2 * x,), lambda run: (fail, run()))
+    assert [step(torch.tensor([float(i)]))[0].item() for i in range(4)] == [0, 2, 4, 6] and not step.replaying
+
+
+def test_there_are_graphs_only_on_a_gpu_when_asked_for_and_after_no_failure(model, monkeypatch):
+    gpu = torch.device("cuda")
+    assert recorder(gpu, model) is None
+    monkeypatch.setenv(cuda_graphs.SWITCH, "1")
+    assert recorder(torch.device("cpu"), model) is None
+    monkeypatch.setattr(cuda_graphs.Recorder, "failed", True)
+    assert recorder(gpu, model) is None
+    monkeypatch.setattr(cuda_graphs.Recorder, "failed", False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert recorder(gpu, model) is None
+
+
+def test_weights_that_rest_elsewhere_are_noticed(model):
+    here = torch.device("cpu")
+    assert all_on(here, model.language_model, model.flow_head)
+    model.language_model.model.layers[1].mlp.experts.to("meta")  # as good as any other device
+    assert not all_on(here, model.language_model, model.flow_head)

@@ -1,0 +1,248 @@
+"""The recipe of the built-in model: its sizes, and the stages that train it, in order.
+
+Every stage starts from weights alone (the published-layout folder that the stage before it wrote), with fresh
+optimizers and a warm-up, so that work goes on from the committed folder on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ming_core.config import (
+    FlowHeadConfig,
+    LanguageModelConfig,
+    LowLevelEncoderConfig,
+    MingTokConfig,
+    PixelDecoderConfig,
+    SemanticDecoderConfig,
+    UniVisionConfig,
+)
+from ming_core.prompts import ChatFormat
+
+MINGTOK = MingTokConfig(
+    low_level_encoder=LowLevelEncoderConfig(img_size=128, patch_size=16, depth=3, embed_dim=192, out_dim=16),
+    semantic_decoder=SemanticDecoderConfig(in_dim=16, patch_size=16, embed_dim=256, decoder_depth=3),
+    pixel_decoder=PixelDecoderConfig(patch_size=8, decoder_depth=3, embed_dim=128),
+    scaling_factor=1.0,  # both are measured whenever the weights are written
+    mean=0.0,
+)
+VOCABULARY = 768  # 256 bytes, six special tokens, and the commonest pieces of the world's texts
+
+
+def univision_config(mingtok: MingTokConfig, chat: ChatFormat, vocabulary: int) -> UniVisionConfig:
+    """The built-in Ming-UniVision around a MingTok and a tokenizer: some 9 million values."""
+    language_model = LanguageModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_shared_experts=2,
+        moe_intermediate_size=128,
+        # A typed prompt of 20,000 characters fits even where every byte is a token of its own.
+        max_position_embeddings=65536,
+        eos_token_id=chat.end_id,
+        image_patch_token=chat.patch_id,
+        image_start_token=chat.image_open_id,
+        num_image_tokens_for_gen=mingtok.low_level_encoder.grid**2,
+    )
+    return UniVisionConfig(language_model, FlowHeadConfig(diffloss_w=256, diffloss_d=3), mingtok)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. It ends after `steps` steps or `hours` hours, whichever is first; 0 is no limit.
+
+    name       names its folder, too
+    trains     "mingtok"; "pixel decoder": that part of it alone; or "joint": the language model, flow head and
+               projection around a frozen MingTok
+    batch      pictures, or dialogues, a step
+    lr         peak learning rate of Muon and AdamW alike
+    warmup     steps until the peak
+    settle     share of the stage, its last part, over which the learning rate falls to almost nothing
+    average    decay of the moving average of the weights that is evaluated and written; 0: the weights themselves
+    things     fewest and most things in a scene
+    tasks      weights of tasks or families of tasks (`shapes.TASKS`); empty: the world's own mixture
+    rounds     rounds of a dialogue; 0: one to five
+    quizzes    share of the dialogues that are one picture with a row of questions
+    several    share of the other dialogues whose scenes have two things or more
+    """
+
+    name: str
+    trains: str
+    batch: int
+    lr: float
+    steps: int = 0
+    hours: float = 0.0
+    warmup: int = 100
+    settle: float = 0.7
+    average: float = 0.0
+    things: tuple[int, int] = (1, 3)
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    quizzes: float = 0.0
+    several: float = 0.0
+    checkpoint_minutes: float = 20.0
+    seed: int = 0
+
+
+# Hours are those of two CPU cores.
+RECIPE = (
+    # More things than in the scenes of the tasks: most of what there is to learn is in the patches of things.
+    Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.8, things=(1, 6), checkpoint_minutes=4),
+    Stage(
+        "one thing",
+        "joint",
+        batch=24,
+        lr=2e-3,
+        hours=2.0,
+        settle=0.3,
+        average=0.995,
+        things=(1, 1),
+        tasks={
+            "generate": 5.0,
+            "question": 2.0,
+            "describe": 0.8,
+            "edit": 2.0,
+            "identify region": 0.4,
+            "refine": 0.2,
+            "super-resolution": 0.2,
+            "denoise": 0.2,
+            "colorize": 0.3,
+            "chat": 0.2,
+        },
+        rounds=1,
+    ),
+    Stage(
+        "two things",
+        "joint",
+        batch=24,
+        lr=2e-3,
+        hours=0.85,
+        warmup=40,
+        settle=0.6,
+        average=0.99,
+        things=(1, 2),
+        tasks={
+            "generate": 3.0,
+            "question": 1.2,
+            "describe": 1.2,
+            "edit": 3.0,
+            "identify region": 1.0,
+            "refine": 0.5,
+            "super-resolution": 0.3,
+            "denoise": 0.3,
+            "colorize": 0.5,
+            "chat": 0.2,
+        },
+        seed=2,
+    ),
+    # With one thing in view there is no question which one is meant, so that is learned apart.
+    Stage(
+        "several things",
+        "joint",
+        batch=24,
+        lr=2e-3,
+        hours=1.0,
+        settle=0.1,
+        average=0.995,
+        things=(2, 3),
+        quizzes=0.3,
+        seed=4,
+    ),
+    Stage(
+        "everything",
+        "joint",
+        batch=24,
+        lr=2e-3,
+        hours=4.0,
+        settle=0.85,
+        average=0.995,
+        # Most of what is learned last: which words go with which of several things, to draw or to edit.
+        tasks={
+            "generate": 10.0,
+            "question": 1.6,
+            "describe": 2.0,
+            "edit/recolor": 2.5,
+            "edit/move": 2.5,
+            "edit/remove": 2.0,
+            "edit/add": 0.8,
+            "edit/background": 0.5,
+            "identify region": 2.5,
+            "refine": 0.3,
+            "super-resolution": 0.3,
+            "denoise": 0.3,
+            "colorize": 0.8,
+            "chat": 0.2,
+        },
+        several=0.6,
+        quizzes=0.08,
+        seed=1,
+    ),
+    # Which of several things is recolored comes last of all, and goes wrong where nothing else does any more.
+    Stage(
+        "recolors",
+        "joint",
+        batch=24,
+        lr=1.2e-3,
+        hours=1.8,
+        warmup=60,
+        settle=0.9,
+        average=0.995,
+        tasks={
+            "generate": 6.0,
+            "question": 1.5,
+            "describe": 1.5,
+            "edit/recolor": 6.0,
+            "edit/move": 1.5,
+            "edit/remove": 1.5,
+            "edit/add": 0.6,
+            "edit/background": 0.5,
+            "identify region": 2.0,
+            "refine": 0.3,
+            "super-resolution": 1.2,
+            "denoise": 0.9,
+            "colorize": 0.8,
+            "chat": 0.2,
+        },
+        several=0.8,
+        quizzes=0.05,
+        seed=5,
+    ),
+    # Drawings asked for in few words, and "it", came into the world's language after all of this.
+    Stage(
+        "few words",
+        "joint",
+        batch=24,
+        lr=1.2e-3,
+        hours=1.85,
+        warmup=60,
+        settle=0.9,
+        average=0.995,
+        tasks={
+            "generate": 13.0,
+            "question": 1.5,
+            "describe": 1.5,
+            "edit/recolor": 4.0,
+            "edit/move": 1.5,
+            "edit/remove": 1.5,
+            "edit/add": 1.2,
+            "edit/background": 0.6,
+            "identify region": 1.5,
+            "refine": 0.3,
+            "super-resolution": 0.9,
+            "denoise": 0.7,
+            "colorize": 0.8,
+            "chat": 0.2,
+        },
+        several=0.4,
+        quizzes=0.05,
+        seed=6,
+    ),
+    Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
+)
