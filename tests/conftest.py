@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "ming_univision"
+sys.path.append(str(ROOT))  # tiny_shapes and its training import the library by its own name
 
 
 def load_pack() -> None:
@@ -107,22 +108,22 @@ def picture(model):
 @pytest.fixture
 def quantised_as_on_a_gpu(monkeypatch):
     """Int8 goes through the int4 kernel (the CPU's), and few rows through copies of their experts."""
-    from ming_univision.ming_core import few_bits, quantization
+    from ming_univision.ming_core.quantization import kernels, layers
 
     def can_pack(values, device):
-        return values.shape[-2] % few_bits.BLOCK == 0 and few_bits.width_of(values) % 128 == 0
+        return values.shape[-2] % kernels.BLOCK == 0 and kernels.width_of(values) % 128 == 0
 
     def way(self, x, pairs):
         return self._gathered if self.ready(x) else self._sorted
 
-    monkeypatch.setattr(quantization, "can_pack", can_pack)
-    monkeypatch.setattr(quantization.QuantizedExperts, "_way", way)
+    monkeypatch.setattr(layers, "can_pack", can_pack)
+    monkeypatch.setattr(layers.QuantizedExperts, "_way", way)
 
 
 @pytest.fixture
 def captured_steps(monkeypatch):
     """The steps of the last drawing, which may be replayed as graphs, by the names of their functions."""
-    from ming_univision.ming_core import captured
+    from ming_univision.ming_core import cuda_graphs
 
     steps = {}
 
@@ -131,7 +132,7 @@ def captured_steps(monkeypatch):
             super().__init__(function, record)
             steps[function.__name__] = self
 
-    monkeypatch.setattr(captured, "CapturedStep", Noted)
+    monkeypatch.setattr(cuda_graphs, "CapturedStep", Noted)
     return steps
 
 
