@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import Attend, DecodeAttention, PrefillAttention
 from .config import LanguageModelConfig
 from .cuda_graphs import graphs_requested
-from .experts import GatedMlp, MixtureOfExperts
+from .experts import Experts, GatedMlp, MixtureOfExperts
 from .kv_cache import DecodeCache, PrefillCache
 from .offload import OffloadableModule
 
@@ -183,14 +183,16 @@ class LanguageModel(OffloadableModule):
 
     def _gathered_bytes(self, tokens: int) -> int:
         pairs = tokens * self.config.num_experts_per_tok
-        return max(
-            (layer.mlp.experts.gathered_bytes(pairs) for layer in self.model.layers if not layer.dense), default=0
-        )
+        return max((experts.gathered_bytes(pairs) for experts in self._experts), default=0)
 
     def synchronizes(self, x: Tensor) -> bool:
         """Whether a step with these embeddings, [rows, H], synchronizes with the device."""
         pairs = len(x) * self.config.num_experts_per_tok
-        return any(layer.mlp.experts.synchronizes(x, pairs) for layer in self.model.layers if not layer.dense)
+        return any(experts.synchronizes(x, pairs) for experts in self._experts)
+
+    @property
+    def _experts(self) -> list[Experts]:
+        return [module for module in self.model.layers.modules() if isinstance(module, Experts)]
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from ming_univision.ming_core.conversation import ANSWER, MARK, Part, Picture, Text, prompt_views
+from ming_univision.ming_core.conversation import ANSWER, MARK, Image, Part, Text, prompt_masks
 from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.prompts import END, HUMAN, ChatFormat, TextStream
 from tokenizers.pre_tokenizers import ByteLevel
@@ -22,8 +22,8 @@ def chat(golden_folder):
     return ChatFormat((golden_folder / "chat_template" / "surrogate_tokenizer.json").read_text(encoding="utf-8"))
 
 
-def blank(h: int, w: int) -> Picture:
-    return Picture(Features(torch.zeros(1, h * w, 4), torch.zeros(1, 2, h, w), (h, w), ""), drawn=False)
+def blank(h: int, w: int) -> Image:
+    return Image(Features(torch.zeros(1, h * w, 4), torch.zeros(1, 2, h, w), (h, w), ""), drawn=False)
 
 
 def contents(message: dict, grids: list) -> list:
@@ -62,7 +62,7 @@ def test_every_recorded_template_gives_the_recorded_text_ids_and_masks(recorded,
         ids = [i for p in parts for s in p.segments for i in getattr(s, "ids", [chat.patch_id] * s.length)]
         assert ids == case["input_ids_surrogate"], case["name"]
         before = [1] * sum(p.length for p in parts[:-1])
-        unconditional, text_unconditional = prompt_views(parts[-1])
+        unconditional, text_unconditional = prompt_masks(parts[-1])
         assert before + [int(v) for v in unconditional] == case["uncond_attention_mask"], case["name"]
         assert before + [int(v) for v in text_unconditional] == case["text_uncond_attention_mask"], case["name"]
 
