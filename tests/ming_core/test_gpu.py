@@ -112,7 +112,7 @@ def test_a_gpu_gives_what_the_cpu_gives_and_draws_without_waiting(gpu, scene, pr
     expected = rounds(load_univision(BUILT_IN, **PRECISIONS[precision]), scene)
     model = gpu.load(precision)
     first = torch.zeros(3, model.config.llm_config.hidden_size, dtype=model.dtype, device=gpu.device)
-    waits = model.network.language_model.waits(first)
+    waits = model.network.language_model.synchronizes(first)
     found = rounds(model, scene, on_token=None if waits else gpu.never_waits(model))
     assert not waits or (precision in ("int8", "int4") and not few_bits_work())
     assert found.said == expected.said or (REAL and precision != "fp32")
