@@ -66,12 +66,13 @@ class TimeEmbed(nn.Module):
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        waves = self.waves(t)
+        waves = self.waves(t)  # computed in float32, cast only now: 1000 * t needs every bit
         return self.mlp(waves.to(dtype or next(self.parameters()).dtype))
 
     @staticmethod
     def waves(t: Tensor) -> Tensor:
         """[..., 256] in float32: cosines first, then sines."""
+        # wave lengths from a thousandth of the time axis to all of it, as in sinusoidal position encodings
         exponents = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device) / TIME_FREQUENCIES
         angles = TIME_SCALE * t.float()[..., None] * torch.exp(-math.log(10000) * exponents)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -97,11 +98,13 @@ class ResBlock(nn.Module):
 
     def modulation(self, y: Tensor) -> GatedModulation:
         """y [..., w]: SiLU(time + condition)."""
+        # index 1: the SiLU at index 0 is already in y, where it is applied once for all layers
         shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
         return GatedModulation(shift, 1 + scale, gate)
 
     def forward(self, h: Tensor, modulation: GatedModulation) -> Tensor:
         shift, scale, gate = modulation
+        # addcmul(a, b, c) = a + b * c, one kernel instead of two
         return torch.addcmul(h, gate, self.mlp(torch.addcmul(shift, self.in_ln(h), scale)))
 
 
@@ -122,7 +125,7 @@ class FinalLayer(nn.Module):
         return Modulation(shift, 1 + scale)
 
     def forward(self, h: Tensor, modulation: Modulation) -> Tensor:
-        h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
+        h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)  # the modulation is all the affine part it has
         return self.linear(torch.addcmul(modulation.shift, h, modulation.scale))
 
 
@@ -154,12 +157,12 @@ class VelocityNet(nn.Module):
 
     def modulations(self, time: Tensor, z: Tensor) -> Modulations:
         """time: embedded times, which broadcast against z."""
-        y = F.silu(time + self.cond_embed(z))
+        y = F.silu(time + self.cond_embed(z))  # (..., w); x plays no part, so this runs once a token
         blocks = tuple(block.modulation(y) for block in self._blocks)
         return Modulations(blocks, self.final_layer.modulation(y))
 
     def velocity(self, x: Tensor, modulations: Modulations) -> Tensor:
-        h = self.input_proj(x)
+        h = self.input_proj(x)  # (..., w)
         for block, modulation in zip(self._blocks, modulations.blocks, strict=True):
             h = block(h, modulation)
         return self.final_layer(h, modulations.final)
