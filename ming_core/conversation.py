@@ -134,10 +134,12 @@ class Conversation(ContentHashed, _Conversation):
     def extended(self, part: Part, model: str) -> Conversation:
         return Conversation((*self.parts, part), model)
 
-    def contains(self, features: Features) -> bool:
-        """Whether this one image (batch 1) is in view already."""
-        wanted = (features.grid, tensor_digest(features.latents))
-        return any((p.features.grid, tensor_digest(p.features.latents)) == wanted for p in self.images)
+    def ends_with(self, images: list[Features]) -> bool:
+        """Whether these (batch 1 each) are the newest images in view, in this order."""
+        newest = self.images[-len(images) :]
+        return [(i.features.grid, tensor_digest(i.features.latents)) for i in newest] == [
+            (image.grid, tensor_digest(image.latents)) for image in images
+        ]
 
     def transcript(self) -> str:
         """The rounds as plain text for people."""

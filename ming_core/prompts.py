@@ -87,8 +87,12 @@ class ChatFormat:
                 pending = "\n"
         return Part(False, (*segments, *self._text(pending), self._tag(ASSISTANT)))
 
-    def answer(self, ids: Sequence[int]) -> Text:
-        return Text(tuple(ids), ANSWER, self.decode(ids))
+    def answer(self, emitted: Sequence[int], forwarded: int | None = None) -> Text:
+        """What the model said: the first `forwarded` of the emitted tokens (None: all), and the text of all of them.
+
+        The last token of an answer was never forwarded, so it belongs to the text for people alone.
+        """
+        return Text(tuple(emitted[:forwarded]), ANSWER, self.decode(emitted))
 
     def _special(self, token: str) -> int:
         if token not in self._special_ids:

@@ -76,6 +76,7 @@ class RoundResult:
     conversation  the conversation with this round
     prefilled     positions that were forwarded before the first token could be emitted
     logits        float32 [len(token_ids), vocabulary] in host memory, when asked for
+    truncated     whether max_new_tokens ended the text before the model did
     """
 
     text: str
@@ -83,6 +84,7 @@ class RoundResult:
     conversation: Conversation
     prefilled: int
     logits: Tensor | None
+    truncated: bool
 
 
 @dataclass(frozen=True)

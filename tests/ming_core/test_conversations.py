@@ -155,13 +155,41 @@ def test_a_picture_attached_in_a_later_round_is_used_and_routed_by_the_image_gat
     assert (with_picture.logits[0] - other_gate.logits[0]).abs().max() > 0.01
 
 
-def test_a_picture_in_view_is_not_attached_again(model, picture):
+def test_the_newest_picture_in_view_is_not_attached_again_and_an_older_one_is(model, picture):
     first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
     again = model.understand(first.conversation, "Sure?", features=picture, **SHORT)
     assert len(again.conversation.images) == 1
     drawn = model.generate_image(first.conversation, "Make it blue.", **SHORT)
     on = model.generate_image(drawn.conversation, "Refine it.", features=drawn.features, **SHORT)
     assert [p.drawn for p in on.conversation.images] == [False, True, True]
+    back = model.generate_image(on.conversation, "Make it red instead.", features=picture, **SHORT)
+    assert [p.drawn for p in back.conversation.images] == [False, True, True, False, True]
+    assert torch.equal(back.conversation.images[-2].features.latents, picture.latents)
+
+
+def test_what_is_attached_has_memory_of_its_own(model):
+    latents = torch.randn(16, model.network.flow_head.net.channels, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        one = model.mingtok.semantic_features(latents).split()[3]
+    conversation = model.understand(Conversation(), "What is it?", features=one, **SHORT).conversation
+    digest, attached = conversation.digest(), conversation.images[0].features
+    for tensor in (attached.latents, attached.tokens):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    one.latents.zero_()
+    assert conversation.digest() == digest
+
+
+def test_an_answer_that_the_limit_ended_is_marked_and_the_transcript_has_all_of_it(model, picture):
+    said = model.understand(Conversation(), "What is it?", features=picture, max_new_tokens=3)
+    assert said.truncated and len(said.token_ids) == 3 and said.text
+    assert said.conversation.transcript().endswith(said.text.strip())
+    assert said.conversation.parts[-1].length == 2  # the last token was never forwarded
+    end = model.config.llm_config.eos_token_id
+    head = model.network.language_model.lm_head.weight.data
+    head[end] = head[said.token_ids[0]] * 2
+    model.prefix_cache.clear()
+    ended = model.understand(Conversation(), "What is it?", features=picture, max_new_tokens=3)
+    assert not ended.truncated and ended.token_ids == [end]
 
 
 def test_a_batch_of_pictures_goes_into_one_message_before_the_text(model):
@@ -236,9 +264,9 @@ def noises(monkeypatch):
     """The noise of every drawing, in turn."""
     drawn, exact = [], ImageDecoder.__init__
 
-    def noted(decoder, network, cache, rows, noise, solver):
+    def noted(decoder, network, cache, rows, noise, *others):
         drawn.append(noise)
-        exact(decoder, network, cache, rows, noise, solver)
+        exact(decoder, network, cache, rows, noise, *others)
 
     monkeypatch.setattr(ImageDecoder, "__init__", noted)
     return drawn
