@@ -156,9 +156,12 @@ class Conversation(ContentHashed, _Conversation):
         return f"Conversation({self.rounds} rounds, {len(self.images)} images, {self.length} tokens)"
 
 
-def segment_keys(segments: tuple[Segment, ...]) -> list[bytes]:
-    """For each segment a key of everything up to its end: equal keys, equal keys and values in the language model."""
-    keys, key = [], b""
+def segment_keys(segments: tuple[Segment, ...], weights: bytes = b"") -> list[bytes]:
+    """For each segment a key of everything up to its end: equal keys, equal keys and values in the language model.
+
+    weights: identifies the language model that computes them.
+    """
+    keys, key = [], weights
     for segment in segments:
         key = digest_of(key, segment.content())
         keys.append(key)

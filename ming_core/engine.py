@@ -34,6 +34,7 @@ from .prompts import ChatFormat
 from .rounds import DrawRequest, ImageResult, OnToken, Options, PrefilledRound, Progress, RoundPlan, TextResult
 from .text_decoder import TextDecoder, WrittenText
 from .univision import UniVision
+from .weights_state import WeightsState
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Engine:
     def __init__(self, network: UniVision, chat: ChatFormat | None = None, fingerprint: str = "") -> None:
         self.network, self._chat, self.fingerprint = network, chat, fingerprint
         self.prefix_cache = PrefixCache()
+        self._weights = WeightsState(network)
 
     @property
     def chat(self) -> ChatFormat:
@@ -75,6 +77,10 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         return self.network.dtype
+
+    def weights_key(self) -> bytes:
+        """Identifies the weights as they are now; keys of the prefix cache begin with it."""
+        return self.fingerprint.encode() + self._weights.key()
 
     @property
     def image_tokens(self) -> int:
@@ -297,7 +303,8 @@ class Engine:
     def _prefill(self, transcript: Conversation, on_token: OnToken = None) -> PrefilledRound:
         """Forward what the prefix cache does not know; the last segment always, since its hidden state is needed."""
         segments = transcript.segments
-        keys = segment_keys(segments)
+        weights = self.weights_key()
+        keys = segment_keys(segments, weights)
         cache = self.network.language_model.new_cache(transcript.length)
         known = self.prefix_cache.lookup(keys[:-1])
         for entry in known:
@@ -313,7 +320,7 @@ class Engine:
         if not hidden.isfinite().all():
             raise nonfinite_error(hidden.dtype)
         self._remember(keys, new, begin, cache.slice)
-        return PrefilledRound(transcript, cache, hidden, len(embeddings))
+        return PrefilledRound(transcript, cache, hidden, len(embeddings), weights)
 
     def _embed(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [T, H], and bool [T] of those for the image router; None: no such one."""
@@ -419,7 +426,7 @@ class Engine:
     ) -> Conversation:
         """The conversation with the generated part, whose keys and values `row` of the cache holds."""
         conversation = prefilled.transcript.extended(Part(True, tuple(generated)), self.fingerprint)
-        keys = segment_keys(conversation.segments)
+        keys = segment_keys(conversation.segments, prefilled.weights)
         self._remember(keys, generated, 0, lambda start, end: cache.slice(row, start, end))
         return conversation
 

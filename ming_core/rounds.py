@@ -59,12 +59,14 @@ class PrefilledRound:
     cache       keys and values of all of it
     hidden      [H], the hidden state of its last token
     prefilled   positions that had to be forwarded; the prefix cache had the others
+    weights     identifies the weights that computed it (Engine.weights_key)
     """
 
     transcript: Conversation
     cache: PrefillCache
     hidden: Tensor
     prefilled: int
+    weights: bytes
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,39 @@ def test_pictures_that_were_seen_and_drawn_do_not_share_keys_and_values(model, p
     assert seen.segments[0].content() != drawn.segments[0].content()
 
 
+def changed_in_one_value(layer):
+    with torch.no_grad():
+        layer.weight[3, 5] += 1
+
+
+def changed_by_loading(layer):
+    layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()})
+
+
+def changed_through_data(layer):
+    layer.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [changed_in_one_value, changed_by_loading, changed_through_data])
+def test_weights_that_change_in_place_make_the_next_round_compute_everything(model, picture, change):
+    first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    change(model.network.language_model.model.layers[0].attention.dense)
+    found = model.understand(first.conversation, "Sure?", return_logits=True, **SHORT)
+    assert found.prefilled == first.conversation.length + found.conversation.parts[-2].length
+    model.prefix_cache.clear()
+    fresh = model.understand(first.conversation, "Sure?", return_logits=True, **SHORT)
+    torch.testing.assert_close(found.logits, fresh.logits, rtol=0, atol=SAME)
+
+
+def test_weights_that_only_move_keep_what_was_computed(model, picture):
+    first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    for module in model.network.modules():  # as a host moves weights: the values stay, the tensors do not
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    again = model.understand(first.conversation, "Sure?", **SHORT)
+    assert again.prefilled == again.conversation.parts[-2].length
+
+
 # --- branches and immutability ------------------------------------------------------------------------------------
 
 
