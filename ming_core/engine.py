@@ -154,10 +154,15 @@ class Engine:
                 f"this conversation belongs to another model ({conversation.model[:12]}) than this one "
                 f"({self.fingerprint[:12]}): continue it with the model that began it"
             )
+        limit, new = self.config.llm_config.max_position_embeddings, options.max_new_tokens
+        if self.chat.exceeds(prompt, limit):
+            raise ValueError(
+                f"too long: the prompt of {len(prompt)} characters takes more than this model's {limit} positions; "
+                "shorten the prompt"
+            )
         attached = self._attached(conversation, features)
         part = self.chat.prompt([attached, prompt] if attached else [prompt])
         transcript = conversation.extended(part, self.fingerprint)
-        limit, new = self.config.llm_config.max_position_embeddings, options.max_new_tokens
         if isinstance(options, ImageOptions):
             new += self.image_tokens
         if transcript.length + new > limit:

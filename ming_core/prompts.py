@@ -17,6 +17,8 @@ from .conversation import ANSWER, MARK, PROMPT, ROLE, Image, Part, Segment, Text
 
 HUMAN, ASSISTANT = "HUMAN", "ASSISTANT"
 END, ROLE_OPEN, ROLE_CLOSE = "<|endoftext|>", "<role>", "</role>"
+PIECE = 1 << 16  # characters of a long text that are tokenized at once to see whether it can fit at all
+PIECE_MARGIN = 256  # tokens that cutting a text there may add
 PATCH, IMAGE_OPEN, IMAGE_CLOSE = "<imagePatch>", "<image>", "</image>"
 
 
@@ -63,6 +65,20 @@ class ChatFormat:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, none of them special whatever the text says."""
         return tuple(self.tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
+
+    def exceeds(self, text: str, tokens: int) -> bool:
+        """Whether a long text surely takes more than this many tokens; found piece by piece, so that memory is bounded.
+
+        False for a text that may fit.
+        """
+        if len(text) <= PIECE:
+            return False
+        count = 0
+        for start in range(0, len(text), PIECE):
+            count += len(self.encode(text[start : start + PIECE])) - PIECE_MARGIN
+            if count > tokens:
+                return True
+        return False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""

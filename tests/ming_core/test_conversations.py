@@ -212,6 +212,14 @@ def test_what_is_attached_has_memory_of_its_own(model):
     assert conversation.digest() == digest
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_all_of_it_is_tokenized(model, monkeypatch):
+    encoded, exact = [], model.chat.encode
+    monkeypatch.setattr(model.chat, "encode", lambda text: encoded.append(len(text)) or exact(text))
+    with pytest.raises(ValueError, match=r"too long: the prompt of 20000000 characters"):
+        model.understand(Conversation(), "word " * 4_000_000, **SHORT)
+    assert sum(encoded) < 1_000_000
+
+
 def test_an_answer_that_the_limit_ended_is_marked_and_the_transcript_has_all_of_it(model, picture):
     said = model.understand(Conversation(), "What is it?", features=picture, max_new_tokens=3)
     assert said.truncated and len(said.token_ids) == 3 and said.text
