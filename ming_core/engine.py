@@ -211,7 +211,7 @@ class Engine:
         masks = guidance_masks(prefilled.transcript.parts)
         rows = GuidanceRows.of(options.guidance, len(masks), options.solver.renorm)
         images = len(options.seeds)
-        cache = start.fork(images * rows.count, start.length + noise.shape[1], masks[rows.used].repeat(images, 1))
+        cache = start.fork(images * rows.per_image, start.length + noise.shape[1], masks[rows.used].repeat(images, 1))
         drawn = self._draw_rows([prefilled] * images, cache, rows, noise, options, before, decoder, on_token)
         return drawn
 
@@ -257,10 +257,10 @@ class Engine:
         ]
         length = sum(past.cache.length for past, _ in rounds)
         prefix = self.network.language_model.new_cache(length)
-        visible = torch.zeros(len(rounds) * rows.count, length, dtype=torch.bool)
+        visible = torch.zeros(len(rounds) * rows.per_image, length, dtype=torch.bool)
         for k, (past, masks) in enumerate(rounds):
             own = slice(prefix.length, prefix.length + past.cache.length)
-            visible[k * rows.count : (k + 1) * rows.count, own] = masks[rows.used]
+            visible[k * rows.per_image : (k + 1) * rows.per_image, own] = masks[rows.used]
             prefix.extend(past.cache.slice(0, past.cache.length))
         cache = DecodeCache(prefix, noise[0].shape[1], len(visible), visible)
         before = WrittenText([self.config.llm_config.image_start_token])
@@ -336,8 +336,8 @@ class Engine:
         image = self.config.llm_config.image_start_token
         cache = DecodeCache(prefilled.cache, capacity=decoder.limit)
         if start == "draw now":
-            logits = self.network.language_model.logits(prefilled.hidden).cpu()
-            return cache, WrittenText([image], [logits] if decoder.keep_logits else [])
+            logits = [self.network.language_model.logits(prefilled.hidden).cpu()] if decoder.keep_logits else []
+            return cache, WrittenText([image], logits)
         before = decoder.write(cache, prefilled.hidden[None], stop={self._end, image})[0]
         if before.ids[-1] == image:
             return cache, before
@@ -347,8 +347,8 @@ class Engine:
                 f'the model answered in words and drew no picture: "{said}". Set start to "draw now" to have it draw'
             )
         raise RuntimeError(
-            f'the model has not begun a picture in {decoder.limit} tokens: "{said}". Raise max_new_tokens, or set start '
-            'to "draw now" to have it draw'
+            f'the model has not begun a picture in {decoder.limit} tokens: "{said}". Raise max_new_tokens, or set '
+            'start to "draw now" to have it draw'
         )
 
     def _draw_rows(
@@ -370,7 +370,7 @@ class Engine:
         images = ImageDecoder(self.network, cache, rows, noise, options.solver)
         drawn = images.draw(on_token)
         # the conditional rows alone write the text that follows
-        conditional = list(range(0, cache.rows, rows.count))
+        conditional = list(range(0, cache.rows, rows.per_image))
         cache = cache.select(conditional, cache.length + 1 + options.max_new_tokens)
         hidden = language_model.decode(images.next_embedding[conditional][:, None], cache)[:, 0]
         features = self._drawn_features(drawn, [past.transcript.depth for past in rounds])
@@ -379,7 +379,11 @@ class Engine:
         )
         results = []
         for row, (past, image, said) in enumerate(zip(rounds, features, after, strict=True)):
-            generated = [*self._answer(before.ids), Image(image, drawn=True), *self._answer(said.ids[:-1])]
+            generated: list[Segment] = [
+                *self._answer(before.ids),
+                Image(image, drawn=True),
+                *self._answer(said.ids[:-1]),
+            ]
             conversation = self._commit(past, generated, cache, row)
             written = before + said
             text, logits = self.chat.decode(written.ids), written.stacked_logits()

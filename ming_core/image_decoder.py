@@ -1,7 +1,7 @@
 """The image loop: one latent a step, for every image of a drawing and all of its guidance rows.
 
-Each image has up to three guidance rows that share a prefix and see different parts of it (conversation.guidance_masks).
-The flow head turns their hidden states into one latent, the semantic decoder expands it, and all rows take the same
+Each image has up to three guidance rows that share a prefix and see different parts of it (`guidance_masks`). The flow
+head turns their hidden states into one latent, the semantic decoder expands it, and all rows take the same
 feature as their next token. Pixels appear nowhere here.
 """
 
@@ -41,7 +41,7 @@ class GuidanceRows(NamedTuple):
         return cls(used, tuple(weights[i] for i in used if weights[i] != 0 or renorm))
 
     @property
-    def count(self) -> int:
+    def per_image(self) -> int:
         return len(self.used)
 
 
@@ -87,7 +87,9 @@ class ImageDecoder:
         self.stream = network.mingtok.stream(batch, tokens)
         width = network.mingtok.config.semantic_decoder.embed_dim
         self.images = DrawnImages(torch.empty_like(self.noise), self.noise.new_empty(batch, tokens, width))
-        start = torch.full((batch * rows.count,), network.config.llm_config.image_start_token, device=network.device)
+        start = torch.full(
+            (batch * rows.per_image,), network.config.llm_config.image_start_token, device=network.device
+        )
         self.next_embedding = network.language_model.embed(start)  # [B * rows, H], not forwarded yet
 
     def draw(self, on_token: OnToken = None) -> DrawnImages:
@@ -113,7 +115,7 @@ class ImageDecoder:
         @loop.step(self.cache.layers, synchronizes=language_model.synchronizes(self.next_embedding))
         def condition(x: Tensor) -> tuple[Tensor]:
             z = flow_head.vis_head(language_model.decode(x[:, None], self.cache)[:, 0])
-            return (z.unflatten(0, (batch, rows.count))[:, -len(rows.weights) :],)
+            return (z.unflatten(0, (batch, rows.per_image))[:, -len(rows.weights) :],)
 
         @loop.step()
         def flow(z: Tensor, noise: Tensor) -> tuple[Tensor]:
@@ -122,7 +124,7 @@ class ImageDecoder:
         @loop.step(self.stream.caches)
         def expand(latent: Tensor) -> tuple[Tensor, Tensor]:
             token = self.stream.append(latent[:, None])[:, 0]
-            return token, network.project(token).repeat_interleave(rows.count, dim=0)
+            return token, network.project(token).repeat_interleave(rows.per_image, dim=0)
 
         with loop:
             for i in range(images.length, images.length + tokens):

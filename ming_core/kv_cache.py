@@ -128,7 +128,7 @@ class LayerCaches(list[LayerCache]):
 
 
 class PrefillCache:
-    """Keys and values of one sequence, preallocated for `capacity` positions: [layers, kv_heads, capacity, head_dim]."""
+    """Keys and values of one sequence, preallocated: [layers, kv_heads, capacity, head_dim] each."""
 
     def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
@@ -171,7 +171,7 @@ class DecodeCache:
 
     def __init__(self, prefix: PrefillCache, capacity: int, rows: int = 1, visible: Tensor | None = None) -> None:
         layers, heads, _, head_dim = prefix.keys.shape
-        options = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
+        options: dict[str, Any] = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
         self.prefix, self.rows, self.visible = prefix, rows, visible
         self.layers = LayerCaches(LayerCache(rows, heads, capacity, head_dim, **options) for _ in range(layers))
         self.prefix_bias: Tensor | None = None  # float32 [rows, P], added to the scores of the prefix

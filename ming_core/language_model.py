@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attend, DecodeAttention, PrefillAttention
 from .config import LanguageModelConfig
 from .cuda_graphs import graphs_requested
-from .experts import GatedMlp, MixtureOfExperts
+from .experts import Experts, GatedMlp, MixtureOfExperts
 from .kv_cache import DecodeCache, PrefillCache
 from .offload import OffloadableModule
 
@@ -32,9 +33,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.to(x.device) * y).to(x.dtype)
+        weight = self.weight.to(x.device, torch.float32)  # it may rest on another device
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
 
 class Rope(NamedTuple):
@@ -183,14 +183,16 @@ class LanguageModel(OffloadableModule):
 
     def _gathered_bytes(self, tokens: int) -> int:
         pairs = tokens * self.config.num_experts_per_tok
-        return max(
-            (layer.mlp.experts.gathered_bytes(pairs) for layer in self.model.layers if not layer.dense), default=0
-        )
+        return max((experts.gathered_bytes(pairs) for experts in self._experts), default=0)
 
     def synchronizes(self, x: Tensor) -> bool:
         """Whether a step with these embeddings, [rows, H], synchronizes with the device."""
         pairs = len(x) * self.config.num_experts_per_tok
-        return any(layer.mlp.experts.synchronizes(x, pairs) for layer in self.model.layers if not layer.dense)
+        return any(experts.synchronizes(x, pairs) for experts in self._experts)
+
+    @property
+    def _experts(self) -> list[Experts]:
+        return [module for module in self.model.layers.modules() if isinstance(module, Experts)]
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

@@ -21,7 +21,7 @@ from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoder
 from .features import Features, to_grid, to_tokens
 from .kv_cache import LayerCache, LayerCaches
 from .offload import OffloadableModule, nonfinite_error
-from .transformer import LAYER_NORM_EPS, GeluMlp, SwiGLU, block_stack
+from .transformer import LAYER_NORM_EPS, BlockStack, GeluMlp, SwiGLU
 
 # ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
@@ -73,13 +73,13 @@ class LowLevelEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, dim, **make)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, dim, device=device, dtype=dtype))
-        self.blocks = block_stack(config.depth, dim, SwiGLU, **make)
+        self.blocks = BlockStack(config.depth, dim, SwiGLU, **make)
         self.out_norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.out_proj = operations.Linear(dim, config.out_dim, device=device, dtype=dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.embed(pixels)  # (B, N+1, D)
-        for block in self.blocks[0]:
+        for block in self.blocks.layers:
             x = block(x)
         return self.project(x)
 
@@ -123,12 +123,12 @@ class SemanticDecoder(nn.Module):
         dim = config.embed_dim
         self.repeat = dim // config.in_dim
         self.in_proj = operations.Linear(config.in_dim, dim, device=device, dtype=dtype)
-        self.blocks = block_stack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
+        self.blocks = BlockStack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, raw: Tensor, caches: LayerCaches | None = None) -> Tensor:
         x = self.embed(raw)
-        for i, block in enumerate(self.blocks[0]):
+        for i, block in enumerate(self.blocks.layers):
             x = block(x, causal=True, cache=caches[i] if caches else None)
         return self.norm(x)
 
@@ -151,12 +151,12 @@ class PixelDecoder(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.patch_size = config.patch_size
-        self.blocks = block_stack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
+        self.blocks = BlockStack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.head = operations.Linear(dim, 3 * config.patch_size**2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks[0]:
+        for block in self.blocks.layers:
             x = upcast_forward(block, x)
         return upcast_forward(self.head, upcast_forward(self.norm, x))
 
@@ -232,7 +232,7 @@ class MingTok(OffloadableModule):
         if not tokens.isfinite().all():
             raise nonfinite_error(self.dtype)
         own = latents.to("cpu", copy=True)  # the caller may write to theirs
-        return Features(tokens, own, tuple(latents.shape[2:]), self.fingerprint)
+        return Features(tokens, own, (latents.shape[2], latents.shape[3]), self.fingerprint)
 
     def decode(self, features: Features) -> Tensor:
         """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features.
@@ -341,7 +341,7 @@ class SemanticStream:
     def __init__(self, mingtok: MingTok, rows: int, capacity: int) -> None:
         self.mingtok = mingtok
         config = mingtok.config.semantic_decoder
-        options = {"device": mingtok.device, "dtype": mingtok.dtype}
+        options: dict[str, Any] = {"device": mingtok.device, "dtype": mingtok.dtype}
         heads = config.embed_dim // HEAD_DIM
         self.caches = LayerCaches(
             LayerCache(rows, heads, capacity, HEAD_DIM, **options) for _ in range(config.decoder_depth)

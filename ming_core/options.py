@@ -28,7 +28,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: how far an image is pulled towards the prompt (`text`) and its images and past (`image`).
+    """Classifier-free guidance: how far an image is pulled towards the prompt, and towards its images and past.
 
     1 is no guidance. With a row that saw everything (c), one that saw no text (t) and one that saw neither (u):
     v = g_t v_c + (g_i - g_t) v_t + (1 - g_i) v_u. With no picture in the prompt and nothing before it only c and u

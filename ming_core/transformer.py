@@ -9,7 +9,7 @@ Module names are those of the published checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def block_stack(depth: int, dim: int, feed_forward: Callable[..., nn.Module], **make: Any) -> nn.ModuleList:
+class BlockStack(nn.ModuleList):
     """`depth` blocks, nested one level deeper as in the published key names: blocks.0.{i}."""
-    return nn.ModuleList([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])
+
+    def __init__(self, depth: int, dim: int, feed_forward: Callable[..., nn.Module], **make: Any) -> None:
+        super().__init__([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])
+
+    @property
+    def layers(self) -> list[Block]:
+        return cast("list[Block]", list(cast(nn.ModuleList, self[0])))
