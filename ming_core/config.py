@@ -280,7 +280,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_config(hint, value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and not abs(value) <= sys.float_info.max:  # JSON readers take NaN and Infinity

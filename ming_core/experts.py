@@ -64,15 +64,27 @@ class SortedRows(NamedTuple):
 Route = OneExpert | ExpertPerRow | SortedRows
 
 
-class StackedLinear(nn.Module):
-    """The weights of one linear layer of all E experts, [E, N, K]; called with rows and their route.
+class StackedWeight(nn.Module):
+    """One linear layer of all E experts in a single weight; called with rows and their route.
 
-    They may be offloaded from the device that computes: then those of the routed experts are copied, one after the
-    other.
+    It may be offloaded from the device that computes: then the weights of the routed experts are copied, one expert
+    after the other.
     """
 
-    fetches_weights = True  # a host may leave them offloaded
+    fetches_weights = True  # a host may leave it offloaded
     gather_limit = GATHER_LIMIT
+
+    def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
+        """Whether `pairs` rows like x can be multiplied by this kind of route; by OneExpert they always can."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """Multiply every row of x [P, K] by the weights of its expert -> [P, N]."""
+        raise NotImplementedError
+
+
+class StackedLinear(StackedWeight):
+    """Weights of all experts as they are, [E, N, K]."""
 
     def __init__(
         self,
@@ -88,14 +100,12 @@ class StackedLinear(nn.Module):
         self.values = nn.Parameter(torch.empty(count, out_features, in_features, device=device, dtype=dtype))
 
     def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
-        """Whether `pairs` rows like x can be multiplied by this kind of route; by one expert they always can."""
         if kind is OneExpert:
             return True
         fast = grouped_product_serves(x) if kind is SortedRows else x.is_cuda and pairs <= self.gather_limit
         return fast and all_on(x.device, self)
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
-        """Multiply every row of x [P, K] by the weights of its expert -> [P, N]."""
         if isinstance(route, OneExpert):
             return F.linear(x, self.values[route.expert].to(x.device, x.dtype, non_blocking=True))
         if isinstance(route, ExpertPerRow):
@@ -103,7 +113,7 @@ class StackedLinear(nn.Module):
         return grouped_product(x, self.values.mT.to(x.dtype), route.ends)
 
 
-def dispatch(weights: Iterable[nn.Module], x: Tensor, pairs: int) -> type[Route]:
+def dispatch(weights: Iterable[StackedWeight], x: Tensor, pairs: int) -> type[Route]:
     """The kind of route that is the fastest for `pairs` pairs of a row of x and an expert.
 
     SortedRows    one product of all experts, on GPUs that have a kernel for it
@@ -127,8 +137,8 @@ class Experts(nn.Module):
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.count = count
-        self.gate_up = StackedLinear(count, dim, 2 * hidden, device=device, dtype=dtype)
-        self.down = StackedLinear(count, hidden, dim, device=device, dtype=dtype)
+        self.gate_up: StackedWeight = StackedLinear(count, dim, 2 * hidden, device=device, dtype=dtype)
+        self.down: StackedWeight = StackedLinear(count, hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over the chosen experts.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..experts import StackedLinear
-from ..quantization import QuantizedStackedLinear, QuantizedWeight
+from ..experts import StackedWeight
+from ..quantization import QuantizedWeight
 from ..univision import UniVision
 
 SCALE = "_scale"  # ends the keys of scales
@@ -37,7 +37,7 @@ class ParamSlice(NamedTuple):
 
     module: str  # the name of the module, and of its parameter
     parameter: str
-    index: tuple  # () for the whole parameter
+    place: tuple  # its index in the parameter; () for the whole
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = SAFETENSORS_DTYPES  # that a file may hold it in
 
@@ -51,9 +51,9 @@ def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
             dtype = QUANTIZED_DTYPES.get(parameter.dtype)
             dtypes = (dtype,) if dtype else SAFETENSORS_DTYPES
             last = name
-            if isinstance(module, (QuantizedWeight, StackedLinear)):
+            if isinstance(module, (QuantizedWeight, StackedWeight)):
                 last = {"values": "weight", "scale": "weight" + SCALE}.get(name, name)
-            if isinstance(module, (QuantizedStackedLinear, StackedLinear)):
+            if isinstance(module, StackedWeight):
                 for key, index in _expert_keys(published, last, tuple(parameter.shape)):
                     shape = tuple(parameter[index].shape)
                     keys[key] = ParamSlice(path, name, index, shape, dtypes)

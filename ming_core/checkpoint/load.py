@@ -20,6 +20,7 @@ from ..engine import Engine
 from ..mingtok import MingTok
 from ..prompts import ChatFormat
 from ..quantization import QuantizedWeight, quantize
+from ..univision import UniVision
 from .folder import Checkpoint
 from .keys import IGNORED, SCALE, ParamSlice, checkpoint_keys
 from .reader import REDOWNLOAD_HINT, CheckpointError, CheckpointReader, TensorReader
@@ -105,12 +106,12 @@ def fill(
 ) -> None:
     """Give every parameter of a model on the meta device its memory and its values.
 
-    quantization: quantize the model, which is not yet, on the way. Raises CheckpointError.
+    quantization: quantize a UniVision, which is not yet, on the way. Raises CheckpointError.
     """
     keys, tensors = checkpoint_keys(model), reader.tensors
     _check(reader, keys)
     done, total = 0, sum(tensors[key].end - tensors[key].begin for key in keys)
-    if quantization:
+    if quantization and isinstance(model, UniVision):
         quantize(model, quantization)
     with TensorReader() as files:
         # from front to back of one file after the other: read ahead by the system, and given back when done
@@ -119,11 +120,11 @@ def fill(
             module = model.get_submodule(part.module)
             _give_memory(module, part.parameter, device, dtype)
             if quantization and isinstance(module, QuantizedWeight) and part.parameter != "bias":
-                module.fill(part.index, files.read(info).to(device))
+                module.fill(part.place, files.read(info).to(device))
             else:
                 values = getattr(module, part.parameter).data
-                values[part.index] = files.read(info)
-                if key.endswith(SCALE) and not values[part.index].isfinite().all():
+                values[part.place] = files.read(info)
+                if key.endswith(SCALE) and not values[part.place].isfinite().all():
                     raise CheckpointError(f"{info.file}: tensor {key} holds NaN or infinite values: {REDOWNLOAD_HINT}")
             done += info.end - info.begin
             if on_progress:

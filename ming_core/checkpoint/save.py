@@ -66,7 +66,7 @@ def _save(model: nn.Module, others: Mapping[str, str], folder: Path, dtype: torc
     """Write the tensors in one file or in shards, and the other files (name -> content), config.json as the last."""
     unpack_weights(model)
     tensors = {
-        key: model.get_submodule(part.module).get_parameter(part.parameter)[part.index].detach()
+        key: model.get_submodule(part.module).get_parameter(part.parameter)[part.place].detach()
         for key, part in checkpoint_keys(model).items()
     }
     dtypes = {key: _stored_dtype(key, tensor, dtype) for key, tensor in tensors.items()}

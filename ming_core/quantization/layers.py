@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import GATHER_LIMIT, ExpertPerRow, OneExpert, Route, StackedLinear
+from ..experts import GATHER_LIMIT, ExpertPerRow, OneExpert, Route, StackedLinear, StackedWeight
 from ..offload import all_on
+from ..univision import UniVision
 from .formats import CHUNK, FORMATS, ROW_BLOCK, group_of, quantize_int4, quantize_int8
 from .kernels import can_pack, join_halves, kernel_product, kernel_serves, pack, quantized_product, unpack
 
@@ -62,8 +63,10 @@ class QuantizedWeight(nn.Module):
             self.values[index], self.scale[index] = quantize_int8(weight)
             return
         group = weight.shape[1] // self.scale.shape[-3]
-        experts, rows = index[: self.values.ndim - 2], index[self.values.ndim - 2 :]
-        self.values[index], self.scale[(*experts, slice(None), *rows)] = quantize_int4(weight, group)
+        # in a scale, the groups of columns come before the rows
+        stack = self.values.ndim - 2
+        in_scale = (*index[:stack], slice(None), *index[stack:])
+        self.values[index], self.scale[in_scale] = quantize_int4(weight, group)
 
     # --- Order of the values --------------------------------------------------------------------------------------
 
@@ -126,31 +129,28 @@ class QuantizedLinear(QuantizedWeight):
         return out if self.bias is None else out + self.bias.to(x.device)
 
 
-class QuantizedStackedLinear(QuantizedWeight):
-    """A StackedLinear (experts.py) with quantized weights; only those of the chosen experts are read."""
+class QuantizedStackedLinear(QuantizedWeight, StackedWeight):
+    """A StackedLinear with quantized weights; only those of the chosen experts are read."""
 
-    fetches_weights = True
     gather_limit = 2 * GATHER_LIMIT  # copies take half as much as in 16 bit, or less
 
     def __init__(self, stacked: StackedLinear, kind: str) -> None:
         super().__init__(stacked.values, kind)
 
     def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
-        """Whether a product of `pairs` rows by this kind of route runs without synchronizing; see StackedLinear."""
         if kind is OneExpert:
             return True
         few = x.is_cuda and pairs <= self.gather_limit
         return kind is ExpertPerRow and few and all_on(x.device, self) and self.kernel_serves(x)
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
-        """Multiply every row of x [P, K] by the weights of its expert -> [P, N]; see StackedLinear."""
         packed = self.prepare(x)
         if isinstance(route, OneExpert):
             values, scale = (p[route.expert].to(x.device) for p in (self.values, self.scale))
             return quantized_product(x, values, scale, packed)
         if isinstance(route, ExpertPerRow) and packed:
             return self._row_by_row(x, route.experts)
-        raise TypeError(f"quantized experts have no product by {type(route).__name__} here: ask `serves` first")
+        raise TypeError(f"quantized experts cannot be multiplied by {type(route).__name__} here: check `serves` first")
 
     def _row_by_row(self, x: Tensor, experts: Tensor) -> Tensor:
         """Copy the weights of each row's expert, and multiply each row by the kernel on its own."""
@@ -160,7 +160,7 @@ class QuantizedStackedLinear(QuantizedWeight):
         return join_halves(rows, scale) if values.dtype == torch.int8 else rows
 
 
-def quantize(model: nn.Module, kind: str) -> None:
+def quantize(model: UniVision, kind: str) -> None:
     """Replace the layers of a UniVision that are quantized by quantized ones; on the meta device, by room for them.
 
     Raises ValueError for a kind that is not one of FORMATS.

@@ -6,14 +6,14 @@ import pytest
 @pytest.fixture
 def quantised_as_on_a_gpu(monkeypatch):
     """Int8 goes through the int4 kernel (the CPU's), and few rows through copies of their experts."""
-    from ming_univision.ming_core.experts import ExpertPerRow, Experts, OneExpert
+    from ming_univision.ming_core.experts import ExpertPerRow, OneExpert
     from ming_univision.ming_core.quantization import formats, layers
 
     def can_pack(values, device):
         return values.shape[-2] % formats.ROW_BLOCK == 0 and formats.width_of(values) % 128 == 0
 
-    def dispatch(self, x, pairs):
-        return ExpertPerRow if self.gate_up.kernel_serves(x) and self.down.kernel_serves(x) else OneExpert
+    def serves(self, kind, x, pairs):
+        return kind is OneExpert or (kind is ExpertPerRow and self.kernel_serves(x))
 
     monkeypatch.setattr(layers, "can_pack", can_pack)
-    monkeypatch.setattr(Experts, "dispatch", dispatch)
+    monkeypatch.setattr(layers.QuantizedStackedLinear, "serves", serves)

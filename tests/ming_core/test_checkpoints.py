@@ -149,7 +149,7 @@ def test_the_published_keys_map_one_to_one_onto_the_model_but_for_the_audio_gate
     assert sum(torch.Size(shape).numel() for shape in keys.values()) == PUBLISHED_VALUES
     parts = checkpoint_keys(UniVision(device="meta"))
     assert {key: part.shape for key, part in parts.items()} == {k: s for k, s in keys.items() if "audio_gate" not in k}
-    places = [(part.module, part.parameter, str(part.index)) for part in parts.values()]
+    places = [(part.module, part.parameter, str(part.place)) for part in parts.values()]
     assert len(set(places)) == len(places)
 
 
