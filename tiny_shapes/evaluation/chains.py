@@ -1,4 +1,5 @@
-"""Chains of edits, five rounds long: feature to feature, through pixels between the rounds, and with one noise."""
+"""Chains of edits, five rounds long, in three ways: feature to feature, through pixels between the rounds, and with the
+same noise in every round."""
 
 from __future__ import annotations
 
@@ -7,16 +8,15 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from ming_core import Turn
+from ming_core import DrawRequest, ImageResult
 
-from ..world import Round, compare, read_scene
-from .examiner import Examiner
-from .many import Wish
+from ..world import Task, compare, read_scene
+from ..world.tasks import require
+from .evaluator import Evaluator
 
 log = logging.getLogger(__name__)
 
@@ -24,87 +24,77 @@ CHAIN_ROUNDS = 5
 
 
 @dataclass
-class Chain:
-    """Five-round chains of edits, one way: by round the share done right, and the PSNR where nothing changed."""
+class ChainScores:
+    """What came of the chains in one way, by round.
+
+    right      whether each round is done right
+    untouched  PSNR of the area that no edit changes
+    """
 
     name: str
     right: list[list[bool]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
     untouched: list[list[float]] = field(default_factory=lambda: [[] for _ in range(CHAIN_ROUNDS)])
 
     def table(self) -> dict[str, list[float]]:
+        """The means by round."""
         return {
-            "right": [statistics.fmean(r) for r in self.right],
-            "untouched": [statistics.fmean(r) if r else math.nan for r in self.untouched],
+            "right": [statistics.fmean(values) for values in self.right],
+            "untouched": [statistics.fmean(values) if values else math.nan for values in self.untouched],
         }
 
 
-Way = Callable[[Examiner, list[Round], "list[Turn] | None"], "list[Turn]"]
+# Draws the next round of all chains: the evaluator, the tasks, and the results of the round before (None: none yet).
+DrawRound = Callable[[Evaluator, list[Task], "list[ImageResult] | None"], list[ImageResult]]
 
 
-def chains(examiner: Examiner) -> list[Chain]:
-    """The same chains feature to feature, through pixels between the rounds, and with one noise in every round."""
-    dialogues = examiner.dialogues(["edit"], rounds=CHAIN_ROUNDS)
-    results = []
-    for name, step in WAYS.items():
+def evaluate_chains(evaluator: Evaluator) -> list[ChainScores]:
+    """Draw the same chains of edits in each of `WAYS`."""
+    dialogues = evaluator.dialogues(["edit"], rounds=CHAIN_ROUNDS)
+    ways = []
+    for name, draw_round in WAYS.items():
         log.info("chains: %s", name)
-        chain, turns = Chain(name), None
+        scores, results = ChainScores(name), None
         for k in range(CHAIN_ROUNDS):
-            asked = [dialogue.rounds[k] for dialogue in dialogues]
-            turns = step(examiner, asked, turns)
-            for dialogue, turn, result in zip(dialogues, asked, turns, strict=True):
-                picture = examiner.pixels(result.features)
-                chain.right[k].append(compare(read_scene(picture), turn.target_scene).all_right)
-                same = (dialogue.rounds[0].attached == turn.target).all(-1)
+            tasks = [dialogue.tasks[k] for dialogue in dialogues]
+            results = draw_round(evaluator, tasks, results)
+            for dialogue, task, result in zip(dialogues, tasks, results, strict=True):
+                image, target = evaluator.pixels(result.features), require(task.target)
+                scores.right[k].append(compare(read_scene(image), require(task.target_scene)).all_right)
+                same = (require(dialogue.tasks[0].attached) == target).all(-1)
                 if same.any():  # a new background may leave nothing untouched
-                    error = np.square(picture - turn.target / 255.0)[same].mean()
-                    chain.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
-        results.append(chain)
-    return results
+                    error = np.square(image - target / 255.0)[same].mean()
+                    scores.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
+        ways.append(scores)
+    return ways
 
 
-def _by_features(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    return examiner.draw_rounds(asked, before)
+def _by_features(evaluator: Evaluator, tasks: list[Task], previous: list[ImageResult] | None) -> list[ImageResult]:
+    """Every round continues the conversation of the one before."""
+    return evaluator.draw(tasks, previous)
 
 
-def _through_pixels(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    """Every round begins a new conversation, with the picture of the one before decoded and encoded again."""
-    if before is None:
-        return examiner.draw_rounds(asked)
-    wishes = []
-    for seed, (turn, result) in enumerate(zip(asked, before, strict=True)):
-        picture = np.rint(examiner.pixels(result.features) * 255).astype(np.uint8)
-        features = examiner.features(picture)._replace(depth=result.features.depth)
-        wishes.append(Wish(turn.prompt, seed, features=features))
-    return examiner.draw_wishes(wishes)
+def _through_pixels(evaluator: Evaluator, tasks: list[Task], previous: list[ImageResult] | None) -> list[ImageResult]:
+    """Every round begins a new conversation, with the image of the one before decoded and encoded again."""
+    if previous is None:
+        return evaluator.draw(tasks)
+    requests = []
+    for seed, (task, result) in enumerate(zip(tasks, previous, strict=True)):
+        pixels = np.rint(evaluator.pixels(result.features) * 255).astype(np.uint8)
+        features = evaluator.features(pixels)._replace(depth=result.features.depth)
+        requests.append(DrawRequest(task.prompt, seed, features=features))
+    return evaluator.draw_requests(requests)
 
 
-def _with_one_noise(examiner: Examiner, asked: list[Round], before: list[Turn] | None) -> list[Turn]:
-    shape = (examiner.model.config.llm_config.num_image_tokens_for_gen, examiner.model.flow_head.net.channels)
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(asked))]
-    return examiner.draw_rounds(asked, before, noises)
+def _with_one_noise(evaluator: Evaluator, tasks: list[Task], previous: list[ImageResult] | None) -> list[ImageResult]:
+    """Every round continues the conversation, and each chain draws all of its images from one noise."""
+    config = evaluator.engine.config.llm_config
+    shape = (config.num_image_tokens_for_gen, evaluator.engine.network.flow_head.net.channels)
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(tasks))]
+    return evaluator.draw(tasks, previous, noises)
 
 
-WAYS: dict[str, Way] = {
+WAYS: dict[str, DrawRound] = {
     "feature to feature": _by_features,
     "through pixels": _through_pixels,
     "one noise in every round": _with_one_noise,
 }
-
-
-def plot(results: list[Chain], path: Path) -> None:
-    """Quality by round, all ways; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("matplotlib is not installed: no plot")
-        return
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    titles = {"right": "rounds done right", "untouched": "PSNR where nothing changed, dB"}
-    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for chain in results:
-            axes.plot(range(1, CHAIN_ROUNDS + 1), chain.table()[key], marker="o", label=chain.name)
-        axes.set(title=title, xlabel="round", xticks=range(1, CHAIN_ROUNDS + 1))
-        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
@@ -83,6 +84,16 @@ class Task:
     def family(self) -> str:
         """The name without its kind: "edit" of "edit/move"."""
         return self.name.split("/")[0]
+
+
+_Field = TypeVar("_Field")
+
+
+def require(field: _Field | None) -> _Field:
+    """A field that every task of a name has, such as the target of a drawing task. Raises ValueError if it is None."""
+    if field is None:
+        raise ValueError("this task has no such field: drawing tasks have a target, the others an answer")
+    return field
 
 
 @dataclass(frozen=True, eq=False)
