@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ming_core.files import FileError
-from tiny_shapes.training.data import batch_loader
+from tiny_shapes.training.data import batches
 from tiny_shapes.training.loop import Run
 from tiny_shapes.training.plot import plot_log
 
@@ -21,15 +21,15 @@ def seeded(number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def batches(run):
+def batches_of(run, workers: int = 0):
     """The batches of a run from its step on."""
-    return iter(batch_loader(run.objective.data, run.stage.seed, run.step))
+    return batches(run.objective.data, run.stage.seed, run.step, workers)
 
 
 @both_kinds
 def test_a_few_steps_on_one_batch_make_its_loss_fall(kind, make_run):
     run = make_run(kind, steps=100)
-    batch = next(batches(run))
+    batch = next(batches_of(run))
 
     def loss():
         with torch.no_grad():
@@ -46,7 +46,7 @@ def test_an_interrupted_run_continues_exactly(kind, make_run):
     whole = make_run(kind, "whole")
     whole.train()
     half = make_run(kind, "halves")
-    some = batches(half)
+    some = batches_of(half)
     for _ in range(3):
         half.update(next(some))
     half.checkpoint()
@@ -80,7 +80,7 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_the_run(kind, make_run):
 
 def test_a_resumed_run_takes_the_learning_rate_of_the_recipe_as_it_is_now(make_run):
     run = make_run("mingtok", steps=100)
-    some = batches(run)
+    some = batches_of(run)
     for _ in range(4):
         run.update(next(some))
     run.checkpoint()
@@ -92,7 +92,7 @@ def test_a_resumed_run_takes_the_learning_rate_of_the_recipe_as_it_is_now(make_r
 
 def test_the_learning_rate_of_every_step_is_that_of_the_schedule(make_run):
     run = make_run("mingtok")
-    some, rates = batches(run), []
+    some, rates = batches_of(run), []
     for _ in range(8):
         rates.append(run.optimizers[0].param_groups[0]["lr"])
         assert rates[-1] == run.stage.lr * run.learning_rate_factor(run.step)
@@ -122,13 +122,16 @@ def test_training_leaves_the_global_random_state_alone(kind, make_run):
 
 def test_batches_made_ahead_are_the_same_and_ctrl_c_does_not_reach_who_makes_them(make_run):
     run = make_run("mingtok")
-    here, ahead = batches(run), iter(batch_loader(run.objective.data, run.stage.seed, 0, workers=1))
+    handler = signal.getsignal(signal.SIGINT)
+    here, ahead = batches_of(run), batches_of(run, workers=1)
+    assert signal.getsignal(signal.SIGINT) is handler
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)  # while it starts
     for step in range(5):
         (images, labels), (same_images, same_labels) = next(here), next(ahead)
         assert torch.equal(images, same_images) and labels.keys() == same_labels.keys()
         assert all(torch.equal(labels[name], same_labels[name]) for name in labels)
         if step == 1:
-            (worker,) = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGINT)
 
 
@@ -142,7 +145,7 @@ def test_a_stage_whose_model_could_not_be_written_is_not_done(make_run):
 
 def test_the_log_has_a_row_for_every_checkpoint_and_is_plotted(make_run, tmp_path):
     run = make_run("mingtok")
-    some = batches(run)
+    some = batches_of(run)
     for step in range(2):
         run.update(next(some))
         run.checkpoint(evaluate=step > 0)

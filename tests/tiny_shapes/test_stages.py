@@ -9,14 +9,14 @@ import torch
 from ming_core import Conversation, load_mingtok, load_univision, save_mingtok, save_univision
 from ming_core.images import from_uint8
 from tiny_shapes.training import stages as stages_module
-from tiny_shapes.training.data import batch_loader
+from tiny_shapes.training.data import batches
 from tiny_shapes.training.images import image_batch
 from tiny_shapes.training.loop import Run
 from tiny_shapes.training.stages import MingTokStage
 
 
 def first_batch(objective):
-    return next(iter(batch_loader(objective.data, 0)))
+    return next(batches(objective.data, 0))
 
 
 def test_a_stage_begins_on_the_cpu_and_is_moved_as_a_whole(monkeypatch, stages, mingtok):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,12 @@ class StepDataset(Dataset):
         return self.make_batch(np.random.default_rng([self.seed, step]))
 
 
-def batch_loader(make_batch: MakeBatch, seed: int, first_step: int = 0, workers: int = 0) -> DataLoader:
+def batches(make_batch: MakeBatch, seed: int, first_step: int = 0, workers: int = 0) -> Iterator[Any]:
     """The batches from a step on, without end.
 
     workers: processes that make batches ahead, two each; 0 makes them in this process, when they are needed.
     """
-    return DataLoader(
+    loader = DataLoader(
         StepDataset(make_batch, seed),
         batch_size=None,  # an item of the dataset is a batch
         sampler=range(first_step, sys.maxsize),
@@ -110,8 +110,16 @@ def batch_loader(make_batch: MakeBatch, seed: int, first_step: int = 0, workers:
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # otherwise the loader would draw a number from the global one
     )
+    if not workers:
+        return iter(loader)
+    # A terminal sends Ctrl-C to every process, but the main one still needs the batch in progress to write a
+    # checkpoint. Processes inherit that a signal is ignored; on Windows they do not, hence the worker_init_fn.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return iter(loader)  # starts the processes
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the main one: it still needs the batch in progress."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ming_core.files import FileError, move, write_whole_folder
 
-from .data import MakeBatch, batch_loader
+from .data import MakeBatch, batches
 from .optimizers import learning_rate_factor, make_average, make_optimizers, make_schedulers
 from .recipe import Stage
 
@@ -86,16 +86,16 @@ class Run:
         interrupts: list[int] = []
         last_checkpoint = self.seconds
         with _signal_handler(lambda number, _: interrupts.append(number)):
-            batches = iter(batch_loader(self.objective.data, self.stage.seed, self.step, self.workers))
+            data = batches(self.objective.data, self.stage.seed, self.step, self.workers)
             while self.progress < 1.0 and not interrupts:
                 started = time.perf_counter()
-                self.update(next(batches))
+                self.update(next(data))
                 self.seconds += time.perf_counter() - started
                 self.show_progress()
                 if self.seconds - last_checkpoint >= 60 * self.stage.checkpoint_minutes:
                     self.checkpoint()
                     last_checkpoint = self.seconds
-            del batches  # ends the workers
+            del data  # ends the workers
             self.checkpoint(evaluate=not interrupts)  # a user who interrupts does not want to wait
         if interrupts:
             raise KeyboardInterrupt
