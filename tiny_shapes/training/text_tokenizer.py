@@ -1,7 +1,7 @@
-"""The built-in model's text tokenizer: byte-level BPE, trained on the world's own texts.
+"""The built-in model's text tokenizer: byte-level BPE, trained on the texts of the world.
 
-The whole alphabet of bytes is in the vocabulary, so any Unicode text goes in and comes back; the texts of the world
-are short in it. The special tokens are the published ones that the chat template uses.
+All bytes are in the vocabulary, so any Unicode text can be encoded and comes back unchanged; texts of the world take
+few tokens. The special tokens are the published ones that the chat template uses.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ming_core.prompts import ASSISTANT, END, HUMAN, IMAGE_CLOSE, IMAGE_OPEN, PA
 from ..world import random_dialogue
 
 SPECIAL_TOKENS = (END, ROLE_OPEN, ROLE_CLOSE, PATCH, IMAGE_OPEN, IMAGE_CLOSE)
-DIALOGUES = 6000  # whose texts are read
+DIALOGUES = 6000  # whose texts the tokenizer is trained on
 
 
-def make_tokenizer(vocabulary: int, seed: int = 0, dialogues: int = DIALOGUES) -> dict[str, str]:
-    """Train a tokenizer; returns the contents of tokenizer.json and tokenizer_config.json by file name."""
+def train_text_tokenizer(vocabulary: int, seed: int = 0, dialogues: int = DIALOGUES) -> dict[str, str]:
+    """Train a tokenizer. Returns the contents of tokenizer.json and tokenizer_config.json by file name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,16 +32,16 @@ def make_tokenizer(vocabulary: int, seed: int = 0, dialogues: int = DIALOGUES) -
         special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
     )
     tokenizer.train_from_iterator(_texts(seed, dialogues), trainer)
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     return {
         "tokenizer.json": tokenizer.to_str(pretty=False),
-        "tokenizer_config.json": json.dumps(about, indent=1) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=1) + "\n",
     }
 
 
 def _texts(seed: int, dialogues: int) -> Iterator[str]:
-    """What is said in dialogues of the training split, and the role names as often as they stand there."""
+    """The texts of dialogues of the training split, and the role names as often as they occur there."""
     rng = np.random.default_rng(seed)
     for _ in range(dialogues):
-        for turn in random_dialogue(rng, split="train").rounds:
-            yield from (HUMAN, turn.prompt, ASSISTANT, turn.answer or "")
+        for task in random_dialogue(rng, split="train").tasks:
+            yield from (HUMAN, task.prompt, ASSISTANT, task.answer or "")

@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 
-from tiny_shapes.world import Scene, Thing, caption, describe, mentions, parse_scene, scene_from_seed
-from tiny_shapes.world.language import brief
+from tiny_shapes.world import Scene, SceneObject, caption, describe, mentions, parse_scene, scene_from_seed
+from tiny_shapes.world.captions import terse_caption
 
 EXAMPLE = "a large red circle at the top left and a small blue star at the centre on a white background"
 
 
 def test_the_canonical_caption_is_the_documented_one():
-    things = (Thing("circle", "red", "large", "top left"), Thing("star", "blue", "small", "centre"))
-    assert describe(Scene(things, "white")) == EXAMPLE
+    objects = (SceneObject("circle", "red", "large", "top left"), SceneObject("star", "blue", "small", "centre"))
+    assert describe(Scene(objects, "white")) == EXAMPLE
     assert describe(Scene((), "mint")) == "an empty mint background"
 
 
 def test_parsing_a_description_gives_the_scene_back():
     for seed in range(300):
-        scene = scene_from_seed(seed, things=(1, 9)).without_jitter()
+        scene = scene_from_seed(seed, objects=(1, 9)).without_jitter()
         assert parse_scene(describe(scene)) == scene
 
 
@@ -33,33 +33,33 @@ def test_captions_vary():
     assert len({caption(rng, scene_from_seed(1)) for _ in range(50)}) > 15
 
 
-def test_every_thing_is_found_in_a_caption_up_to_where_its_words_end():
+def test_every_object_is_found_in_a_caption_up_to_where_its_words_end():
     rng = np.random.default_rng(0)
     for seed in range(300):
         scene = scene_from_seed(seed)
         text = caption(rng, scene)
         found = list(mentions(text, scene))
-        assert sorted(thing.content for _, thing in found) == sorted(thing.content for thing in scene.things)
+        assert sorted(obj.content for _, obj in found) == sorted(obj.content for obj in scene.objects)
         begin = 0
-        for end, thing in found:
-            assert f"{thing.color} {thing.shape}" in text[begin:end]
+        for end, obj in found:
+            assert f"{obj.color} {obj.shape}" in text[begin:end]
             assert not text[end:] or text[end:].startswith((",", ".", " and ", " on ", " against "))
             begin = end
 
 
-def test_few_words_are_true_of_the_scene_and_leave_out_most_of_it():
+def test_a_terse_caption_is_true_of_the_scene_and_leaves_out_most_of_it():
     rng = np.random.default_rng(0)
     placed = colored = 0
     for seed in range(500):
         scene = scene_from_seed(seed)
-        text = brief(rng, scene)
+        text = terse_caption(rng, scene)
         meant = parse_scene(text)
-        assert sorted(thing.shape for thing in meant.things) == sorted(thing.shape for thing in scene.things)
-        looks = [(thing.shape, thing.color, thing.size) for thing in meant.things]
+        assert sorted(obj.shape for obj in meant.objects) == sorted(obj.shape for obj in scene.objects)
+        looks = [(obj.shape, obj.color, obj.size) for obj in meant.objects]
         named = sum(looks.count(look) == 1 and look[1] in text for look in looks)
         assert len(list(mentions(text, meant))) >= named
         placed += any(place in text for place in ("top", "bottom", "left", "right", "cent", "middle"))
-        colored += all(thing.color in text for thing in scene.things)
+        colored += all(obj.color in text for obj in scene.objects)
     assert placed < 200 and colored > 400
 
 
@@ -96,11 +96,11 @@ def test_free_wording_is_understood_and_completed(typed, meant):
         ("the background is red", "no background is red"),
         ("a circle on a white background on a black background", "two backgrounds"),
         ("a red blue circle", "name one color"),
-        ("a circle at the top and a star at the top", "two things at the top"),
+        ("a circle at the top and a star at the top", "two objects at the top"),
         ("a circle at the top bottom", "name one place"),
         ("something red", "'something' was not understood"),
         ("a red one at the left", "which shape is 'red left'"),
-        ("", "no thing and no background"),
+        ("", "no object and no background"),
     ],
 )
 def test_what_was_not_understood_is_said(typed, complaint):

@@ -8,14 +8,14 @@ from PIL import Image, ImageFilter
 
 from tiny_shapes.world import (
     Scene,
-    Thing,
+    SceneObject,
     compare,
     degrade,
     draw,
     parse_scene,
     read_region,
     read_scene,
-    region_picture,
+    region_image,
     scene_from_seed,
 )
 
@@ -46,7 +46,7 @@ def test_drawn_scenes_are_read_exactly(damage):
     assert share_read_exactly(damage) >= 0.995
 
 
-def test_soft_pictures_are_read_too():
+def test_soft_images_are_read_too():
     assert share_read_exactly(blurred, SCENES[:100]) >= 0.99
 
 
@@ -56,47 +56,47 @@ def test_any_side_length_is_read(size):
         assert read_scene(draw(scene, size)).to_scene() == scene.without_jitter()
 
 
-def test_pictures_in_floats_read_as_those_in_bytes():
-    picture = draw(SCENES[0])
-    assert read_scene(picture.astype(np.float32) / 255) == read_scene(picture)
+def test_images_in_floats_read_as_those_in_bytes():
+    image = draw(SCENES[0])
+    assert read_scene(image.astype(np.float32) / 255) == read_scene(image)
 
 
 def test_centers_are_found_to_the_pixel():
     for scene in SCENES[:20]:
-        for seen, thing in zip(read_scene(draw(scene)).things, scene.things, strict=True):
-            assert np.abs(np.subtract(seen.center, thing.center)).max() < 0.5
+        for seen, obj in zip(read_scene(draw(scene)).objects, scene.objects, strict=True):
+            assert np.abs(np.subtract(seen.center, obj.center)).max() < 0.5
 
 
-def test_an_empty_picture_has_nothing_but_its_background():
+def test_an_empty_image_has_nothing_but_its_background():
     reading = read_scene(draw(Scene((), "navy")))
-    assert reading.things == () and reading.background == "navy"
+    assert reading.objects == () and reading.background == "navy"
 
 
-def test_specks_are_no_things():
-    picture = draw(SCENES[0])
-    picture[2:7, 2:7] = (214, 30, 40)
-    assert len(read_scene(picture).things) == len(SCENES[0].things)
+def test_specks_are_not_objects():
+    image = draw(SCENES[0])
+    image[2:7, 2:7] = (214, 30, 40)
+    assert len(read_scene(image).objects) == len(SCENES[0].objects)
 
 
 def test_a_blot_has_no_shape():
-    picture = draw(Scene((), "white"))
-    picture[60:64, 20:110] = (214, 30, 40)
-    reading = read_scene(picture)
-    assert [thing.shape for thing in reading.things] == [None]
+    image = draw(Scene((), "white"))
+    image[60:64, 20:110] = (214, 30, 40)
+    reading = read_scene(image)
+    assert [obj.shape for obj in reading.objects] == [None]
     with pytest.raises(ValueError, match="no shape"):
         reading.to_scene()
 
 
-def test_a_picture_of_nothing_known_is_read_without_failing():
+def test_an_image_of_nothing_known_is_read_without_failing():
     rng = np.random.default_rng(0)
     for pixels in (rng.integers(0, 256, (128, 128, 3), dtype=np.uint8), np.zeros((128, 128, 3), np.uint8)):
         read_scene(pixels)
     half = np.zeros((128, 128, 3), np.uint8)
     half[:, 70:] = 255
-    assert all(thing.shape is None for thing in read_scene(half).things)
+    assert all(obj.shape is None for obj in read_scene(half).objects)
 
 
-def test_what_is_no_picture_is_refused():
+def test_another_layout_than_that_of_an_image_is_refused():
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
         read_scene(np.zeros((3, 128, 128), np.uint8))
     with pytest.raises(ValueError, match="uint8 or float"):
@@ -130,22 +130,22 @@ def test_size_is_told_apart_from_what_is_right():
     assert result.all_right and result.size == (True, False) and not result.exact
 
 
-def test_a_thing_in_the_wrong_cell_still_counts_for_its_other_attributes():
+def test_an_object_in_the_wrong_cell_still_counts_for_its_other_attributes():
     result = compare(read_scene(draw(parse_scene(WANTED.replace("centre", "bottom")))), parse_scene(WANTED))
     assert result.shape == result.color == (True, True) and result.position == (True, False)
 
 
-def test_one_found_thing_does_not_answer_for_two_wanted_ones():
-    twins = (Thing("star", "red", "small", "left"), Thing("star", "red", "small", "right"))
+def test_one_found_object_does_not_answer_for_two_wanted_ones():
+    twins = (SceneObject("star", "red", "small", "left"), SceneObject("star", "red", "small", "right"))
     result = compare(read_scene(draw(Scene(twins[:1], "white"))), Scene(twins, "white"))
     assert sorted(result.right) == [False, True]
 
 
-def test_a_region_is_read_back_from_its_picture():
+def test_a_region_is_read_back_from_its_image():
     source = parse_scene(WANTED)
     target = parse_scene(WANTED.replace("blue", "green"))
-    picture = region_picture(source, target)
+    image = region_image(source, target)
     circle = np.hypot(*(np.indices((128, 128)) + 0.5 - 64)) < 14
-    for pixels in (picture, as_jpeg(picture), degrade(picture, "blurred", 1), picture / 255.0):
+    for pixels in (image, as_jpeg(image), degrade(image, "blurred", 1), image / 255.0):
         region = read_region(pixels)
         assert not (region & ~circle).any() and 150 < region.sum() < 250

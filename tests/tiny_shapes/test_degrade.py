@@ -1,4 +1,4 @@
-"""Ways to make a picture worse."""
+"""Ways to make an image worse."""
 
 import numpy as np
 import pytest
@@ -7,31 +7,31 @@ from tiny_shapes.world import DEGRADATIONS, degrade, draw, scene_from_seed
 
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
-def test_a_degraded_picture_keeps_its_layout_and_follows_its_seed(kind):
-    picture = draw(scene_from_seed(1), 96)
-    worse = degrade(picture, kind, seed=5)
-    assert worse.shape == picture.shape and worse.dtype == np.uint8
-    assert np.array_equal(worse, degrade(picture, kind, seed=5))
+def test_a_degraded_image_keeps_its_layout_and_follows_its_seed(kind):
+    image = draw(scene_from_seed(1), 96)
+    worse = degrade(image, kind, seed=5)
+    assert worse.shape == image.shape and worse.dtype == np.uint8
+    assert np.array_equal(worse, degrade(image, kind, seed=5))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DEGRADATIONS if kind != "none"])
-def test_a_degraded_picture_has_lost_something(kind):
-    picture = draw(scene_from_seed(1))
-    assert np.abs(degrade(picture, kind, seed=5).astype(int) - picture).mean() > 0.2
+def test_a_degraded_image_has_lost_something(kind):
+    image = draw(scene_from_seed(1))
+    assert np.abs(degrade(image, kind, seed=5).astype(int) - image).mean() > 0.2
 
 
 def test_none_is_an_independent_copy():
-    picture = draw(scene_from_seed(1))
-    copy = degrade(picture, "none")
-    assert np.array_equal(copy, picture) and not np.shares_memory(copy, picture)
+    image = draw(scene_from_seed(1))
+    copy = degrade(image, "none")
+    assert np.array_equal(copy, image) and not np.shares_memory(copy, image)
 
 
-def test_a_pixelated_picture_has_blocks_of_one_color():
+def test_a_pixelated_image_has_blocks_of_one_color():
     blocks = degrade(draw(scene_from_seed(1)), "pixelated").reshape(32, 4, 32, 4, 3)
     assert (blocks == blocks[:, :1, :, :1]).all()
 
 
-def test_a_grey_picture_has_equal_channels():
+def test_a_grey_image_has_equal_channels():
     grey = degrade(draw(scene_from_seed(1)), "grey")
     assert (grey == grey[..., :1]).all()
 
@@ -43,8 +43,8 @@ def test_noise_has_the_same_grain_at_every_size():
 
 
 def test_another_seed_gives_other_noise():
-    picture = draw(scene_from_seed(1))
-    assert not np.array_equal(degrade(picture, "noisy", 0), degrade(picture, "noisy", 1))
+    image = draw(scene_from_seed(1))
+    assert not np.array_equal(degrade(image, "noisy", 0), degrade(image, "noisy", 1))
 
 
 def test_other_kinds_and_other_arrays_are_refused():

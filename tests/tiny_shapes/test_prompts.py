@@ -13,20 +13,20 @@ from tiny_shapes.world import (
     TASK_INSTRUCTIONS,
     Edit,
     Scene,
-    Thing,
+    SceneObject,
     instruction,
     random_edit,
     random_scene,
     scene_from_seed,
 )
-from tiny_shapes.world.language import edit_words, prompt
-from tiny_shapes.world.questions import question, talk
-from tiny_shapes.world.wording import refer
+from tiny_shapes.world.phrasing import refer_to
+from tiny_shapes.world.prompts import edit_words, prompt
+from tiny_shapes.world.questions import question, small_talk
 
 NUMBERS = ["zero", "one", "two", "three"]
 
 
-def told(text):
+def named_in(text):
     """The attributes that a sentence names, British and American spelling alike."""
     words = text.lower().replace("center", "centre").replace("middle", "centre").replace("crosses", "cross")
     words = " ".join(word.rstrip("s") if word.rstrip("s") in SHAPES else word for word in words.strip(" ?.").split())
@@ -41,7 +41,7 @@ KINDS = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES)}
 
 
 def meant(scene, named):
-    return [thing for thing in scene.things if all(getattr(thing, kind) == name for kind, name in named.items())]
+    return [obj for obj in scene.objects if all(getattr(obj, kind) == name for kind, name in named.items())]
 
 
 def test_the_published_instructions_are_kept_word_for_word():
@@ -77,61 +77,61 @@ def test_prompts_vary_and_use_the_instruction_itself_about_half_the_time(task):
     assert len(set(prompts)) >= 4
 
 
-def test_a_reference_means_one_thing_only_and_never_tells_what_is_hidden():
+def test_a_reference_means_one_object_only_and_never_tells_what_is_hidden():
     rng = np.random.default_rng(1)
     for seed in range(300):
-        scene = scene_from_seed(seed, things=(2, 3))
-        for thing in scene.things:
-            assert meant(scene, told(refer(rng, scene, thing))) == [thing]
+        scene = scene_from_seed(seed, objects=(2, 3))
+        for obj in scene.objects:
+            assert meant(scene, named_in(refer_to(rng, scene, obj))) == [obj]
             for hidden in ("color", "shape", "size", "position"):
-                words = refer(rng, scene, thing, hide=(hidden,))
-                assert words is None or hidden not in told(words)
+                words = refer_to(rng, scene, obj, hide=(hidden,))
+                assert words is None or hidden not in named_in(words)
 
 
-def test_a_lone_thing_may_be_called_it_and_one_of_several_never():
+def test_a_lone_object_may_be_called_it_and_one_of_several_never():
     rng = np.random.default_rng(1)
-    for things, called_it in (((1, 1), True), ((2, 3), False)):
-        words = [refer(rng, scene, scene.things[0]) for scene in map(scene_from_seed, range(80), [things] * 80)]
+    for objects, called_it in (((1, 1), True), ((2, 3), False)):
+        words = [refer_to(rng, scene, scene.objects[0]) for scene in map(scene_from_seed, range(80), [objects] * 80)]
         assert ("it" in words) == called_it
 
 
 def test_what_is_added_without_its_place_goes_to_the_first_free_cell():
     rng = np.random.default_rng(0)
-    beside = Scene((Thing("circle", "red", "large", "centre"),), "white")
-    edit = Edit("add", Thing("star", "blue", "large", "left"))
+    beside = Scene((SceneObject("circle", "red", "large", "centre"),), "white")
+    edit = Edit("add", SceneObject("star", "blue", "large", "left"))
     texts = [edit_words(rng, beside, edit) for _ in range(40)]
     unplaced = [text for text in texts if "left" not in text]
     assert unplaced and len(unplaced) < 40
-    elsewhere = Edit("add", Thing("star", "blue", "large", "right"))
+    elsewhere = Edit("add", SceneObject("star", "blue", "large", "right"))
     assert all("right" in edit_words(rng, beside, elsewhere) for _ in range(40))
 
 
 def test_what_nothing_singles_out_has_no_reference():
-    twins = Scene((Thing("star", "red", "small", "left"), Thing("star", "red", "small", "right")), "white")
+    twins = Scene((SceneObject("star", "red", "small", "left"), SceneObject("star", "red", "small", "right")), "white")
     rng = np.random.default_rng(0)
-    assert refer(rng, twins, twins.things[0], hide=("position",)) is None
-    assert refer(rng, twins, twins.things[0]).endswith("at the left")
+    assert refer_to(rng, twins, twins.objects[0], hide=("position",)) is None
+    assert refer_to(rng, twins, twins.objects[0]).endswith("at the left")
     assert question(rng, twins, "where") is None
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_an_edit_in_words_names_its_thing_and_its_value(kind):
+def test_an_edit_in_words_names_its_object_and_its_value(kind):
     rng = np.random.default_rng(2)
     for seed in range(200):
-        scene = scene_from_seed(seed, things=(2, 2))
+        scene = scene_from_seed(seed, objects=(2, 2))
         edit = random_edit(rng, scene, kind)
         text = edit_words(rng, scene, edit)
         assert text.endswith(".") and "{" not in text
         value = edit.value.replace("gray", "gr").replace("centre", "")
         assert value in text.replace("grey", "gray")
         if kind == "remove":
-            assert meant(scene, told(text.replace(" away", ""))) == [edit.thing]
+            assert meant(scene, named_in(text.replace(" away", ""))) == [edit.subject]
         if kind == "add":
-            assert edit.thing.shape in text and edit.thing.color in text
+            assert edit.subject.shape in text and edit.subject.color in text
 
 
 @pytest.mark.parametrize("kind", ["color", "shape", "size", "where"])
-def test_answers_about_a_thing_are_true(kind):
+def test_answers_about_an_object_are_true(kind):
     rng = np.random.default_rng(3)
     attribute = "position" if kind == "where" else kind
     asked = 0
@@ -140,12 +140,12 @@ def test_answers_about_a_thing_are_true(kind):
         found = question(rng, scene, kind)
         if found is None:
             continue
-        things = meant(scene, told(found.text))
+        objects = meant(scene, named_in(found.text))
         if found.answer == "nothing":
-            assert things == [] and found.thing is None
+            assert objects == [] and found.subject is None
         else:
-            assert things == [found.thing]
-            assert getattr(found.thing, attribute) == found.answer.removeprefix("at the ")
+            assert objects == [found.subject]
+            assert getattr(found.subject, attribute) == found.answer.removeprefix("at the ")
         asked += 1
     assert asked > 250
 
@@ -154,8 +154,8 @@ def test_counts_are_true():
     rng = np.random.default_rng(4)
     for seed in range(300):
         scene = scene_from_seed(seed)
-        asked, answer, thing = question(rng, scene, "count")
-        assert answer == NUMBERS[len(meant(scene, told(asked)))] and thing is None
+        asked, answer, obj = question(rng, scene, "count")
+        assert answer == NUMBERS[len(meant(scene, named_in(asked)))] and obj is None
 
 
 def test_yes_and_no_are_true_and_about_equally_often():
@@ -163,10 +163,10 @@ def test_yes_and_no_are_true_and_about_equally_often():
     answers = []
     for seed in range(600):
         scene = scene_from_seed(seed)
-        asked, answer, thing = question(rng, scene, "exists")
-        things = meant(scene, told(asked))
-        assert answer == ("yes" if things else "no")
-        assert thing == (things[0] if len(things) == 1 else None)
+        asked, answer, obj = question(rng, scene, "exists")
+        objects = meant(scene, named_in(asked))
+        assert answer == ("yes" if objects else "no")
+        assert obj == (objects[0] if len(objects) == 1 else None)
         answers.append(answer)
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
@@ -195,7 +195,7 @@ def test_one_question_about_the_world_has_one_answer():
     rng = np.random.default_rng(8)
     answers = {}
     for _ in range(3000):
-        asked, answer = talk(rng)
+        asked, answer = small_talk(rng)
         answers.setdefault(asked.lower().rstrip("."), set()).add(answer)
     assert all(len(given) == 1 for given in answers.values())
     assert answers["which shapes do you know?"] == {"circle, square, triangle, star, diamond and cross"}
