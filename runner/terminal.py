@@ -169,14 +169,14 @@ class BarReporter(LineReporter):
             ascii="░█",
             file=self._stream,
             leave=False,
-            dynamic_ncols=True,
+            ncols=_columns() - 1,  # a full line would wrap, and could not be redrawn
         )
 
     def _progress(self, value: int, total: int, text: str) -> None:
         if self._bar is None:
             return
         self._bar.bar_format = "{desc}  {bar:20}  {n_fmt}/{total_fmt}  {elapsed_s:.1f} s{postfix}"
-        self._bar.n, self._bar.total = value, total
+        self._bar.n, self._bar.total, self._bar.ncols = value, total, _columns() - 1
         self._bar.set_postfix_str(_last_columns(text, _columns() // 3), refresh=False)
         self._bar.refresh()
 
