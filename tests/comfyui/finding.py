@@ -68,7 +68,7 @@ def is_checkout(folder: Path) -> bool:
 
 
 def find_python(checkout: Path, given: str | None = None) -> Path:
-    """The server's Python: the one that is given, of COMFYUI_PYTHON, of the checkout, or the calling one, in this order."""
+    """The server's Python: one that is given, of COMFYUI_PYTHON, of the checkout, or the calling one, in this order."""
     named = given or os.environ.get("COMFYUI_PYTHON")
     if named:
         return program(named, "--python")
