@@ -17,7 +17,7 @@ from ming_univision.runner.core_nodes import (
     PreviewImage,
     SaveImage,
 )
-from ming_univision.runner.run import NodeError, run_workflow
+from ming_univision.runner.session import ExecutionError, run_workflow
 from ming_univision.runner.workflow import WorkflowError
 from PIL import Image
 
@@ -101,7 +101,7 @@ def test_sixteen_bit_and_grey_pictures_keep_their_range(tmp_path):
 
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "a.png").write_text("words")
-    assert "no picture" in LoadImage.VALIDATE_INPUTS(str(tmp_path / "a.png"))
+    assert "not a picture" in LoadImage.VALIDATE_INPUTS(str(tmp_path / "a.png"))
     assert "absent.png" in LoadImage.VALIDATE_INPUTS("absent.png")
 
 
@@ -160,7 +160,7 @@ def test_pictures_saved_before_a_failure_stay(tmp_path):
         "3": {"class_type": "LoadImage", "inputs": {"image": str(tmp_path / "cut.bmp")}},
         "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
     }
-    with pytest.raises(NodeError, match="node 3"):
+    with pytest.raises(ExecutionError, match="node 3"):
         run_workflow(graph, output_dir=tmp_path / "output")
     assert (tmp_path / "output" / "kept_00001_.png").is_file()
 
