@@ -42,8 +42,8 @@ def check_prefix(prefix: str, folder: Path) -> Path:
     inside = "\0" not in prefix and path.resolve().is_relative_to(Path(folder).resolve())
     if not inside or path.resolve() == Path(folder).resolve():
         raise ValueError(
-            f"filename_prefix {prefix!r} leads out of {folder} or is not a file name: use a plain name, if you like "
-            "with subfolders"
+            f"filename_prefix {prefix!r} leads out of {folder} or is not a file name: use a name such as "
+            '"cats" or "cats/first"'
         )
     if forbidden := sorted(FORBIDDEN.intersection(prefix)):
         raise ValueError(
