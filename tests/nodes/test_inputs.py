@@ -503,7 +503,7 @@ def test_features_of_another_tokenizer_or_grid_or_number_are_not_compared(small,
         ({"samples": torch.zeros(1, 8, 3, 4, 4)}, r"holds \[1, 8, 3, 4, 4\], not images .* from MingTok Encode"),
         ({"samples": torch.zeros(1, 8, 9, 4)}, "from 1 to 8"),
         ({"samples": torch.full((1, 8, 4, 4), float("nan"))}, "NaN"),
-        ({"samples": torch.zeros(0, 8, 4, 4)}, "B of 1 or more"),
+        ({"samples": torch.zeros(0, 8, 4, 4)}, "B at least 1"),
     ],
 )
 def test_latents_of_another_tokenizer(small, unharmed, latent, words):
@@ -777,10 +777,10 @@ def test_a_node_that_fails_is_named_and_what_was_saved_before_stays(small, tmp_p
         if n["class_type"] == "MingUniVisionLoader":
             n["inputs"]["model_name"] = "edit_round"
         n["inputs"] |= {k: 4 for k in ("max_new_tokens",) if k in n["inputs"]}
-        if n["_meta"]["title"] == "Branch B":
+        if n["_meta"]["title"] == "Ming Edit: branch B":
             n["inputs"]["instruction"] = ["blank", 0]
     workflow["blank"] = {"class_type": "MingInstruction", "inputs": {"task": "edit", "text": " "}}
-    with pytest.raises(NodeError, match=r"Branch B.*the prompt is empty"):
+    with pytest.raises(NodeError, match=r"branch B.*the prompt is empty"):
         run_workflow(workflow, output_dir=tmp_path / "output")
 
 
