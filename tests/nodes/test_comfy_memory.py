@@ -1,9 +1,9 @@
 """The model in ComfyUI's own memory management: loaded whole, in part, not at all, and unloaded.
 
 Runs where ComfyUI can be imported, that is, with its Python and from its folder:
-`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. There is a GPU in none of it, but a far device.
-The memory functions of newer versions' dynamic VRAM need a GPU too and are replaced; what its patcher and its layers do
-with them is the real thing.
+`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. It needs no GPU: a far device is faked.
+The memory functions of newer versions' dynamic VRAM need a GPU and are replaced; its patcher and layers are the real
+ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What users see while a node runs: the bar, the picture as it is drawn, the answer as it is written; and stopping."""
+"""What users see while a node runs: the bar, the picture being drawn, the answer being written; and interrupting."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ class Interrupted(BaseException):
 
 
 class FakeComfy:
-    """The parts of ComfyUI that a running node speaks to, and what they were told."""
+    """The parts of ComfyUI that a running node calls, with a record of the calls."""
 
     def __init__(self):
         self.bars, self.texts = [], []  # (value, total, preview) a call; (text, node id, client)

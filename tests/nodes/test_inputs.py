@@ -1,4 +1,4 @@
-"""What the nodes take without complaint, and what gives one clear error and leaves everything usable."""
+"""What the nodes accept, and what gives one clear error and leaves everything usable."""
 
 import json
 import os
@@ -326,7 +326,7 @@ def test_a_save_node_tells_the_name_that_loads_the_file(small):
     assert node("MingLoadFeatures", file=name)[0] == features
 
 
-def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, monkeypatch, checkpoint_folder):
+def test_a_loader_finds_the_live_model_again_and_reloads_a_changed_file(tmp_path, monkeypatch, checkpoint_folder):
     import shutil
 
     folder = shutil.copytree(checkpoint_folder, tmp_path / "models" / "sub" / "mine")
@@ -552,7 +552,7 @@ def test_a_list_of_saved_files_offers_what_its_node_loads(small, tmp_path):
     assert offered("MingLoadConversation") == ["ming/a talk_00001_.safetensors [output]"]
     assert offered("MingLoadFeatures") == ["ming/b picture_00001_.safetensors [output]"]
     path = saved_path(*offered("MingLoadFeatures"))
-    path.write_bytes(b"spoilt since")
+    path.write_bytes(b"damaged since")
     assert offered("MingLoadFeatures") == []
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders: where they are found, by which names, and what is seen and can be stopped while one is loaded."""
+"""Checkpoint folders: where they are found, under which names; progress and interruption while one is loaded."""
 
 import gc
 import os

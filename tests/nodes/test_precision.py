@@ -1,4 +1,4 @@
-"""The precision widget of the loaders: what it loads, and what it says about a machine that is too small."""
+"""The precision widget of the loaders: what it loads, and the error when the machine is too small."""
 
 import shutil
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every shipped workflow runs on the built-in model, and makes no detour through pixels."""
+"""Every shipped workflow runs on the built-in model, and decodes no more than it has to."""
 
 import json
 import math
