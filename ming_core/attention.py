@@ -37,13 +37,13 @@ def cached_attention(q: Tensor, cache: LayerCache, k: Tensor, v: Tensor) -> Tens
     tokens, empty = q.shape[2], not cache.length
     k, v = cache.append(k, v)
     if tokens == 1 and q.is_cuda:
-        return _single_query_attention(q, k, v, cache.attn_mask(1))
+        return single_query_attention(q, k, v, cache.attn_mask(1))
     if empty and cache.cache_position is None:
         return causal_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=cache.attn_mask(tokens))
 
 
-def _single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attend with one query [B, heads, 1, d]; mask: bool [1, N].
 
     Used on CUDA, where torch's fused attention goes to cuDNN on newer GPUs: reports say that it plans anew for every N

@@ -131,6 +131,7 @@ class TokenLoop:
         return lambda step: CapturedStep(step, record)
 
     def advance(self) -> None:
+        """Complete a token: count it in the static caches, and wait for the device where graphs are replayed."""
         for caches in self.static:
             caches.advance()
         if self.record and self.device.type == "cuda":  # else tokens are queued far ahead of an interrupt

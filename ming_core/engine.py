@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .config import UniVisionConfig
 from .conversation import Conversation, Image, Part, Segment, Text, guidance_masks, segment_keys
-from .features import Features, to_grid
-from .image_decoder import DrawnImages, GuidanceRows, ImageDecoder
+from .features import Features, to_grid, to_tokens
+from .image_decoder import DrawnImages, GuidanceRows, ImageDecoder, KeptTokens
 from .kv_cache import DecodeCache, KeyValues
 from .mingtok import MingTok
 from .offload import nonfinite_error
@@ -160,6 +160,8 @@ class Engine:
                 f"come are {transcript.length + new}, and this model has {limit} positions; shorten the prompt, lower "
                 "max_new_tokens, or begin a new conversation"
             )
+        if isinstance(options, ImageOptions):
+            self._kept_tokens(transcript, options)  # a mask that does not fit is refused now
         return RoundPlan(transcript, options, self._working_memory(transcript.length, options))
 
     def _attached(self, conversation: Conversation, features: Features | None) -> list[Image]:
@@ -173,6 +175,24 @@ class Engine:
                 "%d of %d images are in view already and not attached again", features.batch - len(new), features.batch
             )
         return [Image(image, drawn=False) for image in new]
+
+    def _kept_tokens(self, transcript: Conversation, options: ImageOptions) -> KeptTokens | None:
+        """The tokens of the newest image in view that the mask keeps; None without a mask. Raises ValueError."""
+        if options.mask is None:
+            return None
+        if not transcript.images:
+            raise ValueError(
+                "a mask keeps parts of a picture, and no picture is in view: connect features or a conversation that "
+                "shows one, or disconnect the mask"
+            )
+        source, grid = transcript.images[-1].features, self.config.drawing_grid
+        if source.grid != grid:
+            raise ValueError(
+                f"the picture to keep parts of is {source.grid[0]}x{source.grid[1]} tokens, and the model draws "
+                f"{grid[0]}x{grid[1]}: encode it with detail standard"
+            )
+        latents = to_tokens(source.latents.float()).expand(len(options.seeds), -1, -1)
+        return KeptTokens(~options.open_tokens(grid), latents)
 
     def _working_memory(self, length: int, options: TextOptions | ImageOptions) -> int:
         """Bytes that a round on a transcript of this length takes beside the weights, at most."""
@@ -211,9 +231,10 @@ class Engine:
         masks = guidance_masks(prefilled.transcript.parts)
         rows = GuidanceRows.of(options.guidance, len(masks), options.solver.renorm)
         images = len(options.seeds)
-        cache = start.fork(images * rows.count, start.length + noise.shape[1], masks[rows.used].repeat(images, 1))
-        drawn = self._draw_rows([prefilled] * images, cache, rows, noise, options, before, decoder, on_token)
-        return drawn
+        cache = start.fork(images * rows.per_image, start.length + noise.shape[1], masks[rows.used].repeat(images, 1))
+        kept = self._kept_tokens(plan.transcript, options)
+        image_decoder = ImageDecoder(self.network, cache, rows, noise, options.solver, kept)
+        return self._draw_rows([prefilled] * images, image_decoder, before, decoder, on_token)
 
     @torch.no_grad()
     def generate_batch(self, requests: Sequence[DrawRequest], options: ImageOptions | None = None) -> list[ImageResult]:
@@ -257,24 +278,16 @@ class Engine:
         ]
         length = sum(past.cache.length for past, _ in rounds)
         prefix = self.network.language_model.new_cache(length)
-        visible = torch.zeros(len(rounds) * rows.count, length, dtype=torch.bool)
+        visible = torch.zeros(len(rounds) * rows.per_image, length, dtype=torch.bool)
         for k, (past, masks) in enumerate(rounds):
             own = slice(prefix.length, prefix.length + past.cache.length)
-            visible[k * rows.count : (k + 1) * rows.count, own] = masks[rows.used]
+            visible[k * rows.per_image : (k + 1) * rows.per_image, own] = masks[rows.used]
             prefix.extend(past.cache.slice(0, past.cache.length))
         cache = DecodeCache(prefix, noise[0].shape[1], len(visible), visible)
+        image_decoder = ImageDecoder(self.network, cache, rows, torch.cat(noise) * options.temperature, options.solver)
         before = WrittenText([self.config.llm_config.image_start_token])
         decoder = self._text_decoder(options, Sampling(), None, None)
-        return self._draw_rows(
-            [past for past, _ in rounds],
-            cache,
-            rows,
-            torch.cat(noise) * options.temperature,
-            options,
-            before,
-            decoder,
-            None,
-        )
+        return self._draw_rows([past for past, _ in rounds], image_decoder, before, decoder)
 
     # --- Steps of a round -----------------------------------------------------------------------------------------
 
@@ -336,8 +349,8 @@ class Engine:
         image = self.config.llm_config.image_start_token
         cache = DecodeCache(prefilled.cache, capacity=decoder.limit)
         if start == "draw now":
-            logits = self.network.language_model.logits(prefilled.hidden).cpu()
-            return cache, WrittenText([image], [logits] if decoder.keep_logits else [])
+            logits = [self.network.language_model.logits(prefilled.hidden).cpu()] if decoder.keep_logits else []
+            return cache, WrittenText([image], logits)
         before = decoder.write(cache, prefilled.hidden[None], stop={self._end, image})[0]
         if before.ids[-1] == image:
             return cache, before
@@ -347,39 +360,39 @@ class Engine:
                 f'the model answered in words and drew no picture: "{said}". Set start to "draw now" to have it draw'
             )
         raise RuntimeError(
-            f'the model has not begun a picture in {decoder.limit} tokens: "{said}". Raise max_new_tokens, or set start '
-            'to "draw now" to have it draw'
+            f'the model has not begun a picture in {decoder.limit} tokens: "{said}". Raise max_new_tokens, or set '
+            'start to "draw now" to have it draw'
         )
 
     def _draw_rows(
         self,
         rounds: list[PrefilledRound],
-        cache: DecodeCache,
-        rows: GuidanceRows,
-        noise: Tensor,
-        options: ImageOptions,
+        images: ImageDecoder,
         before: WrittenText,
         decoder: TextDecoder,
-        on_token: OnToken,
+        on_token: OnToken = None,
     ) -> list[ImageResult]:
         """Draw an image for each round (which may be one round several times), write what follows, and commit.
 
-        cache: see `ImageDecoder`; before: what was emitted so far, `<image>` included, in every round alike.
+        before: what was emitted so far, `<image>` included, in every round alike.
         """
-        language_model = self.network.language_model
-        images = ImageDecoder(self.network, cache, rows, noise, options.solver)
         drawn = images.draw(on_token)
         # the conditional rows alone write the text that follows
-        conditional = list(range(0, cache.rows, rows.count))
-        cache = cache.select(conditional, cache.length + 1 + options.max_new_tokens)
-        hidden = language_model.decode(images.next_embedding[conditional][:, None], cache)[:, 0]
+        conditional = list(range(0, images.cache.rows, images.rows.per_image))
+        room = images.cache.length + images.pending.shape[1] + decoder.limit
+        cache = images.cache.select(conditional, room)
+        hidden = self.network.language_model.decode(images.pending[conditional], cache)[:, -1]
         features = self._drawn_features(drawn, [past.transcript.depth for past in rounds])
         after = decoder.write(
             cache, hidden, stop={self._end}, forbidden=self.chat.image_open_id, written=len(before.ids) - 1
         )
         results = []
         for row, (past, image, said) in enumerate(zip(rounds, features, after, strict=True)):
-            generated = [*self._answer(before.ids), Image(image, drawn=True), *self._answer(said.ids[:-1])]
+            generated: list[Segment] = [
+                *self._answer(before.ids),
+                Image(image, drawn=True),
+                *self._answer(said.ids[:-1]),
+            ]
             conversation = self._commit(past, generated, cache, row)
             written = before + said
             text, logits = self.chat.decode(written.ids), written.stacked_logits()

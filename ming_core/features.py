@@ -47,8 +47,12 @@ class ContentHashed:
 
     __slots__ = ()
 
+    def digest(self) -> bytes:
+        """32 bytes that identify the content."""
+        raise NotImplementedError
+
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.digest() == other.digest()
+        return isinstance(other, ContentHashed) and type(other) is type(self) and self.digest() == other.digest()
 
     def __ne__(self, other: object) -> bool:
         return not self == other

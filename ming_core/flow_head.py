@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,34 @@ TIME_SCALE = 1000.0  # the network sees 1000 * t
 
 
 class Modulation(NamedTuple):
-    """What a block scales in the stream and adds to it, [..., w] each; depends on time and condition, not on x."""
+    """How the final layer scales and shifts the stream, [..., w] each; depends on time and condition, not on x."""
 
     shift: Tensor
     scale: Tensor  # 1 is added already
-    gate: Tensor | None  # the final layer has none
 
 
-Modulations = tuple[Modulation, ...]  # of the blocks in order, then of the final layer
+class GatedModulation(NamedTuple):
+    """How a block scales and shifts the stream, and how much of its output is added to it, [..., w] each."""
+
+    shift: Tensor
+    scale: Tensor  # 1 is added already
+    gate: Tensor
+
+
+class Modulations(NamedTuple):
+    """The modulations of all layers for one condition and one time, or for several stacked along the first axes."""
+
+    blocks: tuple[GatedModulation, ...]
+    final: Modulation
+
+    def unbind(self) -> list[Modulations]:
+        """Take the first axis apart."""
+        final = [Modulation(*parts) for parts in zip(*(tensor.unbind() for tensor in self.final), strict=True)]
+        blocks = [
+            [GatedModulation(*parts) for parts in zip(*(tensor.unbind() for tensor in block), strict=True)]
+            for block in self.blocks
+        ]
+        return [Modulations(tuple(block[i] for block in blocks), last) for i, last in enumerate(final)]
 
 
 class TimeEmbed(nn.Module):
@@ -46,12 +66,13 @@ class TimeEmbed(nn.Module):
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        waves = self.waves(t)
-        return self.mlp(waves.to(dtype or self.mlp[0].weight.dtype))
+        waves = self.waves(t)  # computed in float32, cast only now: 1000 * t needs every bit
+        return self.mlp(waves.to(dtype or next(self.parameters()).dtype))
 
     @staticmethod
     def waves(t: Tensor) -> Tensor:
         """[..., 256] in float32: cosines first, then sines."""
+        # wave lengths from a thousandth of the time axis to all of it, as in sinusoidal position encodings
         exponents = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device) / TIME_FREQUENCIES
         angles = TIME_SCALE * t.float()[..., None] * torch.exp(-math.log(10000) * exponents)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -75,13 +96,15 @@ class ResBlock(nn.Module):
         self.mlp = SwiGLU(width, hidden, operations=operations, **make)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(width, 3 * width, **make))
 
-    def modulation(self, y: Tensor) -> Modulation:
+    def modulation(self, y: Tensor) -> GatedModulation:
         """y [..., w]: SiLU(time + condition)."""
+        # index 1: the SiLU at index 0 is already in y, where it is applied once for all layers
         shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
-        return Modulation(shift, 1 + scale, gate)
+        return GatedModulation(shift, 1 + scale, gate)
 
-    def forward(self, h: Tensor, modulation: Modulation) -> Tensor:
+    def forward(self, h: Tensor, modulation: GatedModulation) -> Tensor:
         shift, scale, gate = modulation
+        # addcmul(a, b, c) = a + b * c, one kernel instead of two
         return torch.addcmul(h, gate, self.mlp(torch.addcmul(shift, self.in_ln(h), scale)))
 
 
@@ -99,10 +122,10 @@ class FinalLayer(nn.Module):
     def modulation(self, y: Tensor) -> Modulation:
         """y [..., w]: SiLU(time + condition)."""
         shift, scale = self.adaLN_modulation[1](y).chunk(2, dim=-1)
-        return Modulation(shift, 1 + scale, None)
+        return Modulation(shift, 1 + scale)
 
     def forward(self, h: Tensor, modulation: Modulation) -> Tensor:
-        h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
+        h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)  # the modulation is all the affine part it has
         return self.linear(torch.addcmul(modulation.shift, h, modulation.scale))
 
 
@@ -134,14 +157,19 @@ class VelocityNet(nn.Module):
 
     def modulations(self, time: Tensor, z: Tensor) -> Modulations:
         """time: embedded times, which broadcast against z."""
-        y = F.silu(time + self.cond_embed(z))
-        return tuple(layer.modulation(y) for layer in (*self.res_blocks, self.final_layer))
+        y = F.silu(time + self.cond_embed(z))  # (..., w); x plays no part, so this runs once a token
+        blocks = tuple(block.modulation(y) for block in self._blocks)
+        return Modulations(blocks, self.final_layer.modulation(y))
 
     def velocity(self, x: Tensor, modulations: Modulations) -> Tensor:
-        h = self.input_proj(x)
-        for layer, modulation in zip((*self.res_blocks, self.final_layer), modulations, strict=True):
-            h = layer(h, modulation)
-        return h
+        h = self.input_proj(x)  # (..., w)
+        for block, modulation in zip(self._blocks, modulations.blocks, strict=True):
+            h = block(h, modulation)
+        return self.final_layer(h, modulations.final)
+
+    @property
+    def _blocks(self) -> list[ResBlock]:
+        return cast("list[ResBlock]", list(self.res_blocks))
 
 
 class FlowHead(nn.Module):
@@ -212,17 +240,15 @@ class Sampler:
         Returns float32 [B, C]. The latent and its updates stay float32 in every precision.
         """
         x, velocities = noise.float(), deque[Tensor](maxlen=self.schedule.order)
-        for modulations, weights in zip(self._modulations(z), self.schedule.weights, strict=True):
+        # the modulations of all steps in one product, (steps, B, g, ...), then taken apart
+        for modulations, weights in zip(
+            self.net.modulations(self.time, z).unbind(), self.schedule.weights, strict=True
+        ):
             velocities.appendleft(self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float()))
             for weight, velocity in zip(weights, velocities, strict=False):
                 if weight:
                     x = x + weight * velocity
         return x
-
-    def _modulations(self, z: Tensor) -> list[Modulations]:
-        """The modulations of every step, computed for all of them at once: (steps, B, g, ...), then taken apart."""
-        layers = self.net.modulations(self.time, z)
-        return list(zip(*(_by_step(layer) for layer in layers), strict=True))
 
     def _guided(self, v: Tensor) -> Tensor:
         """Velocities of the guidance rows [B, g, C] -> [B, C]."""
@@ -231,9 +257,3 @@ class Sampler:
             return guided
         length = v[:, 0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         return guided * (length + 1e-8).clamp(0, 1)
-
-
-def _by_step(modulation: Modulation) -> list[Modulation]:
-    shifts, scales = modulation.shift.unbind(), modulation.scale.unbind()
-    gates = [None] * len(shifts) if modulation.gate is None else modulation.gate.unbind()
-    return [Modulation(*parts) for parts in zip(shifts, scales, gates, strict=True)]

@@ -1,13 +1,14 @@
 """The image loop: one latent a step, for every image of a drawing and all of its guidance rows.
 
-Each image has up to three guidance rows that share a prefix and see different parts of it (conversation.guidance_masks).
-The flow head turns their hidden states into one latent, the semantic decoder expands it, and all rows take the same
+Each image has up to three guidance rows that share a prefix and see different parts of it (`guidance_masks`). The flow
+head turns their hidden states into one latent, the semantic decoder expands it, and all rows take the same
 feature as their next token. Pixels appear nowhere here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,15 +42,38 @@ class GuidanceRows(NamedTuple):
         return cls(used, tuple(weights[i] for i in used if weights[i] != 0 or renorm))
 
     @property
-    def count(self) -> int:
+    def per_image(self) -> int:
         return len(self.used)
+
+
+class KeptTokens(NamedTuple):
+    """Image tokens that are not drawn but taken over from an image: the rest of the image stays as it is.
+
+    kept     bool [B, N]
+    latents  float32 [B, N, C], the normalised latents of the images to keep
+    """
+
+    kept: Tensor
+    latents: Tensor
+
+    @classmethod
+    def none(cls, batch: int, tokens: int, channels: int) -> KeptTokens:
+        return cls(torch.zeros(batch, tokens, dtype=torch.bool), torch.zeros(batch, tokens, channels))
+
+    def spans(self) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, whether all images keep them) of consecutive tokens, in order."""
+        start = 0
+        for kept, run in itertools.groupby(self.kept.all(0).tolist()):
+            end = start + len(list(run))
+            yield start, end, kept
+            start = end
 
 
 @dataclass
 class DrawnImages:
     """The images so far.
 
-    latents  float32 [B, N, C], normalised; the first `length` tokens are drawn
+    latents  float32 [B, N, C], normalised; the first `length` tokens are there
     tokens   float32 [B, N, D], the semantic features that they expand to
     """
 
@@ -63,23 +87,32 @@ class DrawnImages:
 
 
 class ImageDecoder:
-    """Draws a batch of images token by token.
+    """Draws a batch of images token by token; runs of tokens that every image keeps are prefilled instead.
 
     cache  a row for every guidance row of every image, image by image; they stand before `<image>`
     noise  float32 [B, N, C], multiplied by the temperature already
+    kept   tokens that are not drawn
     """
 
     def __init__(
-        self, network: UniVision, cache: DecodeCache, rows: GuidanceRows, noise: Tensor, solver: Solver
+        self,
+        network: UniVision,
+        cache: DecodeCache,
+        rows: GuidanceRows,
+        noise: Tensor,
+        solver: Solver,
+        kept: KeptTokens | None = None,
     ) -> None:
         self.network, self.cache, self.rows = network, cache, rows
         self.noise = noise.to(network.device)
+        self.kept = kept or KeptTokens.none(*noise.shape)
+        self.sources = self.kept.latents.to(network.device)
         batch, tokens, _ = noise.shape
-        steps = solver.steps or network.config.vishead_diffloss_config.steps
+        llm = network.config.llm_config
         self.sampler = Sampler(
             network.flow_head.net,
             rows.weights,
-            steps,
+            solver.steps or network.config.vishead_diffloss_config.steps,
             solver,
             device=network.device,
             dtype=network.language_model.dtype,
@@ -87,33 +120,64 @@ class ImageDecoder:
         self.stream = network.mingtok.stream(batch, tokens)
         width = network.mingtok.config.semantic_decoder.embed_dim
         self.images = DrawnImages(torch.empty_like(self.noise), self.noise.new_empty(batch, tokens, width))
-        start = torch.full((batch * rows.count,), network.config.llm_config.image_start_token, device=network.device)
-        self.next_embedding = network.language_model.embed(start)  # [B * rows, H], not forwarded yet
+        start = torch.full((batch * rows.per_image, 1), llm.image_start_token, device=network.device)
+        self.pending = network.language_model.embed(start)  # [B * rows, T, H], embeddings that are not forwarded yet
 
     def draw(self, on_token: OnToken = None) -> DrawnImages:
-        """All tokens of the images. Afterwards `next_embedding` is that of the last one, which was not forwarded."""
-        for span in self._spans():
-            for _ in span:
-                if on_token:
-                    on_token(self.images.progress())
+        """Complete the images. Afterwards `pending` holds the embeddings of the last tokens, not forwarded yet."""
+        network = self.network
+        with TokenLoop(
+            network.device,
+            network.language_model,
+            network.flow_head,
+            network.mingtok.semantic_decoder,
+            network.linear_proj,
+        ) as loop:
+            draw_token = self._token_steps(loop)
+            for start, end, kept in self.kept.spans():
+                if kept:
+                    self._keep(start, end)
+                    self._tell(end, on_token)
+                    continue
+                self._forward_pending_run()
+                for i in range(start, end):
+                    draw_token(i)
+                    loop.advance()
+                    self._tell(i + 1, on_token)
         return self.images
 
-    def _spans(self) -> Iterable[Iterable[int]]:
-        """The runs of tokens that an image is made of: one, all of it drawn token by token."""
-        yield self._draw_span(self.noise.shape[1])
+    def _tell(self, length: int, on_token: OnToken) -> None:
+        self.images.length = length
+        if on_token:
+            on_token(self.images.progress())
 
-    def _draw_span(self, tokens: int) -> Iterable[int]:
-        """Draw the next `tokens` tokens; yields after each."""
+    def _keep(self, start: int, end: int) -> None:
+        """Take tokens start..end over from the sources: expanded in one go, never through the flow head."""
+        images = self.images
+        images.latents[:, start:end] = self.sources[:, start:end]
+        expanded = self.stream.append(images.latents[:, start:end])  # (B, n, D)
+        self.stream.caches.advance(end - start)
+        images.tokens[:, start:end] = expanded
+        embeddings = self.network.project(expanded).repeat_interleave(self.rows.per_image, dim=0)
+        self.pending = torch.cat([self.pending, embeddings], dim=1)
+
+    def _forward_pending_run(self) -> None:
+        """Prefill all pending embeddings but the last, whose hidden state the next token is drawn from."""
+        run, self.pending = self.pending[:, :-1], self.pending[:, -1:]
+        if run.shape[1]:
+            self.network.language_model.decode(run, self.cache)
+            self.cache.layers.advance(run.shape[1])
+
+    def _token_steps(self, loop: TokenLoop) -> Callable[[int], None]:
+        """The function that draws token i of every image, from its three steps."""
         network, images, rows = self.network, self.images, self.rows
         language_model, flow_head, batch = network.language_model, network.flow_head, len(self.noise)
-        loop = TokenLoop(
-            network.device, language_model, flow_head, network.mingtok.semantic_decoder, network.linear_proj
-        )
+        kept, kept_somewhere = self.kept.kept.to(network.device), self.kept.kept.any(0).tolist()
 
-        @loop.step(self.cache.layers, synchronizes=language_model.synchronizes(self.next_embedding))
+        @loop.step(self.cache.layers, synchronizes=language_model.synchronizes(self.pending[:, 0]))
         def condition(x: Tensor) -> tuple[Tensor]:
-            z = flow_head.vis_head(language_model.decode(x[:, None], self.cache)[:, 0])
-            return (z.unflatten(0, (batch, rows.count))[:, -len(rows.weights) :],)
+            z = flow_head.vis_head(language_model.decode(x, self.cache)[:, 0])
+            return (z.unflatten(0, (batch, rows.per_image))[:, -len(rows.weights) :],)
 
         @loop.step()
         def flow(z: Tensor, noise: Tensor) -> tuple[Tensor]:
@@ -121,14 +185,15 @@ class ImageDecoder:
 
         @loop.step(self.stream.caches)
         def expand(latent: Tensor) -> tuple[Tensor, Tensor]:
-            token = self.stream.append(latent[:, None])[:, 0]
-            return token, network.project(token).repeat_interleave(rows.count, dim=0)
+            token = self.stream.append(latent[:, None])
+            return token[:, 0], network.project(token).repeat_interleave(rows.per_image, dim=0)
 
-        with loop:
-            for i in range(images.length, images.length + tokens):
-                (z,) = condition(self.next_embedding)
-                (images.latents[:, i],) = flow(z, self.noise[:, i])
-                images.tokens[:, i], self.next_embedding = expand(images.latents[:, i])
-                loop.advance()
-                images.length = i + 1
-                yield i
+        def draw_token(i: int) -> None:
+            (z,) = condition(self.pending)
+            (latent,) = flow(z, self.noise[:, i])
+            if kept_somewhere[i]:  # drawn for the other images of the batch
+                latent = torch.where(kept[:, i, None], self.sources[:, i], latent)
+            images.latents[:, i] = latent
+            images.tokens[:, i], self.pending = expand(images.latents[:, i])
+
+        return draw_token

@@ -34,13 +34,13 @@ def to_pixels(images: Tensor, side: int, fit: str = "center crop") -> Tensor:
 def check_images(images: Tensor, side: int, fit: str) -> None:
     """Raises ValueError for what `to_pixels` cannot take; makes no copy of the pictures."""
     if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}: give one of {FITS}")
+        raise ValueError(f"fit is {fit!r}: choose one of {FITS}")
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
         raise ValueError(f"an IMAGE is [batch, height, width, 1, 3 or 4 channels], not {list(images.shape)}")
     if 0 in images.shape:
         raise ValueError(f"there is no picture in this batch ({list(images.shape)}): connect one or more")
     if not all(torch.isfinite(image[..., :3]).all() for image in images):
-        raise ValueError("the picture holds NaN or infinite values: repair it before it goes to the model")
+        raise ValueError("the picture contains NaN or infinite values: repair it before it goes to the model")
     height, width = images.shape[1:3]
     too_long = max(height, width) > MAX_SIDE_RATIO * min(height, width)
     if fit == "center crop" and too_long:

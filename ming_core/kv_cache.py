@@ -40,10 +40,13 @@ class CachePosition:
         self.index = torch.tensor([index], device=device)
         self._slots = torch.arange(capacity, device=device)
 
-    @property
-    def attn_mask(self) -> Tensor:
-        """Slots that the token at this index may attend to: bool [1, capacity]."""
-        return (self._slots <= self.index)[None]
+    def indices(self, tokens: int) -> Tensor:
+        """Indices of the next `tokens` tokens, int64 [tokens]."""
+        return self.index if tokens == 1 else self.index + self._slots[:tokens]
+
+    def attn_mask(self, tokens: int) -> Tensor:
+        """Slots that each of the next `tokens` tokens may attend to: bool [tokens, capacity]."""
+        return self._slots <= self.indices(tokens)[:, None]
 
 
 class LayerCache:
@@ -61,12 +64,13 @@ class LayerCache:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add [rows, heads, n, head_dim] of each and return views of all that is filled now.
 
-        A static cache takes one token and returns its whole capacity, of which `attn_mask` tells what counts. Raises
-        ValueError when the capacity is exceeded.
+        A static cache returns its whole capacity, of which `attn_mask` tells what counts. Raises ValueError when the
+        capacity is exceeded.
         """
         if self.cache_position is not None:
-            self.keys.index_copy_(2, self.cache_position.index, keys)
-            self.values.index_copy_(2, self.cache_position.index, values)
+            indices = self.cache_position.indices(keys.shape[2])
+            self.keys.index_copy_(2, indices, keys)
+            self.values.index_copy_(2, indices, values)
             return self.keys, self.values
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
@@ -82,7 +86,7 @@ class LayerCache:
         None where each attends to all of them.
         """
         if self.cache_position is not None:
-            return self.cache_position.attn_mask
+            return self.cache_position.attn_mask(tokens)
         if tokens == 1:
             return None
         seen = torch.ones(tokens, self.length, dtype=torch.bool, device=self.keys.device)
@@ -106,7 +110,7 @@ class LayerCaches(list[LayerCache]):
         return self[-1].cache_position
 
     def make_static(self) -> None:
-        """Take one token a step from now on; `advance` completes the step."""
+        """Keep all shapes from now on; `advance` completes a step."""
         last = self[-1]
         position = CachePosition(last.length, last.keys.shape[2], last.keys.device)
         for layer in self:
@@ -119,16 +123,16 @@ class LayerCaches(list[LayerCache]):
         for layer in self:
             layer.cache_position = None
 
-    def advance(self) -> None:
+    def advance(self, tokens: int = 1) -> None:
         """Complete a step of a static cache; a dynamic one counts by itself."""
         if self.cache_position is not None:
-            self.cache_position.index += 1
+            self.cache_position.index += tokens
             for layer in self:
-                layer.length += 1
+                layer.length += tokens
 
 
 class PrefillCache:
-    """Keys and values of one sequence, preallocated for `capacity` positions: [layers, kv_heads, capacity, head_dim]."""
+    """Keys and values of one sequence, preallocated: [layers, kv_heads, capacity, head_dim] each."""
 
     def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
@@ -171,7 +175,7 @@ class DecodeCache:
 
     def __init__(self, prefix: PrefillCache, capacity: int, rows: int = 1, visible: Tensor | None = None) -> None:
         layers, heads, _, head_dim = prefix.keys.shape
-        options = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
+        options: dict[str, Any] = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
         self.prefix, self.rows, self.visible = prefix, rows, visible
         self.layers = LayerCaches(LayerCache(rows, heads, capacity, head_dim, **options) for _ in range(layers))
         self.prefix_bias: Tensor | None = None  # float32 [rows, P], added to the scores of the prefix

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attend, DecodeAttention, PrefillAttention
 from .config import LanguageModelConfig
 from .cuda_graphs import graphs_requested
-from .experts import GatedMlp, MixtureOfExperts
+from .experts import Experts, GatedMlp, MixtureOfExperts
 from .kv_cache import DecodeCache, PrefillCache
 from .offload import OffloadableModule
 
@@ -32,9 +33,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.to(x.device) * y).to(x.dtype)
+        weight = self.weight.to(x.device, torch.float32)  # it may rest on another device
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
 
 class Rope(NamedTuple):
@@ -47,9 +47,11 @@ class Rope(NamedTuple):
     def at(cls, positions: Tensor, config: LanguageModelConfig, dtype: torch.dtype) -> Rope:
         """positions int64 [B, T]. Computed in float32, then cast, as published."""
         d = config.head_dim
+        # inv_freq_i = theta^(-2i/d): the first channels turn fast and tell neighbours apart, the last ones slowly
         exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
         angles = positions[..., None].float() * (config.rope_theta**-exponents)
-        cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+        cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)  # (B, 1, T, d/2), for all heads
+        # with the sign in the sines, rotating is a multiplication, a roll and one fused multiply-add
         return cls(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -71,26 +73,26 @@ class GroupedQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        make = {"bias": False, "device": device, "dtype": dtype}
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        make: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.query_key_value = operations.Linear(config.hidden_size, width, **make)
         self.dense = operations.Linear(self.heads * self.head_dim, config.hidden_size, **make)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         b, t, _ = x.shape
-        qkv = self.query_key_value(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        qkv = self.query_key_value(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, heads + 2 kv, T, d)
+        # queries and keys are neighbours, so both are rotated in one go; values carry no position
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rope.rotate(qk).split([self.heads, self.kv_heads], dim=1)
-        out = attend(self.layer, q, k, v)
+        out = attend(self.layer, q, k, v)  # (B, heads, T, d); a cache stores the rotated keys
         return self.dense(out.transpose(1, 2).reshape(b, t, -1))
 
 
 class DecoderLayer(nn.Module):
+    """A pre-norm layer: attention, then experts (in the first `first_k_dense_replace` layers one dense MLP)."""
+
     def __init__(
         self,
         config: LanguageModelConfig,
@@ -114,7 +116,7 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend, image_gate: Tensor | None) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), rope, attend)
+        x = x + self.attention(self.input_layernorm(x), rope, attend)  # (B, T, H)
         normed = self.post_attention_layernorm(x)
         return x + (self.mlp(normed) if self.dense else self.mlp(normed, image_gate))
 
@@ -139,14 +141,14 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, image_gate: Tensor | None = None) -> Tensor:
         """x [B, T, H]; positions int64 [B, T]; image_gate bool [B, T], tokens for the image router -> [B, T, H]."""
-        rope = Rope.at(positions, self.config, x.dtype)
+        rope = Rope.at(positions, self.config, x.dtype)  # the same for every layer
         for layer in self.layers:
             x = layer(x, rope, attend, image_gate)
         return self.norm(x)
 
 
 class LanguageModel(OffloadableModule):
-    """The decoder with its output layer, and the two ways to run it without gradients: `prefill` and `step`."""
+    """The decoder with its output layer, and the two ways to run it over a cache: `prefill` and `decode`."""
 
     def __init__(
         self,
@@ -172,25 +174,29 @@ class LanguageModel(OffloadableModule):
         Keys and values are exact; what is computed at once is that of the largest prefill chunk.
         """
         config, size = self.config, self.dtype.itemsize
+        # keys and values of one position, in all layers
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
         chunk = min(prefix, PREFILL_CHUNK)
-        scores = 2 * config.num_attention_heads * chunk * prefix * 4  # float32, where no fused attention is at hand
+        scores = 2 * config.num_attention_heads * chunk * prefix * 4
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk
         copies = max(self._gathered_bytes(rows) * (2 if graphs_requested() else 1), self._gathered_bytes(chunk))
+        # float32, once as they come and once as probabilities
         logits = 2 * rows * config.vocab_size * 4
         return position * (prefix + rows * new) + scores + max(experts, copies) + logits
 
     def _gathered_bytes(self, tokens: int) -> int:
         pairs = tokens * self.config.num_experts_per_tok
-        return max(
-            (layer.mlp.experts.gathered_bytes(pairs) for layer in self.model.layers if not layer.dense), default=0
-        )
+        return max((experts.gathered_bytes(pairs) for experts in self._experts), default=0)
 
     def synchronizes(self, x: Tensor) -> bool:
         """Whether a step with these embeddings, [rows, H], synchronizes with the device."""
         pairs = len(x) * self.config.num_experts_per_tok
-        return any(layer.mlp.experts.synchronizes(x, pairs) for layer in self.model.layers if not layer.dense)
+        return any(experts.synchronizes(x, pairs) for experts in self._experts)
+
+    @property
+    def _experts(self) -> list[Experts]:
+        return [module for module in self.model.layers.modules() if isinstance(module, Experts)]
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., H]."""

@@ -1,4 +1,4 @@
-"""MingTok: pictures to compact continuous latents, latents to semantic features, features to pictures.
+"""MingTok: images to compact continuous latents, latents to semantic features, features to images.
 
 Three transformers (arXiv:2510.06590). The low-level encoder sees all patches at once and gives each a latent of C
 numbers. The semantic decoder is causal and knows no positions but the order, so it can expand latents one by one as
@@ -21,27 +21,27 @@ from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoder
 from .features import Features, to_grid, to_tokens
 from .kv_cache import LayerCache, LayerCaches
 from .offload import OffloadableModule, nonfinite_error
-from .transformer import LAYER_NORM_EPS, GeluMlp, SwiGLU, block_stack
+from .transformer import LAYER_NORM_EPS, BlockStack, GeluMlp, SwiGLU
 
-# ComfyUI pictures at most twice the native side: the encoder's position table is stretched no further than published
+# images are at most twice the native side: the encoder's position table is stretched no further than published
 MAX_GRID_FACTOR = 2
 
 
 def upcast_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), computed as finely as x is where the weights are stored with fewer bits.
+    """module(x) in the precision of x, with weights that are stored in a lower one upcast for this call.
 
-    Weights that rest on another device are left to their layers, which bring them over in the dtype of their input.
+    Offloaded weights are left to their layers, which bring them over in the dtype of their input.
     """
-    coarse = {
+    upcast = {
         name: p.to(x)
         for name, p in module.named_parameters()
         if p.device == x.device and p.dtype.itemsize < x.dtype.itemsize
     }
-    return functional_call(module, coarse, (x,)) if coarse else module(x)
+    return functional_call(module, upcast, (x,)) if upcast else module(x)
 
 
 class PatchEmbed(nn.Module):
-    """Cut a picture into patches and project each: [B, 3, H, W] -> [B, h*w, D], row by row."""
+    """Cut an image into patches and project each: [B, 3, H, W] -> [B, h*w, D], row by row."""
 
     def __init__(self, patch_size: int, dim: int, *, operations: Any, device: Any, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class PatchEmbed(nn.Module):
         # the fastest axis, so that the sums are in the order of the convolution that the numbers were recorded with.
         p = self.proj.kernel_size[0]
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-        weight, bias = self.proj.weight.to(patches), self.proj.bias.to(patches)  # they may rest elsewhere
+        weight, bias = self.proj.weight.to(patches), self.proj.bias.to(patches)  # they may be offloaded
         return F.linear(patches, rearrange(weight, "d c p q -> d (p q c)"), bias)
 
 
@@ -73,26 +73,28 @@ class LowLevelEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, dim, **make)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, dim, device=device, dtype=dtype))
-        self.blocks = block_stack(config.depth, dim, SwiGLU, **make)
+        self.blocks = BlockStack(config.depth, dim, SwiGLU, **make)
         self.out_norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.out_proj = operations.Linear(dim, config.out_dim, device=device, dtype=dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.embed(pixels)  # (B, N+1, D)
-        for block in self.blocks[0]:
+        x = self.embed(pixels)  # (B, N + 1, D)
+        for block in self.blocks.layers:
             x = block(x)
-        return self.project(x)
+        return self.project(x)  # (B, N + 1, C); no norm of the blocks' output before the shortcut, as published
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Patch tokens, the class token behind them, positions added."""
         patch = self.patch_embed.proj.kernel_size[0]
         grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
         patches = self.patch_embed(pixels)
+        # the class token comes last, so that dropping the last latent leaves those of the patches
         cls = self.cls_token.to(patches).expand(patches.shape[0], -1, -1)
         return torch.cat([patches, cls], dim=1) + self.positions(grid).to(patches)
 
     def project(self, x: Tensor) -> Tensor:
         """To C numbers a token: a projection, plus the mean over each of C groups of channels."""
+        # a residual path around the bottleneck: it learns what the means of the channels leave out
         shortcut = x.unflatten(-1, (self.out_dim, -1)).mean(-1)
         return shortcut + self.out_proj(F.gelu(self.out_norm(x)))
 
@@ -123,12 +125,12 @@ class SemanticDecoder(nn.Module):
         dim = config.embed_dim
         self.repeat = dim // config.in_dim
         self.in_proj = operations.Linear(config.in_dim, dim, device=device, dtype=dtype)
-        self.blocks = block_stack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
+        self.blocks = BlockStack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, raw: Tensor, caches: LayerCaches | None = None) -> Tensor:
-        x = self.embed(raw)
-        for i, block in enumerate(self.blocks[0]):
+        x = self.embed(raw)  # (B, N, D)
+        for i, block in enumerate(self.blocks.layers):
             x = block(x, causal=True, cache=caches[i] if caches else None)
         return self.norm(x)
 
@@ -151,12 +153,13 @@ class PixelDecoder(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.patch_size = config.patch_size
-        self.blocks = block_stack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
+        self.blocks = BlockStack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.head = operations.Linear(dim, 3 * config.patch_size**2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks[0]:
+        # block by block, so that only one block's weights exist in float32 at a time
+        for block in self.blocks.layers:
             x = upcast_forward(block, x)
         return upcast_forward(self.head, upcast_forward(self.norm, x))
 
@@ -198,7 +201,7 @@ class MingTok(OffloadableModule):
 
     @property
     def native_side(self) -> int:
-        """Side in pixels of the pictures that the model draws and edits."""
+        """Side in pixels of the images that the model draws and edits."""
         return self.config.low_level_encoder.img_size
 
     @property
@@ -232,7 +235,7 @@ class MingTok(OffloadableModule):
         if not tokens.isfinite().all():
             raise nonfinite_error(self.dtype)
         own = latents.to("cpu", copy=True)  # the caller may write to theirs
-        return Features(tokens, own, tuple(latents.shape[2:]), self.fingerprint)
+        return Features(tokens, own, (latents.shape[2], latents.shape[3]), self.fingerprint)
 
     def decode(self, features: Features) -> Tensor:
         """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features.
@@ -245,7 +248,7 @@ class MingTok(OffloadableModule):
         return self.assemble(patches, features.grid).float().clamp(-1, 1)
 
     def preview(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The picture so far: the first n semantic tokens [B, n, D] -> pixels [B, 3, H, W], mid grey where none is yet.
+        """The image so far: the first n semantic tokens [B, n, D] -> pixels [B, 3, H, W], mid grey where none is yet.
 
         Cheap, since the pixel decoder knows no positions and takes just the tokens that are there, and computes in the
         dtype of the weights here.
@@ -255,8 +258,8 @@ class MingTok(OffloadableModule):
         missing = grid[0] * grid[1] - tokens.shape[1]
         return self.assemble(F.pad(patches, (0, 0, 0, 0, 0, missing)), grid).float().clamp(-1, 1)
 
-    def working_memory(self, pictures: int, patches: int) -> int:
-        """Bytes beside the weights for encoding, decoding or drawing `pictures` of `patches` each."""
+    def working_memory(self, images: int, patches: int) -> int:
+        """Bytes beside the weights for encoding, decoding or drawing `images` of `patches` each."""
         config = self.config
         size, pixel = self.dtype.itemsize, config.pixel_decoder.embed_dim
         stages = (
@@ -267,10 +270,10 @@ class MingTok(OffloadableModule):
         layer = 14 * max(stages)  # the stream, normed, q, k, v, and what is inside SwiGLU
         streamed = 2 * config.semantic_decoder.decoder_depth * config.semantic_decoder.embed_dim * patches * size
         block = 12 * pixel**2 * 4 if size < 4 else 0  # of the pixel decoder, its weights in float32
-        return pictures * (layer + streamed) + block
+        return images * (layer + streamed) + block
 
     def stream(self, rows: int, capacity: int) -> SemanticStream:
-        """A semantic decoder that takes the latents of `rows` pictures one at a time, `capacity` of each in all."""
+        """A semantic decoder that takes the latents of `rows` images one at a time, `capacity` of each in all."""
         return SemanticStream(self, rows, capacity)
 
     def normalise(self, raw: Tensor) -> Tensor:
@@ -296,9 +299,9 @@ class MingTok(OffloadableModule):
         )
 
     def check_features(self, features: Features) -> None:
-        """Raises ValueError unless `features` hold pictures and were made by this tokenizer."""
+        """Raises ValueError unless `features` hold images and were made by this tokenizer."""
         if features.batch == 0:
-            raise ValueError("features hold no picture: encode one or more")
+            raise ValueError("these features contain no picture: encode at least one")
         if features.tokenizer != self.fingerprint:
             raise ValueError(
                 f"these features belong to another tokenizer ({features.tokenizer[:12]}) than this one "
@@ -307,7 +310,7 @@ class MingTok(OffloadableModule):
 
     def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[0] == 0:
-            raise ValueError(f"pixels must be [B, 3, H, W] with B of 1 or more, not {tuple(pixels.shape)}")
+            raise ValueError(f"pixels must be [B, 3, H, W] with B at least 1, not {tuple(pixels.shape)}")
         for side in pixels.shape[2:]:
             if side == 0 or side % self.patch_size or side > MAX_GRID_FACTOR * self.native_side:
                 raise ValueError(
@@ -315,15 +318,15 @@ class MingTok(OffloadableModule):
                     f"and at most {MAX_GRID_FACTOR * self.native_side}; ming_core.images resizes"
                 )
         if not torch.isfinite(pixels).all():
-            raise ValueError("pixels hold NaN or infinite values: repair the picture before encoding it")
+            raise ValueError("pixels contain NaN or infinite values: repair the picture before encoding it")
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raises ValueError unless `latents` are normalised latents of pictures, as `encode` gives them."""
+        """Raises ValueError unless `latents` are normalised latents of images, as `encode` gives them."""
         channels, most = self.config.low_level_encoder.out_dim, MAX_GRID_FACTOR * self.config.low_level_encoder.grid
         shape = tuple(latents.shape)
         if latents.ndim != 4 or latents.shape[0] == 0 or latents.shape[1] != channels:
             raise ValueError(
-                f"latents must be [B, {channels}, h, w] with B of 1 or more, not {shape}: they come from another "
+                f"latents must be [B, {channels}, h, w] with B at least 1, not {shape}: they come from another "
                 f"tokenizer (MingTok latents have {channels} channels here); connect some that MingTok Encode made"
             )
         if not all(1 <= n <= most for n in shape[2:]):
@@ -332,7 +335,7 @@ class MingTok(OffloadableModule):
                 "scale the latents down"
             )
         if not torch.isfinite(latents).all():
-            raise ValueError("latents hold NaN or infinite values: repair them before expanding them")
+            raise ValueError("latents contain NaN or infinite values: repair them before expanding them")
 
 
 class SemanticStream:
@@ -341,7 +344,7 @@ class SemanticStream:
     def __init__(self, mingtok: MingTok, rows: int, capacity: int) -> None:
         self.mingtok = mingtok
         config = mingtok.config.semantic_decoder
-        options = {"device": mingtok.device, "dtype": mingtok.dtype}
+        options: dict[str, Any] = {"device": mingtok.device, "dtype": mingtok.dtype}
         heads = config.embed_dim // HEAD_DIM
         self.caches = LayerCaches(
             LayerCache(rows, heads, capacity, HEAD_DIM, **options) for _ in range(config.decoder_depth)

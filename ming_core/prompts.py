@@ -11,25 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from .conversation import ANSWER, MARK, PROMPT, ROLE, Image, Part, Segment, Text
 
 HUMAN, ASSISTANT = "HUMAN", "ASSISTANT"
 END, ROLE_OPEN, ROLE_CLOSE = "<|endoftext|>", "<role>", "</role>"
 PATCH, IMAGE_OPEN, IMAGE_CLOSE = "<imagePatch>", "<image>", "</image>"
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder contains for a character whose bytes are not all there
 
 
 class ChatFormat:
-    """Tokenizer and chat template of one checkpoint.
+    """Text tokenizer and chat template of one checkpoint.
 
-    tokenizer_json: the text of its tokenizer.json. Raises ValueError, naming what is missing.
+    Raises ValueError for a tokenizer that lacks one of the special tokens, naming it.
     """
 
-    def __init__(self, tokenizer_json: str) -> None:
-        self._tokenizer = tokenizer = Tokenizer.from_str(tokenizer_json)
-        tokenizer.encode_special_tokens = True  # as the text that they are
-        tokenizer.no_truncation()  # a file says how it was used last: nothing is cut here, nor filled up
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # a special token that a user types is encoded as the text that it is
+        tokenizer.no_truncation()  # a file records how it was used last: nothing is cut here, nor padded
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: i for i, token in added.items() if token.special}
@@ -39,23 +39,34 @@ class ChatFormat:
         self.patch_id = self._special(PATCH)
 
     @classmethod
+    def from_json(cls, tokenizer_json: str) -> ChatFormat:
+        """The tokenizer in the text of a tokenizer.json."""
+        return cls(Tokenizer.from_str(tokenizer_json))
+
+    @classmethod
     def from_folder(cls, folder: str | Path) -> ChatFormat:
-        """Read tokenizer.json of a checkpoint folder. Raises ValueError with the remedy."""
+        """Read the tokenizer files of a checkpoint folder: tokenizer.json, and tokenizer_config.json where it is there.
+
+        Special tokens may stand in either. Raises ValueError with the remedy.
+        """
+        from transformers import PreTrainedTokenizerFast  # two seconds: only when a model is loaded
+
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: copy the tokenizer files of the checkpoint into its folder")
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            return cls(tokenizer.backend_tokenizer)
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{path} cannot be used ({error}): download it again") from error
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, none of them special whatever the text says."""
-        return tuple(self._tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
+        return tuple(self.tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def prompt(self, contents: Sequence[str | Sequence[Image]]) -> Part:
         """One message of the user: texts, and lists of images, in order, with the tags around it."""
@@ -102,17 +113,11 @@ class TextStream:
     """Token ids to text as they come; a character appears when all of its bytes are there."""
 
     def __init__(self, chat: ChatFormat) -> None:
-        self._chat = chat
-        self._ids: list[int] = []
-        self._context, self._shown = 0, 0  # where decoding starts, and up to where the ids are in `text`
+        self._tokenizer = chat.tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
         self.text = ""
 
     def push(self, token_id: int) -> str:
         """Returns all text so far."""
-        self._ids.append(token_id)
-        before = self._chat.decode(self._ids[self._context : self._shown])
-        after = self._chat.decode(self._ids[self._context :])
-        if len(after) > len(before) and not after.endswith(UNFINISHED):
-            self.text += after[len(before) :]
-            self._context, self._shown = self._shown, len(self._ids)
+        self.text += self._stream.step(self._tokenizer, token_id) or ""
         return self.text

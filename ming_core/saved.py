@@ -115,7 +115,7 @@ def _parse(tensors: dict[str, Tensor], about: dict, model: Engine) -> Conversati
             else:
                 latents = tensors[f"latents.{done}"][None]
                 model.mingtok.check_latents(latents)
-                grid, depth = tuple(latents.shape[2:]), int(entry["depth"])
+                grid, depth = (latents.shape[2], latents.shape[3]), int(entry["depth"])
                 features = Features(latents[:, 0, :0], latents, grid, model.mingtok.fingerprint, depth)
                 segments.append(Image(features, bool(entry["drawn"])))
                 done += 1

@@ -9,7 +9,7 @@ Module names are those of the published checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, *, causal: bool = False, cache: LayerCache | None = None) -> Tensor:
         """x [B, N, D]: the whole sequence, or with a cache its next N tokens."""
         b, n, dim = x.shape
+        # one product for queries, keys and values of all heads, then taken apart
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
-        if cache is not None:
+        if cache is not None:  # token by token, causal by nature
             x = cached_attention(q, cache, k, v)
         elif causal:
             x = causal_attention(q, k, v)
@@ -67,7 +68,7 @@ class SwiGLU(nn.Module):
         self.w3 = operations.Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w12(x).chunk(2, dim=-1)
+        a, b = self.w12(x).chunk(2, dim=-1)  # the gate and what it lets through, (..., hidden) each
         return self.w3(F.silu(a) * b)
 
 
@@ -107,6 +108,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def block_stack(depth: int, dim: int, feed_forward: Callable[..., nn.Module], **make: Any) -> nn.ModuleList:
+class BlockStack(nn.ModuleList):
     """`depth` blocks, nested one level deeper as in the published key names: blocks.0.{i}."""
-    return nn.ModuleList([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])
+
+    def __init__(self, depth: int, dim: int, feed_forward: Callable[..., nn.Module], **make: Any) -> None:
+        super().__init__([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])
+
+    @property
+    def layers(self) -> list[Block]:
+        return cast("list[Block]", list(cast(nn.ModuleList, self[0])))

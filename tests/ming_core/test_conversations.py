@@ -13,15 +13,16 @@ from ming_univision.ming_core import (
     Guidance,
     Sampling,
     Solver,
-    decoding,
     language_model,
     load_conversation,
     load_univision,
     save_conversation,
 )
-from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Part, Picture, Text, guidance_masks, prompt_views
-from ming_univision.ming_core.features import Features, load_features, save_features
+from ming_univision.ming_core.conversation import MARK, PROMPT, ROLE, Image, Part, Text, guidance_masks, prompt_masks
+from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.files import read_tensors, write_tensors
+from ming_univision.ming_core.image_decoder import ImageDecoder
+from ming_univision.ming_core.saved import load_features, save_features
 
 SAME = 3e-4  # latents, float32, on this small model
 SHORT = {"max_new_tokens": 6}
@@ -93,7 +94,7 @@ def test_the_cache_stays_within_its_bytes_and_forgets_the_end_of_a_transcript_fi
 
 
 def test_pictures_that_were_seen_and_drawn_do_not_share_keys_and_values(model, picture):
-    seen, drawn = (Conversation((Part(False, (Picture(picture, d),)),)) for d in (False, True))
+    seen, drawn = (Conversation((Part(False, (Image(picture, d),)),)) for d in (False, True))
     assert seen.segments[0].content() != drawn.segments[0].content()
 
 
@@ -144,9 +145,9 @@ def test_a_picture_attached_in_a_later_round_is_used_and_routed_by_the_image_gat
     with_picture = model.understand(start, "What is it?", features=picture, return_logits=True, **SHORT)
     without = model.understand(start, "What is it?", return_logits=True, **SHORT)
     assert (with_picture.logits[0] - without.logits[0]).abs().max() > 0.05
-    assert with_picture.conversation.pictures[0].drawn is False
+    assert with_picture.conversation.images[0].drawn is False
 
-    gates = [layer.mlp.image_gate for layer in model.language_model.model.layers]
+    gates = [layer.mlp.image_gate for layer in model.network.language_model.model.layers]
     for gate in gates:
         gate.weight.data.mul_(-1)
     model.prefix_cache.clear()
@@ -157,10 +158,10 @@ def test_a_picture_attached_in_a_later_round_is_used_and_routed_by_the_image_gat
 def test_a_picture_in_view_is_not_attached_again(model, picture):
     first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
     again = model.understand(first.conversation, "Sure?", features=picture, **SHORT)
-    assert len(again.conversation.pictures) == 1
+    assert len(again.conversation.images) == 1
     drawn = model.generate_image(first.conversation, "Make it blue.", **SHORT)
     on = model.generate_image(drawn.conversation, "Refine it.", features=drawn.features, **SHORT)
-    assert [p.drawn for p in on.conversation.pictures] == [False, True, True]
+    assert [p.drawn for p in on.conversation.images] == [False, True, True]
 
 
 def test_a_batch_of_pictures_goes_into_one_message_before_the_text(model):
@@ -171,7 +172,7 @@ def test_a_batch_of_pictures_goes_into_one_message_before_the_text(model):
     kinds = [s.kind if isinstance(s, Text) else "picture" for s in prompt.segments]
     one = [MARK, "picture", MARK]
     assert kinds == [ROLE, *one, PROMPT, *one, PROMPT, *one, PROMPT, ROLE]
-    for given, attached in zip(batch.pictures(), prompt.pictures, strict=True):
+    for given, attached in zip(batch.split(), prompt.images, strict=True):
         assert torch.equal(given.latents, attached.features.latents)
 
 
@@ -185,7 +186,7 @@ def test_a_picture_is_masked_as_in_a_first_round_and_visible_to_all_from_the_nex
     picture_columns = slice(past + role, past + role + n + 2)  # with its two marks
     assert not unconditional[picture_columns].any() and text_unconditional[picture_columns].all()
     assert not unconditional[talk.parts[0].length : past].any()  # the newest answer
-    assert prompt_views(attached)[0] == unconditional[past:].tolist()
+    assert prompt_masks(attached)[0] == unconditional[past:].tolist()
 
     later = model.understand(shown, "Sure?", **SHORT).conversation
     _, unconditional, text_unconditional = guidance_masks(later.parts[:5])
@@ -209,9 +210,9 @@ def test_a_guidance_row_whose_factor_is_zero_is_not_needed(model, picture, guida
     options = {"features": picture, "guidance": Guidance(*guidance), **SHORT}
     lean = model.generate_image(Conversation(), "Make it blue.", **options)
 
-    exact = Guidance.factors
+    exact = Guidance.weights
     # the same velocity with every row run: a factor too small to be felt is not zero
-    monkeypatch.setattr(Guidance, "factors", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
+    monkeypatch.setattr(Guidance, "weights", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
     full = model.generate_image(Conversation(), "Make it blue.", **options)
     assert_same_turn(lean, full)
 
@@ -219,8 +220,8 @@ def test_a_guidance_row_whose_factor_is_zero_is_not_needed(model, picture, guida
 def test_guidance_without_text_is_held_to_the_length_of_the_conditional_velocity(model, picture, monkeypatch):
     options = {"features": picture, "guidance": Guidance(0.0, 2.0), "solver": Solver(renorm=True), **SHORT}
     lean = model.generate_image(Conversation(), "Make it blue.", **options)
-    exact = Guidance.factors
-    monkeypatch.setattr(Guidance, "factors", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
+    exact = Guidance.weights
+    monkeypatch.setattr(Guidance, "weights", lambda self, rows: tuple(f or 1e-30 for f in exact(self, rows)))
     assert_same_turn(lean, model.generate_image(Conversation(), "Make it blue.", **options))
 
 
@@ -233,8 +234,13 @@ def test_drawing_reaches_neither_the_encoder_nor_the_pixel_decoder(model, pictur
 @pytest.fixture
 def noises(monkeypatch):
     """The noise of every drawing, in turn."""
-    drawn, exact = [], decoding.seeded_noise
-    monkeypatch.setattr(decoding, "seeded_noise", lambda *given: drawn.append(exact(*given)) or drawn[-1])
+    drawn, exact = [], ImageDecoder.__init__
+
+    def noted(decoder, network, cache, rows, noise, solver):
+        drawn.append(noise)
+        exact(decoder, network, cache, rows, noise, solver)
+
+    monkeypatch.setattr(ImageDecoder, "__init__", noted)
     return drawn
 
 
@@ -265,7 +271,7 @@ def test_the_global_random_state_is_untouched(model, picture):
 
 
 def test_noise_may_be_given_with_or_without_the_row_that_is_ignored(model):
-    n, c = model.config.llm_config.num_image_tokens_for_gen, model.flow_head.net.channels
+    n, c = model.config.llm_config.num_image_tokens_for_gen, model.network.flow_head.net.channels
     noise = torch.randn(n + 1, c, generator=torch.Generator().manual_seed(1))
     a = model.generate_image(Conversation(), "A cat.", noise=noise, **SHORT)
     model.prefix_cache.clear()
@@ -277,7 +283,7 @@ def test_noise_may_be_given_with_or_without_the_row_that_is_ignored(model):
         model.generate_images(Conversation(), "A cat.", seeds=[0, 1], noise=noise[None])
     with pytest.raises(ValueError, match=r"noise is \(1,\): give"):
         model.generate_image(Conversation(), "A cat.", noise=torch.tensor(1.0))
-    with pytest.raises(ValueError, match="noise holds NaN or infinite values"):
+    with pytest.raises(ValueError, match="noise contains NaN or infinite values"):
         model.generate_image(Conversation(), "A cat.", noise=noise / 0, on_token=pytest.fail)
 
 
@@ -286,7 +292,7 @@ def test_a_drawing_that_outgrows_fp16_ends_in_an_error_and_leaves_nothing_in_the
     model = load_univision(checkpoint_folder, dtype=torch.float16)
     said = model.understand(Conversation(), "Hello.", **SHORT).conversation
     model.prefix_cache.clear()
-    weight = model.get_submodule(spoilt).weight.data
+    weight = model.network.get_submodule(spoilt).weight.data
     whole = weight.clone()
     weight.fill_(60000)
     with pytest.raises(RuntimeError, match=r"float16: choose fp32 \(or bf16\)"):
@@ -302,11 +308,11 @@ def test_a_drawing_that_outgrows_fp16_ends_in_an_error_and_leaves_nothing_in_the
     [(True, r'answered in words and .*"draw now"'), (False, r'in 4 tokens: .* Raise max_new_tokens, .*"draw now"')],
 )
 def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monkeypatch, ends, words):
-    llm, exact = model.config.llm_config, model.language_model.logits
+    llm, exact = model.config.llm_config, model.network.language_model.logits
     never = torch.zeros(llm.vocab_size)
     never[llm.image_start_token] = float("-inf")
     never[llm.eos_token_id] = 1e9 if ends else float("-inf")
-    monkeypatch.setattr(model.language_model, "logits", lambda hidden: exact(hidden) + never)
+    monkeypatch.setattr(model.network.language_model, "logits", lambda hidden: exact(hidden) + never)
     said = model.understand(Conversation(), "A cat.", max_new_tokens=4).text
     with pytest.raises(RuntimeError, match=words) as error:
         model.generate_image(Conversation(), "A cat.", start="model decides", max_new_tokens=4)
@@ -314,7 +320,7 @@ def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monke
 
 
 def test_the_text_that_progress_shows_goes_on_after_a_picture(model, monkeypatch):
-    llm, exact = model.config.llm_config, model.language_model.logits
+    llm, exact = model.config.llm_config, model.network.language_model.logits
     script = [5, 6, llm.image_start_token, 7, 8, llm.eos_token_id]
 
     def scripted(hidden):
@@ -322,7 +328,7 @@ def test_the_text_that_progress_shows_goes_on_after_a_picture(model, monkeypatch
         said[..., script.pop(0)] = 0.0
         return said
 
-    monkeypatch.setattr(model.language_model, "logits", scripted)
+    monkeypatch.setattr(model.network.language_model, "logits", scripted)
     seen = []
     turn = model.generate_image(Conversation(), "A cat.", start="model decides", on_token=seen.append)
     assert not script and turn.token_ids[:2] == [5, 6]
@@ -399,7 +405,7 @@ def test_text_is_greedy_at_temperature_zero_and_follows_the_seed_above(model):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_of_no_numbers_is_refused(model, temperature):
-    model.language_model.lm_head.weight.data[7] = float("nan")
+    model.network.language_model.lm_head.weight.data[7] = float("nan")
     with pytest.raises(RuntimeError, match="float32: the weights are damaged"):
         model.understand(Conversation(), "What is it?", sampling=Sampling(temperature), **SHORT)
 
@@ -409,14 +415,16 @@ def test_an_answer_ends_at_the_end_token_or_at_the_limit_and_its_last_token_is_n
     assert len(turn.token_ids) == 3
     assert turn.conversation.parts[-1].length == 2
     end = model.config.llm_config.eos_token_id
-    model.language_model.lm_head.weight.data[end] = model.language_model.lm_head.weight.data[turn.token_ids[1]] * 2
+    model.network.language_model.lm_head.weight.data[end] = (
+        model.network.language_model.lm_head.weight.data[turn.token_ids[1]] * 2
+    )
     turn = model.understand(Conversation(), "What is it?", max_new_tokens=12)
     assert turn.token_ids.index(end) == len(turn.token_ids) - 1 < 11
     assert turn.conversation.parts[-1].length == len(turn.token_ids) - 1
 
 
 def test_an_answer_never_begins_a_picture(model):
-    head, image = model.language_model.lm_head.weight.data, model.config.llm_config.image_start_token
+    head, image = model.network.language_model.lm_head.weight.data, model.config.llm_config.image_start_token
     favourite = model.understand(Conversation(), "What is it?", max_new_tokens=1).token_ids[0]
     head[image] = head[favourite] * 3
     turn = model.understand(Conversation(), "What is it?", max_new_tokens=8, return_logits=True)
@@ -452,9 +460,9 @@ def test_a_three_round_conversation_at_full_size_is_under_200_kb(model, tmp_path
         latents = torch.randn(1, 32, 16, 16, generator=torch.Generator().manual_seed(seed))
         return Features(torch.zeros(1, 256, 1024), latents, (16, 16), "t")
 
-    parts = [model.chat.prompt([[Picture(full_size(0), False)], "What is it?"])]
+    parts = [model.chat.prompt([[Image(full_size(0), False)], "What is it?"])]
     for k in range(3):
-        drawn = (model.chat.answer([5]), Picture(full_size(k + 1), True), model.chat.answer(range(64)))
+        drawn = (model.chat.answer([5]), Image(full_size(k + 1), True), model.chat.answer(range(64)))
         parts += [Part(True, drawn), model.chat.prompt(["Make it blue, and a little larger, please. " * 5])]
     path = tmp_path / "talk.safetensors"
     save_conversation(Conversation(tuple(parts), "m"), path)
@@ -528,7 +536,7 @@ def test_what_is_raised_to_stop_reading_a_conversation_is_not_taken_for_damage(m
         raise ValueError("stopped")
 
     with pytest.raises(ValueError, match=r"^stopped$"):
-        load_conversation(path, model, on_picture=stop)
+        load_conversation(path, model, on_image=stop)
 
 
 def test_saved_features_come_back_without_a_loss_and_without_a_model(model, picture, tmp_path):

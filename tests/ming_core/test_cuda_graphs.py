@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Guidance, Solver, captured, load_univision
+from ming_univision.ming_core import Conversation, Guidance, Solver, cuda_graphs, load_univision
 from ming_univision.ming_core.cuda_graphs import CapturedStep, recorder
 from ming_univision.ming_core.experts import Experts
 from ming_univision.ming_core.offload import all_on
@@ -47,7 +47,7 @@ def record(run):
 @pytest.fixture
 def graphs(monkeypatch, captured_steps):
     """Captures as on a GPU; gives the steps of the last drawing."""
-    monkeypatch.setattr(captured, "recorder", lambda device, *modules: record)
+    monkeypatch.setattr(cuda_graphs, "recorder", lambda device, *modules: record)
     monkeypatch.setattr(Experts, "_way", lambda self, x, pairs: self._gathered)
     return captured_steps
 
@@ -55,6 +55,7 @@ def graphs(monkeypatch, captured_steps):
 DRAWINGS = {
     "from a prompt": {},
     "an edit, with three rows": {"edit": True, "guidance": Guidance(2.0, 1.3)},
+    "inside a mask, in runs": {"edit": True, "mask": torch.tensor([[0, 1, 1, 0]] * 4)},
     "without guidance": {"guidance": Guidance(1.0, 1.0)},
     "two pictures": {"seeds": [1, 2]},
     "second order and renorm": {"solver": Solver(4, "ab2", renorm=True)},
@@ -164,6 +165,6 @@ def test_there_are_graphs_only_on_a_gpu_when_asked_for_and_after_no_failure(mode
 
 def test_weights_that_rest_elsewhere_are_noticed(model):
     here = torch.device("cpu")
-    assert all_on(here, model.language_model, model.flow_head)
-    model.language_model.model.layers[1].mlp.experts.to("meta")  # as good as any other device
-    assert not all_on(here, model.language_model, model.flow_head)
+    assert all_on(here, model.network.language_model, model.network.flow_head)
+    model.network.language_model.model.layers[1].mlp.experts.to("meta")  # as good as any other device
+    assert not all_on(here, model.network.language_model, model.network.flow_head)

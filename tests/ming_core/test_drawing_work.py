@@ -7,8 +7,10 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, Solver
 from ming_univision.ming_core.config import LanguageModelConfig
-from ming_univision.ming_core.flow_head import METHODS, FlowHead, Modulation, Sampler
-from ming_univision.ming_core.language_model import PREFILL_CHUNK, LanguageModel, Rows
+from ming_univision.ming_core.flow_head import FlowHead, Modulation, Modulations, Sampler
+from ming_univision.ming_core.kv_cache import DecodeCache
+from ming_univision.ming_core.language_model import PREFILL_CHUNK, LanguageModel
+from ming_univision.ming_core.solver import METHODS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # --- the solver ---------------------------------------------------------------------------------------------------
@@ -22,10 +24,10 @@ class KnownFlow:
         return t.double()[:, None]
 
     def modulations(self, time, z):
-        return (Modulation(time.expand(-1, *z.shape), time.expand(-1, *z.shape), None),)
+        return Modulations((), Modulation(time.expand(-1, *z.shape), time.expand(-1, *z.shape)))
 
     def velocity(self, x, modulations):
-        return x.double() * modulations[0].shift
+        return x.double() * modulations.final.shift
 
 
 def error(method: str, steps: int, time_shift: float) -> float:
@@ -54,7 +56,7 @@ def test_a_time_shift_that_no_step_can_follow_is_refused(time_shift):
     with pytest.raises(ValueError, match="time_shift"):
         Solver(time_shift=time_shift)
     with pytest.raises(ValueError, match="steps of no length"):
-        Solver(method="ab2", time_shift=1e7).coefficients(16)
+        Solver(method="ab2", time_shift=1e7).schedule(16)
 
 
 def test_one_step_of_both_methods_is_the_same_and_more_are_not(model):
@@ -87,7 +89,7 @@ def test_a_drawing_does_nothing_twice(model, picture, pictures):
 
         module.register_forward_pre_hook(hook)
 
-    net, language_model = model.flow_head.net, model.language_model
+    net, language_model = model.network.flow_head.net, model.network.language_model
     count("time", net.time_embed)
     count("condition", net.cond_embed)
     count("modulation", net.res_blocks[0].adaLN_modulation[1])
@@ -120,13 +122,13 @@ def test_a_drawing_does_nothing_twice(model, picture, pictures):
 
 
 def test_all_guidance_rows_and_pictures_share_one_stored_prefix(model, picture, monkeypatch):
-    prefixes, begin = [], Rows.__init__
+    prefixes, begin = [], DecodeCache.__init__
 
     def watched(rows, prefix, *arguments, **options):
         prefixes.append(prefix)
         begin(rows, prefix, *arguments, **options)
 
-    monkeypatch.setattr(Rows, "__init__", watched)
+    monkeypatch.setattr(DecodeCache, "__init__", watched)
     turn, _ = model.generate_images(Conversation(), "Blue.", features=picture, seeds=[0, 1], max_new_tokens=1)
     assert len({id(prefix) for prefix in prefixes}) == 1
     config = model.config.llm_config
@@ -140,7 +142,7 @@ def test_weights_that_change_between_two_drawings_are_felt(model):
         return model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.latents
 
     before = latents()
-    model.flow_head.net.time_embed.mlp[2].bias.data.add_(1)
+    model.network.flow_head.net.time_embed.mlp[2].bias.data.add_(1)
     assert (latents() - before).abs().max() > 0.01
 
 
@@ -168,7 +170,7 @@ def test_a_long_prompt_is_prefilled_without_a_square_mask():
         weight.normal_(0, 8**-0.5, generator=torch.Generator().manual_seed(0))
     x = torch.randn(n, 8, generator=torch.Generator().manual_seed(1))
     with Largest() as largest:
-        prefix = model.prefix(n)
+        prefix = model.new_cache(n)
         assert model.prefill(x, prefix).isfinite().all() and prefix.length == n
     assert n * 8 <= largest.elements <= n * PREFILL_CHUNK
 
@@ -197,15 +199,15 @@ def test_attention_of_a_step_runs_on_tensors_that_hold_no_values():
         intermediate_size=16,
     )
     model = LanguageModel(config, device="meta")
-    prefix = model.prefix(6)
+    prefix = model.new_cache(6)
     model.prefill(torch.empty(5, 16, device="meta"), prefix)
     visible = torch.tensor([[True] * 5, [True, False, True, False, True]])
-    rows = Rows(prefix, 2, 2, visible)
+    rows = DecodeCache(prefix, 2, 2, visible)
     for _ in range(2):
-        assert model.step(torch.empty(2, 16, device="meta"), rows).shape == (2, 16)
+        assert model.decode(torch.empty(2, 1, 16, device="meta"), rows).shape == (2, 1, 16)
 
 
 def test_the_semantic_decoder_runs_on_tensors_that_hold_no_values(model):
     stream = model.mingtok.to("meta").stream(2, 3)
     for _ in range(3):
-        assert stream.append(torch.empty(2, 1, model.flow_head.net.channels, device="meta")).shape[:2] == (2, 1)
+        assert stream.append(torch.empty(2, 1, model.network.flow_head.net.channels, device="meta")).shape[:2] == (2, 1)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Guidance, Solver, UniVision, experts, load_univision
-from ming_univision.ming_core.quantization import FORMATS, QuantizedLinear
+from ming_univision.ming_core import Conversation, Engine, Guidance, Solver, cuda_graphs, experts, load_univision
 from ming_univision.ming_core.quantization.kernels import kernel_works
+from ming_univision.ming_core.quantization.layers import FORMATS, QuantizedLinear
 from ming_univision.nodes.host import PACK
 from ming_univision.tests.far_device import FarDevice, bring, near_first
 from torch import Tensor
@@ -32,14 +32,14 @@ class Gpu:
         self.far = far
         self.device = far.device if far else torch.device("cuda", torch.cuda.current_device())
 
-    def load(self, precision: str) -> UniVision:
+    def load(self, precision: str) -> Engine:
         if not self.far:
             return load_univision(BUILT_IN, device=self.device, **PRECISIONS[precision])
         model = load_univision(BUILT_IN, **PRECISIONS[precision])
-        bring(model, self.far)
+        bring(model.network, self.far)
         return model
 
-    def never_waits(self, model: UniVision):
+    def never_waits(self, model: Engine):
         """For `on_token`: from the first image token to the last nothing is read from the device, nor copied to it."""
         last, before = model.config.llm_config.num_image_tokens_for_gen, None
 
@@ -79,7 +79,7 @@ class Found(NamedTuple):
     shown: Tensor
 
 
-def rounds(model: UniVision, pixels: Tensor, **options) -> Found:
+def rounds(model: Engine, pixels: Tensor, **options) -> Found:
     """A picture is looked at, then edited, then shown."""
     with torch.no_grad():
         features = model.mingtok.semantic_features(model.mingtok.encode(pixels))
@@ -112,7 +112,7 @@ def test_a_gpu_gives_what_the_cpu_gives_and_draws_without_waiting(gpu, scene, pr
     expected = rounds(load_univision(BUILT_IN, **PRECISIONS[precision]), scene)
     model = gpu.load(precision)
     first = torch.zeros(3, model.config.llm_config.hidden_size, dtype=model.dtype, device=gpu.device)
-    waits = model.language_model.waits(first)
+    waits = model.network.language_model.synchronizes(first)
     found = rounds(model, scene, on_token=None if waits else gpu.never_waits(model))
     assert not waits or (precision in ("int8", "int4") and not few_bits_work())
     assert found.said == expected.said or (REAL and precision != "fp32")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ming_univision.ming_core import load_mingtok
+from ming_univision.ming_core.attention import single_query_attention
 from ming_univision.ming_core.mingtok import upcast_forward
-from ming_univision.ming_core.transformer import attend_once
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ def no_gradients():
 
 @pytest.fixture
 def features(model):
-    return model.mingtok.semantic_features(torch.randn(1, model.flow_head.net.channels, 4, 4))
+    return model.mingtok.semantic_features(torch.randn(1, model.network.flow_head.net.channels, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -53,7 +53,7 @@ def test_encoding_asks_for_no_convolution_which_a_gpu_would_round_to_tf32(model)
 
 
 def test_features_do_not_change_with_the_latents_that_they_were_made_from(model):
-    latents = torch.randn(1, model.flow_head.net.channels, 4, 4)
+    latents = torch.randn(1, model.network.flow_head.net.channels, 4, 4)
     features = model.mingtok.semantic_features(latents)
     before = features.digest()
     latents.zero_()
@@ -72,7 +72,7 @@ def test_one_query_attends_as_torch_would_have_it(seen):
     q, k, v = (torch.randn(2, 4, n, 64) for n in (1, 9, 9))
     mask = None if seen is None else (torch.arange(9) < seen)[None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(attend_once(q, k, v, mask), expected)
+    torch.testing.assert_close(single_query_attention(q, k, v, mask), expected)
 
 
 def test_features_that_outgrow_fp16_are_refused_with_the_remedy(checkpoint_folder):
@@ -81,14 +81,14 @@ def test_features_that_outgrow_fp16_are_refused_with_the_remedy(checkpoint_folde
         tok.semantic_features(torch.full((1, tok.config.semantic_decoder.in_dim, 2, 2), 60000.0))
 
 
-def test_a_stream_of_latents_takes_one_at_a_time_and_no_more_than_it_has_room_for(model):
-    latents = torch.randn(1, 4, model.flow_head.net.channels, generator=torch.Generator().manual_seed(1))
+def test_a_stream_of_latents_takes_one_or_several_at_a_time_and_no_more_than_its_capacity(model):
+    latents = torch.randn(1, 4, model.network.flow_head.net.channels, generator=torch.Generator().manual_seed(1))
+    at_once = model.mingtok.stream(1, 4).append(latents)
+    for runs in ([1, 1, 1, 1], [1, 2, 1], [2, 2], [1, 3]):
+        stream = model.mingtok.stream(1, 4)
+        found = torch.cat([stream.append(run) for run in latents.split(runs, dim=1)], dim=1)
+        torch.testing.assert_close(found, at_once, rtol=1e-4, atol=1e-5)
     stream = model.mingtok.stream(1, 3)
-    one_by_one = [stream.append(latents[:, i : i + 1]) for i in range(2)]
-    with pytest.raises(ValueError, match="one at a time"):
+    stream.append(latents[:, :2])
+    with pytest.raises(ValueError, match="4 tokens exceed the cache's capacity of 3"):
         stream.append(latents[:, 2:])
-    one_by_one.append(stream.append(latents[:, 2:3]))
-    with pytest.raises(ValueError, match="4 tokens are given to a buffer for 3"):
-        stream.append(latents[:, 3:])
-    at_once = model.mingtok.stream(1, 3).append(latents[:, :3])  # into an empty one
-    torch.testing.assert_close(at_once, torch.cat(one_by_one, dim=1), rtol=1e-4, atol=1e-5)

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
-from ming_univision.ming_core.checkpoint import fill
+from ming_univision.ming_core import Guidance, Solver
+from ming_univision.ming_core.attention import CausalAttention
+from ming_univision.ming_core.checkpoint.checkpoint import fill
 from ming_univision.ming_core.checkpoint.reader import CheckpointReader
 from ming_univision.ming_core.config import LanguageModelConfig, read_config
 from ming_univision.ming_core.experts import MixtureOfExperts
-from ming_univision.ming_core.flow_head import FlowHead, Guidance, Solver, TimeEmbed
-from ming_univision.ming_core.language_model import Causal, LanguageModel, Rows
+from ming_univision.ming_core.flow_head import FlowHead, TimeEmbed
+from ming_univision.ming_core.kv_cache import DecodeCache
+from ming_univision.ming_core.language_model import LanguageModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -61,22 +64,26 @@ def test_gathered_experts_equal_sorted_experts(golden):
 
 @pytest.mark.parametrize("name", ["moe_model_k0", "moe_model_k1"])
 @pytest.mark.parametrize("chunk", [512, 4])
-def test_the_language_model_prefills_and_steps_as_recorded_in_chunks_of_any_size(golden, name, chunk, monkeypatch):
+def test_the_language_model_prefills_and_steps_as_recorded_in_runs_of_any_size(golden, name, chunk, monkeypatch):
     monkeypatch.setattr("ming_univision.ming_core.language_model.PREFILL_CHUNK", chunk)
     case = golden(name)
     io = case.io
     model = filled(LanguageModel, case, read_config(LanguageModelConfig, case.config))
     gate, x = io["image_mask"].bool(), io["inputs_embeds"]
     positions = torch.arange(x.shape[1])[None]
-    assert_close(model.model(x, positions, Causal(), gate), io["prefill_last_hidden"])
-    assert_close(model.logits(model.model(x, positions, Causal(), gate)), io["prefill_logits"])
-    assert_close(model.logits(model.model(x, positions, Causal())), io["prefill_logits_no_image_mask"])
+    assert_close(model.model(x, positions, CausalAttention(), gate), io["prefill_last_hidden"])
+    assert_close(model.logits(model.model(x, positions, CausalAttention(), gate)), io["prefill_logits"])
+    assert_close(model.logits(model.model(x, positions, CausalAttention())), io["prefill_logits_no_image_mask"])
 
-    prefix = model.prefix(x.shape[1])
+    prefix = model.new_cache(x.shape[1])
     assert_close(model.prefill(x[0], prefix, gate[0]), io["prefill_last_hidden"][0, -1])
-    rows = Rows(prefix, 3)
+    rows = DecodeCache(prefix, 3)
     for step in range(3):
-        hidden = model.step(model.embed(io[f"step{step}_input_id"][0]), rows)
+        hidden = model.decode(model.embed(io[f"step{step}_input_id"]), rows)[:, 0]
+        assert_close(model.logits(hidden), io[f"step{step}_logits"][:, 0])
+    at_once = DecodeCache(prefix, 3)
+    ids = torch.cat([io[f"step{step}_input_id"] for step in range(3)], dim=1)
+    for step, hidden in enumerate(model.decode(model.embed(ids), at_once).unbind(1)):
         assert_close(model.logits(hidden), io[f"step{step}_logits"][:, 0])
     past, own = prefix.slice(0, prefix.length), rows.slice(0, 0, 3)
     for layer in range(model.config.num_hidden_layers):
@@ -128,7 +135,7 @@ def test_the_solver_draws_the_recorded_latent(flow_case, variant):
     guidance = Guidance(asked["text_cfg"], asked.get("image_cfg", 1.0))
     solver = Solver(renorm="cfg_renorm_type" in asked, time_shift=asked.get("time_shifting_factor", 1.0))
     noise = io[f"sample_{variant}_noise"] * asked.get("temperature", 1.0)
-    drawn = head.sample(z, noise, guidance.factors(z.shape[1]), steps=5, solver=solver)
+    drawn = head.sample(z, noise, guidance.weights(z.shape[1]), steps=5, solver=solver)
     # Latents reach 6 here, and the recorded float32 ones are up to 1.6e-5 from the same sums done in float64. Another
     # processor's exp moves them by up to 1.4e-5 through the frequencies of the time embedding.
     torch.testing.assert_close(drawn, io[f"sample_{variant}_out"][:1], rtol=TOLERANCE, atol=2 * TOLERANCE)
@@ -142,7 +149,7 @@ def test_pictures_of_a_batch_are_drawn_independently(flow_case):
     case, head = flow_case
     z = torch.stack([case.io["sample_b3_z"], case.io["sample_b3_renorm_z"]])
     noise = torch.cat([case.io["sample_b3_noise"], case.io["sample_b3_renorm_noise"]])
-    factors = Guidance().factors(3)
+    factors = Guidance().weights(3)
     together = head.sample(z, noise, factors, steps=5)
     alone = torch.cat([head.sample(z[i : i + 1], noise[i : i + 1], factors, steps=5) for i in range(2)])
     assert_close(together, alone)

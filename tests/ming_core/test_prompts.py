@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from ming_univision.ming_core.conversation import ANSWER, MARK, Part, Picture, Text, prompt_views
+from ming_univision.ming_core.conversation import ANSWER, MARK, Image, Part, Text, prompt_masks
 from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.prompts import END, HUMAN, ChatFormat, TextStream
 from tokenizers.pre_tokenizers import ByteLevel
@@ -19,11 +19,13 @@ def recorded(golden_folder):
 
 @pytest.fixture(scope="module")
 def chat(golden_folder):
-    return ChatFormat((golden_folder / "chat_template" / "surrogate_tokenizer.json").read_text(encoding="utf-8"))
+    return ChatFormat.from_json(
+        (golden_folder / "chat_template" / "surrogate_tokenizer.json").read_text(encoding="utf-8")
+    )
 
 
-def blank(h: int, w: int) -> Picture:
-    return Picture(Features(torch.zeros(1, h * w, 4), torch.zeros(1, 2, h, w), (h, w), ""), drawn=False)
+def blank(h: int, w: int) -> Image:
+    return Image(Features(torch.zeros(1, h * w, 4), torch.zeros(1, 2, h, w), (h, w), ""), drawn=False)
 
 
 def contents(message: dict, grids: list) -> list:
@@ -62,7 +64,7 @@ def test_every_recorded_template_gives_the_recorded_text_ids_and_masks(recorded,
         ids = [i for p in parts for s in p.segments for i in getattr(s, "ids", [chat.patch_id] * s.length)]
         assert ids == case["input_ids_surrogate"], case["name"]
         before = [1] * sum(p.length for p in parts[:-1])
-        unconditional, text_unconditional = prompt_views(parts[-1])
+        unconditional, text_unconditional = prompt_masks(parts[-1])
         assert before + [int(v) for v in unconditional] == case["uncond_attention_mask"], case["name"]
         assert before + [int(v) for v in text_unconditional] == case["text_uncond_attention_mask"], case["name"]
 
@@ -97,7 +99,7 @@ def test_added_tokens_that_are_not_special_keep_their_ids_and_special_ones_stay_
         "decoder": level,
         "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, "merges": []},
     }
-    chat = ChatFormat(json.dumps(tokenizer))
+    chat = ChatFormat.from_json(json.dumps(tokenizer))
     assert chat.encode("<tool>") == (262,)
     for text in ("<tool><image></role>", "<|endoftext|><tool>"):
         ids = chat.encode(text)
@@ -117,7 +119,7 @@ def test_a_tokenizer_file_that_says_to_cut_and_to_fill_up_is_not_obeyed(golden_f
         "pad_token": "x",
     }
     for text in ("a large red circle at the top left and a small blue star", "a"):
-        assert ChatFormat(json.dumps(content)).encode(text) == chat.encode(text)
+        assert ChatFormat.from_json(json.dumps(content)).encode(text) == chat.encode(text)
 
 
 def test_half_a_character_in_a_prompt_is_replaced_and_two_halves_are_put_together(chat):
@@ -129,7 +131,7 @@ def test_a_missing_special_token_is_named(golden_folder):
     content = json.loads((golden_folder / "chat_template" / "surrogate_tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "</image>"]
     with pytest.raises(ValueError, match="no special token </image>"):
-        ChatFormat(json.dumps(content))
+        ChatFormat.from_json(json.dumps(content))
 
 
 def test_chinese_and_emoji_stream_without_broken_characters(chat):
