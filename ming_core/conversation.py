@@ -134,10 +134,12 @@ class Conversation(ContentHashed, _Conversation):
     def extended(self, part: Part, model: str) -> Conversation:
         return Conversation((*self.parts, part), model)
 
-    def contains(self, features: Features) -> bool:
-        """Whether this one image (batch 1) is in view already."""
-        wanted = (features.grid, tensor_digest(features.latents))
-        return any((p.features.grid, tensor_digest(p.features.latents)) == wanted for p in self.images)
+    def ends_with(self, images: list[Features]) -> bool:
+        """Whether these (batch 1 each) are the newest images in view, in this order."""
+        newest = self.images[-len(images) :]
+        return [(i.features.grid, tensor_digest(i.features.latents)) for i in newest] == [
+            (image.grid, tensor_digest(image.latents)) for image in images
+        ]
 
     def transcript(self) -> str:
         """The rounds as plain text for people."""
@@ -154,9 +156,12 @@ class Conversation(ContentHashed, _Conversation):
         return f"Conversation({self.rounds} rounds, {len(self.images)} images, {self.length} tokens)"
 
 
-def segment_keys(segments: tuple[Segment, ...]) -> list[bytes]:
-    """For each segment a key of everything up to its end: equal keys, equal keys and values in the language model."""
-    keys, key = [], b""
+def segment_keys(segments: tuple[Segment, ...], weights: bytes = b"") -> list[bytes]:
+    """For each segment a key of everything up to its end: equal keys, equal keys and values in the language model.
+
+    weights: identifies the language model that computes them.
+    """
+    keys, key = [], weights
     for segment in segments:
         key = digest_of(key, segment.content())
         keys.append(key)

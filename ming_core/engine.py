@@ -34,6 +34,7 @@ from .prompts import ChatFormat
 from .rounds import DrawRequest, ImageResult, OnToken, Options, PrefilledRound, Progress, RoundPlan, TextResult
 from .text_decoder import TextDecoder, WrittenText
 from .univision import UniVision
+from .weights_state import WeightsState
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Engine:
     def __init__(self, network: UniVision, chat: ChatFormat | None = None, fingerprint: str = "") -> None:
         self.network, self._chat, self.fingerprint = network, chat, fingerprint
         self.prefix_cache = PrefixCache()
+        self._weights = WeightsState(network)
 
     @property
     def chat(self) -> ChatFormat:
@@ -76,6 +78,10 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return self.network.dtype
 
+    def weights_key(self) -> bytes:
+        """Identifies the weights as they are now; keys of the prefix cache begin with it."""
+        return self.fingerprint.encode() + self._weights.key()
+
     @property
     def image_tokens(self) -> int:
         """Positions that a drawn image takes: `<image>` and the image tokens."""
@@ -98,7 +104,7 @@ class Engine:
         """One round that answers in text.
 
         conversation  what was said so far; `Conversation()` for the first round
-        features      images to attach to the prompt; those in view already are not attached again
+        features      images that the round is about: attached to the prompt unless they are the newest in view
         on_token      called after every token and between parts of a long prompt; raise from it to stop, which loses
                       nothing but this round
         The others are those of `TextOptions`.
@@ -148,10 +154,15 @@ class Engine:
                 f"this conversation belongs to another model ({conversation.model[:12]}) than this one "
                 f"({self.fingerprint[:12]}): continue it with the model that began it"
             )
+        limit, new = self.config.llm_config.max_position_embeddings, options.max_new_tokens
+        if self.chat.exceeds(prompt, limit):
+            raise ValueError(
+                f"too long: the prompt of {len(prompt)} characters takes more than this model's {limit} positions; "
+                "shorten the prompt"
+            )
         attached = self._attached(conversation, features)
         part = self.chat.prompt([attached, prompt] if attached else [prompt])
         transcript = conversation.extended(part, self.fingerprint)
-        limit, new = self.config.llm_config.max_position_embeddings, options.max_new_tokens
         if isinstance(options, ImageOptions):
             new += self.image_tokens
         if transcript.length + new > limit:
@@ -165,16 +176,18 @@ class Engine:
         return RoundPlan(transcript, options, self._working_memory(transcript.length, options))
 
     def _attached(self, conversation: Conversation, features: Features | None) -> list[Image]:
-        """The images of `features` that are not in view yet."""
+        """The images to attach: what a round is given is what it is about, so it must be the newest in view.
+
+        They are attached unless they are the newest already, in this order.
+        """
         if features is None:
             return []
         self.mingtok.check_features(features)
-        new = [image for image in features.split() if not conversation.contains(image)]
-        if len(new) < features.batch:
-            log.info(
-                "%d of %d images are in view already and not attached again", features.batch - len(new), features.batch
-            )
-        return [Image(image, drawn=False) for image in new]
+        given = features.split()
+        if conversation.ends_with(given):
+            log.info("the picture is the newest in view already and not attached again")
+            return []
+        return [Image(image.copied(), drawn=False) for image in given]
 
     def _kept_tokens(self, transcript: Conversation, options: ImageOptions) -> KeptTokens | None:
         """The tokens of the newest image in view that the mask keeps; None without a mask. Raises ValueError."""
@@ -215,9 +228,10 @@ class Engine:
         generator = round_generator(options.seed, "text", plan.transcript)
         decoder = self._text_decoder(options, options.sampling, generator, on_token)
         written = decoder.write(cache, prefilled.hidden[None], stop={self._end}, forbidden=self.chat.image_open_id)[0]
-        conversation = self._commit(prefilled, self._answer(written.ids[:-1]), cache, 0)
+        conversation = self._commit(prefilled, self._answer(written.ids, len(written.ids) - 1), cache, 0)
         text = self.chat.decode(written.ids)
-        return TextResult(text, written.ids, conversation, prefilled.prefilled, written.stacked_logits())
+        truncated = written.ids[-1] != self._end
+        return TextResult(text, written.ids, conversation, prefilled.prefilled, written.stacked_logits(), truncated)
 
     @torch.no_grad()
     def draw(self, plan: RoundPlan[ImageOptions], on_token: OnToken = None) -> list[ImageResult]:
@@ -294,7 +308,8 @@ class Engine:
     def _prefill(self, transcript: Conversation, on_token: OnToken = None) -> PrefilledRound:
         """Forward what the prefix cache does not know; the last segment always, since its hidden state is needed."""
         segments = transcript.segments
-        keys = segment_keys(segments)
+        weights = self.weights_key()
+        keys = segment_keys(segments, weights)
         cache = self.network.language_model.new_cache(transcript.length)
         known = self.prefix_cache.lookup(keys[:-1])
         for entry in known:
@@ -310,7 +325,7 @@ class Engine:
         if not hidden.isfinite().all():
             raise nonfinite_error(hidden.dtype)
         self._remember(keys, new, begin, cache.slice)
-        return PrefilledRound(transcript, cache, hidden, len(embeddings))
+        return PrefilledRound(transcript, cache, hidden, len(embeddings), weights)
 
     def _embed(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [T, H], and bool [T] of those for the image router; None: no such one."""
@@ -389,14 +404,15 @@ class Engine:
         results = []
         for row, (past, image, said) in enumerate(zip(rounds, features, after, strict=True)):
             generated: list[Segment] = [
-                *self._answer(before.ids),
+                *self._answer(before.ids, len(before.ids)),
                 Image(image, drawn=True),
-                *self._answer(said.ids[:-1]),
+                *self._answer(said.ids, len(said.ids) - 1),
             ]
             conversation = self._commit(past, generated, cache, row)
             written = before + said
             text, logits = self.chat.decode(written.ids), written.stacked_logits()
-            results.append(ImageResult(text, written.ids, conversation, past.prefilled, logits, image))
+            truncated = written.ids[-1] != self._end
+            results.append(ImageResult(text, written.ids, conversation, past.prefilled, logits, truncated, image))
         return results
 
     def _drawn_features(self, drawn: DrawnImages, depths: Iterable[int]) -> list[Features]:
@@ -406,13 +422,7 @@ class Engine:
         if not (latents.isfinite().all() and tokens.isfinite().all()):
             raise nonfinite_error(self.dtype, "lower guidance and temperature if they are extreme; else ")
         return [
-            Features(
-                tokens[i : i + 1].clone(),
-                latents[i : i + 1].contiguous().clone(),
-                grid,
-                self.mingtok.fingerprint,
-                depth + 1,
-            )
+            Features(tokens[i : i + 1], latents[i : i + 1], grid, self.mingtok.fingerprint, depth + 1).copied()
             for i, depth in enumerate(depths)
         ]
 
@@ -421,7 +431,7 @@ class Engine:
     ) -> Conversation:
         """The conversation with the generated part, whose keys and values `row` of the cache holds."""
         conversation = prefilled.transcript.extended(Part(True, tuple(generated)), self.fingerprint)
-        keys = segment_keys(conversation.segments)
+        keys = segment_keys(conversation.segments, prefilled.weights)
         self._remember(keys, generated, 0, lambda start, end: cache.slice(row, start, end))
         return conversation
 
@@ -437,8 +447,9 @@ class Engine:
             begin += segment.length
         self.prefix_cache.store(keys, entries)
 
-    def _answer(self, ids: list[int]) -> list[Text]:
-        return [self.chat.answer(ids)] if ids else []
+    def _answer(self, emitted: list[int], forwarded: int) -> list[Text]:
+        """The segment of emitted tokens, of which the first `forwarded` went through the language model; if any did."""
+        return [self.chat.answer(emitted, forwarded)] if forwarded else []
 
     @property
     def _end(self) -> int:

@@ -91,6 +91,10 @@ class Features(ContentHashed, _Features):
             self._replace(tokens=self.tokens[i : i + 1], latents=self.latents[i : i + 1]) for i in range(self.batch)
         ]
 
+    def copied(self) -> Features:
+        """The same with memory of its own: it keeps no batch alive, and no one else can write to it."""
+        return self._replace(tokens=self.tokens.clone(), latents=self.latents.clone())
+
     def digest(self) -> bytes:
         return digest_of(tensor_digest(self.latents), f"{self.grid}|{self.tokenizer}|{self.depth}".encode())
 

@@ -17,6 +17,8 @@ from .conversation import ANSWER, MARK, PROMPT, ROLE, Image, Part, Segment, Text
 
 HUMAN, ASSISTANT = "HUMAN", "ASSISTANT"
 END, ROLE_OPEN, ROLE_CLOSE = "<|endoftext|>", "<role>", "</role>"
+PIECE = 1 << 16  # characters of a long text that are tokenized at once to see whether it can fit at all
+PIECE_MARGIN = 256  # tokens that cutting a text there may add
 PATCH, IMAGE_OPEN, IMAGE_CLOSE = "<imagePatch>", "<image>", "</image>"
 
 
@@ -64,6 +66,20 @@ class ChatFormat:
         """Token ids of plain text, none of them special whatever the text says."""
         return tuple(self.tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
 
+    def exceeds(self, text: str, tokens: int) -> bool:
+        """Whether a long text surely takes more than this many tokens; found piece by piece, so that memory is bounded.
+
+        False for a text that may fit.
+        """
+        if len(text) <= PIECE:
+            return False
+        count = 0
+        for start in range(0, len(text), PIECE):
+            count += len(self.encode(text[start : start + PIECE])) - PIECE_MARGIN
+            if count > tokens:
+                return True
+        return False
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -87,8 +103,12 @@ class ChatFormat:
                 pending = "\n"
         return Part(False, (*segments, *self._text(pending), self._tag(ASSISTANT)))
 
-    def answer(self, ids: Sequence[int]) -> Text:
-        return Text(tuple(ids), ANSWER, self.decode(ids))
+    def answer(self, emitted: Sequence[int], forwarded: int | None = None) -> Text:
+        """What the model said: the first `forwarded` of the emitted tokens (None: all), and the text of all of them.
+
+        The last token of an answer was never forwarded, so it belongs to the text for people alone.
+        """
+        return Text(tuple(emitted[:forwarded]), ANSWER, self.decode(emitted))
 
     def _special(self, token: str) -> int:
         if token not in self._special_ids:

@@ -59,12 +59,14 @@ class PrefilledRound:
     cache       keys and values of all of it
     hidden      [H], the hidden state of its last token
     prefilled   positions that had to be forwarded; the prefix cache had the others
+    weights     identifies the weights that computed it (Engine.weights_key)
     """
 
     transcript: Conversation
     cache: PrefillCache
     hidden: Tensor
     prefilled: int
+    weights: bytes
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RoundResult:
     conversation  the conversation with this round
     prefilled     positions that were forwarded before the first token could be emitted
     logits        float32 [len(token_ids), vocabulary] in host memory, when asked for
+    truncated     whether max_new_tokens ended the text before the model did
     """
 
     text: str
@@ -83,6 +86,7 @@ class RoundResult:
     conversation: Conversation
     prefilled: int
     logits: Tensor | None
+    truncated: bool
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,39 @@ def test_pictures_that_were_seen_and_drawn_do_not_share_keys_and_values(model, p
     assert seen.segments[0].content() != drawn.segments[0].content()
 
 
+def changed_in_one_value(layer):
+    with torch.no_grad():
+        layer.weight[3, 5] += 1
+
+
+def changed_by_loading(layer):
+    layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()})
+
+
+def changed_through_data(layer):
+    layer.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [changed_in_one_value, changed_by_loading, changed_through_data])
+def test_weights_that_change_in_place_make_the_next_round_compute_everything(model, picture, change):
+    first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    change(model.network.language_model.model.layers[0].attention.dense)
+    found = model.understand(first.conversation, "Sure?", return_logits=True, **SHORT)
+    assert found.prefilled == first.conversation.length + found.conversation.parts[-2].length
+    model.prefix_cache.clear()
+    fresh = model.understand(first.conversation, "Sure?", return_logits=True, **SHORT)
+    torch.testing.assert_close(found.logits, fresh.logits, rtol=0, atol=SAME)
+
+
+def test_weights_that_only_move_keep_what_was_computed(model, picture):
+    first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
+    for module in model.network.modules():  # as a host moves weights: the values stay, the tensors do not
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    again = model.understand(first.conversation, "Sure?", **SHORT)
+    assert again.prefilled == again.conversation.parts[-2].length
+
+
 # --- branches and immutability ------------------------------------------------------------------------------------
 
 
@@ -155,13 +188,49 @@ def test_a_picture_attached_in_a_later_round_is_used_and_routed_by_the_image_gat
     assert (with_picture.logits[0] - other_gate.logits[0]).abs().max() > 0.01
 
 
-def test_a_picture_in_view_is_not_attached_again(model, picture):
+def test_the_newest_picture_in_view_is_not_attached_again_and_an_older_one_is(model, picture):
     first = model.understand(Conversation(), "What is it?", features=picture, **SHORT)
     again = model.understand(first.conversation, "Sure?", features=picture, **SHORT)
     assert len(again.conversation.images) == 1
     drawn = model.generate_image(first.conversation, "Make it blue.", **SHORT)
     on = model.generate_image(drawn.conversation, "Refine it.", features=drawn.features, **SHORT)
     assert [p.drawn for p in on.conversation.images] == [False, True, True]
+    back = model.generate_image(on.conversation, "Make it red instead.", features=picture, **SHORT)
+    assert [p.drawn for p in back.conversation.images] == [False, True, True, False, True]
+    assert torch.equal(back.conversation.images[-2].features.latents, picture.latents)
+
+
+def test_what_is_attached_has_memory_of_its_own(model):
+    latents = torch.randn(16, model.network.flow_head.net.channels, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        one = model.mingtok.semantic_features(latents).split()[3]
+    conversation = model.understand(Conversation(), "What is it?", features=one, **SHORT).conversation
+    digest, attached = conversation.digest(), conversation.images[0].features
+    for tensor in (attached.latents, attached.tokens):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    one.latents.zero_()
+    assert conversation.digest() == digest
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_all_of_it_is_tokenized(model, monkeypatch):
+    encoded, exact = [], model.chat.encode
+    monkeypatch.setattr(model.chat, "encode", lambda text: encoded.append(len(text)) or exact(text))
+    with pytest.raises(ValueError, match=r"too long: the prompt of 20000000 characters"):
+        model.understand(Conversation(), "word " * 4_000_000, **SHORT)
+    assert sum(encoded) < 1_000_000
+
+
+def test_an_answer_that_the_limit_ended_is_marked_and_the_transcript_has_all_of_it(model, picture):
+    said = model.understand(Conversation(), "What is it?", features=picture, max_new_tokens=3)
+    assert said.truncated and len(said.token_ids) == 3 and said.text
+    assert said.conversation.transcript().endswith(said.text.strip())
+    assert said.conversation.parts[-1].length == 2  # the last token was never forwarded
+    end = model.config.llm_config.eos_token_id
+    head = model.network.language_model.lm_head.weight.data
+    head[end] = head[said.token_ids[0]] * 2
+    model.prefix_cache.clear()
+    ended = model.understand(Conversation(), "What is it?", features=picture, max_new_tokens=3)
+    assert not ended.truncated and ended.token_ids == [end]
 
 
 def test_a_batch_of_pictures_goes_into_one_message_before_the_text(model):
@@ -236,9 +305,9 @@ def noises(monkeypatch):
     """The noise of every drawing, in turn."""
     drawn, exact = [], ImageDecoder.__init__
 
-    def noted(decoder, network, cache, rows, noise, solver):
+    def noted(decoder, network, cache, rows, noise, *others):
         drawn.append(noise)
-        exact(decoder, network, cache, rows, noise, solver)
+        exact(decoder, network, cache, rows, noise, *others)
 
     monkeypatch.setattr(ImageDecoder, "__init__", noted)
     return drawn

@@ -45,7 +45,7 @@ def test_every_round_gives_the_recorded_tokens_pictures_and_state(golden, name, 
             assert_close(turn.features.tokens[0], io["img_sem"][0])
             with torch.no_grad():
                 assert_close(model.mingtok.decode(turn.features), io["img_image"][:1])
-        known = model.prefix_cache.lookup(segment_keys(turn.conversation.segments))
+        known = model.prefix_cache.lookup(segment_keys(turn.conversation.segments, model.weights_key()))
         for layer in range(model.config.llm_config.num_hidden_layers):
             assert_close(torch.cat([k.keys[layer] for k in known], dim=1), io[f"state_key_{layer}"][0])
             assert_close(torch.cat([k.values[layer] for k in known], dim=1), io[f"state_value_{layer}"][0])
