@@ -1,12 +1,12 @@
-"""The published size, for real: a checkpoint of random weights, loaded and drawn with.
+"""The published size for real: a checkpoint of random weights, which is loaded and draws.
 
     python benchmarks/full_size.py make FOLDER                     37.6 GB of random bf16 weights, in shards
     python benchmarks/full_size.py run FOLDER [--precision int4]   load it and draw: memory, load time, time a token
 
-Random weights draw noise; what is measured (bytes, time) does not depend on what they say. On a GPU, `run` times
-whole pictures at bf16, int8 and int4, and compares them with the time that their weights take to be read at the copy
-bandwidth of the same run; once plainly and once by CUDA graphs ("nan" from the first that fails on). Four drawings a
-figure: one precision a call where time is short.
+Random weights draw noise, but bytes and time do not depend on their values. On a GPU, `run` times whole images in bf16,
+int8 and int4, without and with CUDA graphs ("nan" from the first graph that fails on), and compares them with the time
+that reading their weights takes at the copy bandwidth measured in the same run. Each figure takes four drawings: give
+--precision where time is short.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ import threading
 import time
 from pathlib import Path
 
-import here  # noqa: F401 - ming_core is found through it
+import project  # noqa: F401 - puts ming_core on the import path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import ming_core
-from ming_core import Conversation, UniVision
-from ming_core.checkpoint import in_shards
-from ming_core.checkpoint.keys import published_slots
-from ming_core.checkpoint.reader import INDEX
+from ming_core import Conversation, Engine, UniVision
+from ming_core.checkpoint import INDEX, in_shards
+from ming_core.checkpoint.keys import checkpoint_keys
 from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config
 from ming_core.cuda_graphs import SWITCH, Recorder
 
 GB = 1e9
 SHARD = 2e9  # bytes
-POOL = 1 << 26  # random values that all tensors are cut from: drawing 18.8 billion would take much longer
+POOL = 1 << 26  # random values that all tensors are cut from: sampling 18.8 billion would take much longer
 PRECISIONS = ["bf16", "int8", "int4"]
 PROMPT = "Please generate the corresponding image based on the description. A cat on a red sofa."
-SPECIAL = {  # published ids
+SPECIAL_TOKENS = {  # published ids
     "<|endoftext|>": 126081,
     "<role>": 126340,
     "</role>": 126341,
@@ -54,21 +53,22 @@ SPECIAL = {  # published ids
 
 
 def make(folder: Path, config: UniVisionConfig) -> None:
-    """Write config.json, tokenizer.json and shards of random weights: normal, of standard deviation 1/sqrt(fan in)."""
+    """Write config.json, tokenizer.json and shards of weights: random, of standard deviation 1/sqrt(fan in)."""
     started = time.perf_counter()
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise SystemExit(f"{folder} is there already: remove it, or name another folder") from None
+        raise SystemExit(f"{folder} exists already: remove it, or give another folder") from None
     (folder / "config.json").write_text(json.dumps({"model_type": "mingunivision", **write_config(config)}, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
-    slots = published_slots(UniVision(config, device="meta", dtype=torch.bfloat16))
-    shards = list(in_shards({key: 2 * torch.Size(slot.shape).numel() for key, slot in slots.items()}, SHARD))
-    weight_map, total = {}, 0
+    keys = checkpoint_keys(UniVision(config, device="meta", dtype=torch.bfloat16))
+    shards = list(in_shards({key: 2 * torch.Size(part.shape).numel() for key, part in keys.items()}, SHARD))
+    weight_map: dict[str, str] = {}
+    total = 0
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for i, keys in enumerate(shards):
+    for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: random_tensor(key, slots[key].shape, pool) for key in keys}
+        tensors = {key: random_tensor(key, keys[key].shape, pool) for key in shard}
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
@@ -77,7 +77,7 @@ def make(folder: Path, config: UniVisionConfig) -> None:
 
 
 def random_tensor(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:
-    """bf16, a stretch of the pool that the key chooses; norms are 1 and biases 0."""
+    """A bf16 tensor cut from the pool at a place that depends on the key; weights of norms are 1 and biases 0."""
     if key.endswith("bias"):
         return torch.zeros(shape, dtype=torch.bfloat16)
     if len(shape) == 1:
@@ -90,16 +90,16 @@ def random_tensor(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:
 
 
 def byte_tokenizer() -> dict:
-    """tokenizer.json of a tokenizer whose tokens are single bytes, with the published special ids."""
+    """The tokenizer.json of a tokenizer whose tokens are single bytes, with the published special ids."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     special = [
         {"id": i, "content": t, "special": True, "normalized": False, "single_word": False, "lstrip": False}
         | {"rstrip": False}
-        for t, i in SPECIAL.items()
+        for t, i in SPECIAL_TOKENS.items()
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    vocabulary = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))} | SPECIAL
+    vocabulary = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))} | SPECIAL_TOKENS
     return {
         "version": "1.0",
         "added_tokens": special,
@@ -113,10 +113,10 @@ def byte_tokenizer() -> dict:
 
 
 class MemoryWatch:
-    """The most memory of this process, in bytes, while it is entered.
+    """The peak memory of this process while the context is entered, in bytes.
 
-    `anonymous` is what it cannot do without; `resident` has mapped pages of files in it as well, which the system
-    takes back when it needs them. Both 0 where Linux does not say.
+    `anonymous` is memory that the process needs; `resident` also has mapped pages of files, which the system takes back
+    when it needs them. Both are 0 where /proc does not tell.
     """
 
     def __enter__(self) -> MemoryWatch:
@@ -132,7 +132,7 @@ class MemoryWatch:
 
     def __str__(self) -> str:
         if not self.anonymous:
-            return "not known here"
+            return "unknown on this system"
         return f"{self.anonymous / GB:.2f} GB, {self.resident / GB:.2f} GB with mapped files"
 
     def _watch(self) -> None:
@@ -144,85 +144,89 @@ class MemoryWatch:
                 self.resident = max(self.resident, sizes["RssAnon"] + sizes["RssFile"])
 
 
-class Enough(Exception):
-    """Raised after as many tokens as were asked for."""
+class EnoughTokens(Exception):
+    """Raised to stop a drawing after the requested number of tokens."""
 
 
 def run_on_cpu(folder: Path, precision: str, tokens: int) -> None:
+    """Load the checkpoint, draw some tokens, and print memory and time as a table."""
     config = read_config(UniVisionConfig, json.loads((folder / "config.json").read_text()))
     most = config.llm_config.num_image_tokens_for_gen
-    if not 2 <= tokens <= most:  # the first one has the prompt's time in it
-        raise SystemExit(f"--tokens {tokens}: give 2 to {most}")
+    if not 2 <= tokens <= most:  # the time of the first one includes the prompt
+        raise SystemExit(f"--tokens is {tokens}: it must be 2 to {most}")
     with MemoryWatch() as loading:
         started = time.perf_counter()
-        model = load(folder, precision, "cpu")
+        engine = load(folder, precision, "cpu")
         seconds = time.perf_counter() - started
     times = [time.perf_counter()]
 
     def on_token(progress: ming_core.Progress) -> None:
         times.append(time.perf_counter())
         if progress.done == tokens:
-            raise Enough
+            raise EnoughTokens
 
-    with MemoryWatch() as drawing, contextlib.suppress(Enough):
-        model.generate_image(Conversation(), PROMPT, on_token=on_token)
+    with MemoryWatch() as drawing, contextlib.suppress(EnoughTokens):
+        engine.generate_image(Conversation(), PROMPT, on_token=on_token)
     each = [b - a for a, b in itertools.pairwise(times)]
     rows = {
         "precision": precision,
-        "weights": f"{weight_bytes(model) / GB:.2f} GB",
+        "weights": f"{weight_bytes(engine.network) / GB:.2f} GB",
         "loaded in": f"{seconds:.0f} s",
-        "most memory while loading": f"{loading}",
-        "most memory while drawing": f"{drawing}",
+        "peak memory while loading": f"{loading}",
+        "peak memory while drawing": f"{drawing}",
         "prompt and first image token": f"{each[0]:.1f} s",
-        "an image token, two guidance rows": f"{statistics.median(each[1:]):.2f} s (median of {len(each) - 1})",
+        "image token, two guidance rows": f"{statistics.median(each[1:]):.2f} s (median of {len(each) - 1})",
         "threads": f"{torch.get_num_threads()}, torch {torch.__version__}",
     }
     print("| what | found |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()))
 
 
 def run_on_gpu(folder: Path, precisions: list[str]) -> None:
+    """Time whole images in these precisions, and print them as a table."""
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {bandwidth / GB:.0f} GB/s\n")
-    columns = ("precision", "pictures", "rows", "seconds", "by graphs", "floor, s", "ratio", "ratio by graphs")
+    columns = ("precision", "images", "rows", "seconds", "with graphs", "floor, s", "ratio", "ratio with graphs")
     print_row(*columns)
     print_row(*["---"] * len(columns))
     for precision in precisions:
         try:
-            model = load(folder, precision, "cuda")
-            drawn = model.generate_image(Conversation(), PROMPT, max_new_tokens=1)  # warms up, and gives a second round
-            for pictures in (1, 4):
-                for rows, before in ((2, Conversation()), (3, drawn.conversation)):
-                    plain, graphs = (drawing_time(model, before, pictures, switch) for switch in ("0", "1"))
-                    floor = image_bytes(model, pictures, rows) / bandwidth
-                    if Recorder.failed:  # once, and no graph is recorded in this process any more
+            engine = load(folder, precision, "cuda")
+            # warms up, and is the past of a second round
+            first = engine.generate_image(Conversation(), PROMPT, max_new_tokens=1)
+            for images in (1, 4):
+                for rows, past in ((2, Conversation()), (3, first.conversation)):
+                    plain, graphs = (drawing_time(engine, past, images, switch) for switch in ("0", "1"))
+                    floor = image_bytes(engine, images, rows) / bandwidth
+                    if Recorder.failed:  # after one failure this process records no more graphs
                         graphs = math.nan
                     figures = (plain, graphs, floor, plain / floor, graphs / floor)
-                    print_row(precision, pictures, rows, *(f"{figure:.2f}" for figure in figures))
+                    print_row(precision, images, rows, *(f"{figure:.2f}" for figure in figures))
         except torch.OutOfMemoryError:
             print_row(precision, "does not fit", *[""] * (len(columns) - 2))
-        model = drawn = None
+        engine = first = None
         torch.cuda.empty_cache()
 
 
 def print_row(*cells: object) -> None:
+    """Print one row of a Markdown table at once."""
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def drawing_time(model: UniVision, before: Conversation, pictures: int, graphs: str) -> float:
-    """Seconds of a round that draws, with CUDA graphs ("1") or without; the median of three after one to warm up."""
+def drawing_time(engine: Engine, past: Conversation, images: int, graphs: str) -> float:
+    """Seconds of a round that draws, with CUDA graphs ("1") or without: the median of three after one to warm up."""
     os.environ[SWITCH] = graphs
     times = []
     for _ in range(4):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        model.generate_images(before, PROMPT, seeds=list(range(pictures)), max_new_tokens=1)
+        engine.generate_images(past, PROMPT, seeds=range(images), max_new_tokens=1)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that the GPU reads and writes when it copies 2 GB; measured while no model is there."""
+    """Bytes per second that the GPU reads and writes when it copies 2 GB; measured before a model is loaded."""
     source = torch.empty(int(2e9), dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
     for _ in range(5):
@@ -237,30 +241,33 @@ def copy_bandwidth() -> float:
     return moved / min(times)
 
 
-def image_bytes(model: UniVision, pictures: int, rows: int) -> float:
-    """Bytes of weights that drawing must read: each once a token, the head's blocks once a step.
+def image_bytes(engine: Engine, images: int, rows: int) -> float:
+    """Bytes of weights that drawing has to read: all of them once per token, the flow head's blocks once per step.
 
-    Rows are taken to choose their experts independently: of E, b rows read E * (1 - (1 - k/E)^b).
+    Rows are assumed to choose their experts independently: b rows read E * (1 - (1 - k/E)^b) of E experts.
     """
-    config, net = model.config, model.flow_head.net
+    network, config = engine.network, engine.config
+    net = network.flow_head.net
     llm, tokens = config.llm_config, config.llm_config.num_image_tokens_for_gen
-    layers = model.language_model.model.layers
+    layers = network.language_model.model.layers
     experts = sum(weight_bytes(layer.mlp.experts) for layer in layers)
-    read = 1 - (1 - llm.num_experts_per_tok / llm.num_experts) ** (pictures * rows)
+    read = 1 - (1 - llm.num_experts_per_tok / llm.num_experts) ** (images * rows)
     language = weight_bytes(layers) - experts + experts * read
     modulations = [net.cond_embed, net.final_layer.adaLN_modulation, *(b.adaLN_modulation for b in net.res_blocks)]
-    once = [model.flow_head.vis_head, model.mingtok.semantic_decoder, model.linear_proj, *modulations]
+    once = [network.flow_head.vis_head, network.mingtok.semantic_decoder, network.linear_proj, *modulations]
     step = [net.input_proj, net.final_layer.linear, *(b.mlp for b in net.res_blocks)]
     steps = config.vishead_diffloss_config.steps
-    a_token = sum(map(weight_bytes, once)) + steps * sum(map(weight_bytes, step))
-    return (tokens + 1) * language + tokens * a_token
+    per_token = sum(map(weight_bytes, once)) + steps * sum(map(weight_bytes, step))
+    return (tokens + 1) * language + tokens * per_token
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's weights."""
     return sum(p.nbytes for p in module.parameters())
 
 
-def load(folder: Path, precision: str, device: str) -> UniVision:
+def load(folder: Path, precision: str, device: str) -> Engine:
+    """Load the checkpoint in one of PRECISIONS."""
     quantization = None if precision == "bf16" else precision
     return ming_core.load_univision(folder, device=device, dtype=torch.bfloat16, quantization=quantization)
 
@@ -268,12 +275,14 @@ def load(folder: Path, precision: str, device: str) -> UniVision:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("make", help="write the checkpoint").add_argument("folder", type=Path)
+    commands.add_parser("make", help="write the checkpoint").add_argument("folder", type=Path, help="folder to make")
     run = commands.add_parser("run", help="load it and draw")
-    run.add_argument("folder", type=Path)
-    run.add_argument("--precision", choices=PRECISIONS, help="default: int4 on a CPU, all three on a GPU")
+    run.add_argument("folder", type=Path, help="checkpoint folder")
+    run.add_argument(
+        "--precision", choices=PRECISIONS, help="precision of the weights (default: int4 on a CPU, all three on a GPU)"
+    )
     run.add_argument("--tokens", type=int, default=6, help="image tokens to draw on a CPU (%(default)s)")
-    run.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    run.add_argument("--device", choices=["cpu", "cuda"], help="where to run (default: cuda if available)")
     options = parser.parse_args()
     if options.command == "make":
         make(options.folder, UniVisionConfig(mingtok_config=MingTokConfig()))

@@ -1,11 +1,11 @@
-"""How few velocity evaluations a drawing needs: quality by number and solver, on the built-in model.
+"""Velocity evaluations: how good drawings are by their number and by solver, on the built-in model.
 
     python benchmarks/steps.py [--model FOLDER] [--scenes 100] [--out docs]
 
-Writes steps.md, a table, and steps.png, its plot (where matplotlib is installed), and prints the table. Unseen scenes
-are drawn with the nodes' defaults and judged by the scorer, which reads pixels alone; all rows draw the same scenes
-with the same noise. The token error is steady with few scenes: how far a latent is from that of the reference solver,
-drawn from the same noise under the same condition, as a share of the latents' length.
+Prints a table, and writes it as steps.md with its plot steps.png (where matplotlib is installed). Unseen scenes are
+drawn with the nodes' defaults and judged by the scorer, which reads pixels alone; all rows draw the same scenes with
+the same noise. The token error needs few scenes to be steady: it is the distance of a latent to the one that the
+reference solver gives from the same noise under the same condition, as a share of the latents' length.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from here import BUILT_IN
+from project import BUILT_IN
 from torch import Tensor
 
 from ming_core import Solver, load_univision
-from ming_core.flow_head import METHODS, FlowHead, Sampler
-from tiny_shapes.training.evaluation import Score, share
-from tiny_shapes.training.examiner import Examiner
+from ming_core.flow_head import FlowHead, Sampler
+from ming_core.solver import METHODS
+from tiny_shapes.evaluation.evaluator import Evaluator
+from tiny_shapes.evaluation.scores import Score, share
 from tiny_shapes.world import compare, read_scene
+from tiny_shapes.world.tasks import require
 
 EVALUATIONS = (4, 6, 8, 12, 16)
 REFERENCE = Solver(64, "ab2")
@@ -43,23 +45,29 @@ COLUMNS = (
 )
 
 
-class Drawn(NamedTuple):
-    """One latent's drawing: all that it was made from."""
+class DrawnLatent(NamedTuple):
+    """What one latent was drawn from."""
 
     z: Tensor
     noise: Tensor
-    factors: tuple[float, ...]
+    guidance_weights: tuple[float, ...]
 
 
 class Result(NamedTuple):
-    """Of one solver with one number of evaluations."""
+    """The quality of one solver with one number of evaluations.
+
+    error       of a token: median, root mean square
+    right       share of drawings with every requested object right
+    attributes  share of objects that have each attribute right
+    """
 
     solver: Solver
-    error: tuple[float, float]  # of a token: median, root mean square
+    error: tuple[float, float]
     right: Score
     attributes: list[float]
 
     def row(self) -> str:
+        """A row of the Markdown table."""
         shares = (self.right.value, *self.attributes)
         interval = f"{100 * self.right.low:.0f} to {100 * self.right.high:.0f} %"
         errors = [f"{x:.1%}" for x in self.error]
@@ -68,46 +76,48 @@ class Result(NamedTuple):
 
 
 @contextmanager
-def recording(into: list[Drawn]) -> Iterator[None]:
-    """Keeps what every latent is drawn from, while it lasts."""
+def recording(into: list[DrawnLatent]) -> Iterator[None]:
+    """Within it, what every latent is drawn from is added to the list."""
     draw = Sampler.draw
 
-    def kept(sampler: Sampler, z: Tensor, noise: Tensor) -> Tensor:
-        into.append(Drawn(z.clone(), noise.clone(), tuple(sampler.factors[:, 0].tolist())))
+    def recorded(sampler: Sampler, z: Tensor, noise: Tensor) -> Tensor:
+        into.append(DrawnLatent(z.clone(), noise.clone(), tuple(sampler.guidance_weights[:, 0].tolist())))
         return draw(sampler, z, noise)
 
-    with patch.object(Sampler, "draw", kept):
+    with patch.object(Sampler, "draw", recorded):
         yield
 
 
 @torch.no_grad()
-def token_error(head: FlowHead, drawn: list[Drawn], solver: Solver) -> tuple[float, float]:
-    """Median and root mean square over the tokens of the latent's distance to the reference's.
+def token_error(head: FlowHead, drawn: list[DrawnLatent], solver: Solver) -> tuple[float, float]:
+    """Median and root mean square, over the tokens, of the latent's distance to the reference's.
 
-    In units of the latents' root mean square length.
+    The unit is the root mean square length of the latents.
     """
-    z, noise = (torch.cat([getattr(d, name) for d in drawn]) for name in ("z", "noise"))
-    expected, found = (head.sample(z, noise, drawn[0].factors, steps=s.steps, solver=s) for s in (REFERENCE, solver))
+    z, noise = torch.cat([d.z for d in drawn]), torch.cat([d.noise for d in drawn])
+    weights = drawn[0].guidance_weights
+    expected, found = (head.sample(z, noise, weights, steps=s.steps, solver=s) for s in (REFERENCE, solver))
     distance = (found - expected).norm(dim=-1) / expected.square().sum(-1).mean().sqrt()
     return float(distance.median()), float(distance.square().mean().sqrt())
 
 
-def quality(examiner: Examiner) -> tuple[Score, list[float]]:
-    """Share of drawings with every asked object right; share of objects of which each attribute is."""
+def quality(evaluator: Evaluator) -> tuple[Score, list[float]]:
+    """The share of drawings with every requested object right, and of objects that have each attribute right."""
     right: list[bool] = []
     attributes: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    asked = examiner.rounds(["generate"])
-    for turn, result in zip(asked, examiner.draw_rounds(asked), strict=True):
-        found = compare(read_scene(examiner.pixels(result.features)), turn.target_scene)
-        right.append(found.things_right)
+    tasks = evaluator.tasks(["generate"])
+    for task, result in zip(tasks, evaluator.draw(tasks), strict=True):
+        comparison = compare(read_scene(evaluator.pixels(result.features)), require(task.target_scene))
+        right.append(comparison.objects_right)
         for name, hits in attributes.items():
-            hits += getattr(found, name)
+            hits += getattr(comparison, name)
     return share("right", right, ""), [statistics.fmean(hits) for hits in attributes.values()]
 
 
 def table(results: list[Result], scenes: int) -> str:
+    """All results as Markdown."""
     lines = [
-        f"{scenes} scenes a row; the interval is that of 95 % confidence.",
+        f"{scenes} scenes per row; the interval is that of 95 % confidence.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
@@ -117,6 +127,7 @@ def table(results: list[Result], scenes: int) -> str:
 
 
 def plot(results: list[Result], path: Path) -> None:
+    """Draw token error and drawings by number of evaluations."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -136,7 +147,7 @@ def plot(results: list[Result], path: Path) -> None:
     left.set(title="error of a token, %, root mean square", ylim=(0, None))
     right.set(title="drawings with every object right, %", ylim=(0, 104))
     for axes in (left, right):
-        axes.set(xlabel="velocity evaluations a token", xticks=EVALUATIONS)
+        axes.set(xlabel="velocity evaluations per token", xticks=EVALUATIONS)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
@@ -144,22 +155,22 @@ def plot(results: list[Result], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUILT_IN)
-    parser.add_argument("--scenes", type=int, default=100, help="drawn a row (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder to write steps.md and steps.png to")
+    parser.add_argument("--model", type=Path, default=BUILT_IN, help="checkpoint folder (default: the built-in model)")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes to draw for each row (%(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for steps.md and steps.png")
     options = parser.parse_args()
 
-    model = load_univision(options.model)
-    drawn: list[Drawn] = []
+    engine = load_univision(options.model)
+    drawn: list[DrawnLatent] = []
     with recording(drawn):
-        quality(Examiner(model, min(REFERENCE_SCENES, options.scenes), solver=REFERENCE))
+        quality(Evaluator(engine, min(REFERENCE_SCENES, options.scenes), solver=REFERENCE))
     results = []
     for evaluations in EVALUATIONS:
         for method in METHODS:
-            solver = Solver(evaluations, method)  # both take one evaluation a step
-            found = quality(Examiner(model, options.scenes, solver=solver))
-            model.prefix_cache.clear()
-            results.append(Result(solver, token_error(model.flow_head, drawn, solver), *found))
+            solver = Solver(evaluations, method)  # both methods take one evaluation per step
+            found = quality(Evaluator(engine, options.scenes, solver=solver))
+            engine.prefix_cache.clear()
+            results.append(Result(solver, token_error(engine.network.flow_head, drawn, solver), *found))
             print(results[-1].row(), flush=True)
     print("\n" + table(results, options.scenes))
     if options.out:
