@@ -9,8 +9,8 @@ import pytest
 import torch
 from ming_univision.ming_core import UniVision, load_univision
 from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig, read_config
-from ming_univision.runner.quantize import main as quantize_folder
 from ming_univision.nodes.host import PACK
+from ming_univision.runner.quantize import main as quantize_folder
 
 
 @pytest.fixture(scope="module")
