@@ -6,7 +6,7 @@ import pytest
 import torch
 from ming_univision.ming_core import Guidance, Solver
 from ming_univision.ming_core.attention import CausalAttention
-from ming_univision.ming_core.checkpoint.checkpoint import fill
+from ming_univision.ming_core.checkpoint import fill
 from ming_univision.ming_core.checkpoint.reader import CheckpointReader
 from ming_univision.ming_core.config import LanguageModelConfig, read_config
 from ming_univision.ming_core.experts import MixtureOfExperts
