@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     image_starts             int64 [P], index of the first token of each image in the flattened rows
     flow_weights             float32 [P, N], of the flow loss of each token (0 for an image that is not drawn)
     patch_targets            int64 [P, kinds, N], what each token shows (`PATCH_TARGETS`), or IGNORE
-    object_positions         int64 [M], index in the flattened rows where a prompt has told an object
+    object_positions         int64 [M], index in the flattened rows where a prompt has named an object
     object_targets           int64 [M, 4], that object (`ATTRIBUTES`)
     """
 
