@@ -28,7 +28,7 @@ from ..ming_core.checkpoint import CheckpointError
 from ..ming_core.checkpoint.reader import CheckpointReader
 from ..nodes import host
 from ..nodes.filenames import nearest_existing
-from ..nodes.loaders import GB, PUBLISHED
+from ..nodes.models import GB, PUBLISHED
 
 WANTED = re.compile(r"[\w.-]+\.(json|safetensors)|LICENSE[\w.-]*")  # at the top of the repository
 ATTEMPTS = 3  # for a file that arrives damaged
