@@ -1,22 +1,24 @@
-"""Sets up an environment for this pack, uses it without ComfyUI, and tests it, also in a real ComfyUI.
+"""Sets up an environment for this pack and runs commands in it, without ComfyUI.
 
     python quickstart.py demo [--image FILE] [--output DIR]
     python quickstart.py run WORKFLOW.json [--set NODE.INPUT=VALUE ...] [--image FILE] [--output DIR]
     python quickstart.py download [NAME] [--to DIR]
-    python quickstart.py test [what pytest takes]
+    python quickstart.py quantize SOURCE TARGET [--format int4]
+    python quickstart.py test [pytest's arguments]
     python quickstart.py comfyui [--dir CHECKOUT] [--python FILE] [--browser FILE]
 
-The first call makes `.venv` beside this file; a stamp in it tells later calls that it is finished, so that they start
-at once, and an interrupted installation is done anew. PyTorch is not downloaded where the calling Python can import
-version 2.4 or newer: its packages are then lent to `.venv`. That goes through a .pth file, because a virtual
-environment made from another one would inherit only the base installation's packages.
+The commands are in runner/cli.py. This file finds or makes the environment that they run in, and hands over.
 
-Until `.venv` exists this needs the standard library only, and it parses on Pythons too old to run it, to say so.
+The first call makes `.venv` beside this file. A stamp in it tells later calls that it is finished, so that they start
+at once, and that an interrupted installation has to be made again. If the calling Python can import PyTorch 2.4 or
+newer, PyTorch is not downloaded: `.venv` borrows its packages. That takes a .pth file, because a virtual environment
+made from another one would inherit only the base installation's packages.
+
+This file needs the standard library only, and it parses on Pythons that are too old to run it, to say so.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -26,26 +28,25 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "quickstart.json"
-DEMO = ROOT / "workflows" / "api" / "multi_round_edit.json"
-
-MODELS = ("Ming-UniVision-16B-A3B", "MingTok-Vision")
+PACKAGE = "ming_univision"  # what this folder is imported as, whatever it is called
 
 TORCH = "torch==2.13.0"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 CONSTRAINTS = "constraints.txt"
 RESTARTED = "QUICKSTART_RESTARTED"  # set for the run inside .venv, to that folder
+CALLER = "QUICKSTART_CALLER"  # set for the run inside .venv, to the Python that this was started with
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 4)
 
-# What PyTorch itself requires: one that is there may want other versions than the tested ones.
+# What PyTorch itself requires. A PyTorch that is installed already may need other versions than the tested ones.
 TORCH_REQUIRES = (
     "filelock",
     "fsspec",
@@ -58,7 +59,7 @@ TORCH_REQUIRES = (
     "typing_extensions",
 )
 
-# Prints the version of an importable PyTorch, and the package folders that it (first) and its requirements come from.
+# Prints the version of an importable PyTorch, and the package folders of it (first) and of its requirements.
 TORCH_PROBE = """
 import json, os, sys
 import torch
@@ -70,169 +71,95 @@ print(json.dumps({"version": torch.__version__, "folders": folders}))
 
 
 class SetupError(Exception):
-    """Something the user has to put right; the message says how."""
+    """A problem that the user has to solve; the message says how."""
 
 
 def main(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    options = parse(argv)
     try:
         check_python()
-        if options.command in (run_tests, run_comfyui):
+        command = load_command_line().parse(argv).command
+        if command.needs_tests:
             check_tests()
-        if not (in_environment() and is_finished()):
-            prepare_environment()
-            if os.environ.get(RESTARTED) == str(VENV) and not in_environment():
-                raise SetupError(f"The Python in {VENV} belongs to another one. Remove that folder and start again.")
-            return run_again(argv)
-        return options.command(options)
+        if (in_environment() and is_finished()) or (command.runs_in_comfyui and has_requirements()):
+            return hand_over(argv)
+        prepare_environment()
+        if os.environ.get(RESTARTED) == str(VENV) and not in_environment():
+            raise SetupError(f"The Python in {VENV} belongs to another environment. Remove that folder and try again.")
+        return run_again(argv)
     except SetupError as error:
         print(f"\n{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        print("\nInterrupted.", file=sys.stderr)
         return 130
 
 
-# --- The commands, which run inside .venv -------------------------------------------------------------------------
+# --- Handing over -------------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quickstart.py", description="Ming-UniVision nodes without ComfyUI.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--image", metavar="FILE", type=existing_file, help="start from this picture")
-    common.add_argument(
-        "--output", metavar="DIR", type=Path, help="where results go (default: output/ beside this file)"
-    )
-    common.add_argument(
-        "--set",
-        metavar="NODE.INPUT=VALUE",
-        dest="settings",
-        action="append",
-        default=[],
-        help='change an input, for example 5.seed=7, or "5.features=[3,0]" for a link; may be given more than once',
-    )
-    demo = commands.add_parser("demo", parents=[common], help="ask about a picture and edit it over several rounds")
-    demo.set_defaults(command=run_workflow, workflow=DEMO)
-    run = commands.add_parser("run", parents=[common], help="run a workflow in the API format")
-    run.add_argument("workflow", metavar="WORKFLOW.json", type=existing_file)
-    run.set_defaults(command=run_workflow)
-    download = commands.add_parser("download", help="fetch a published model, or go on fetching it, and check it")
-    names = " or ".join(MODELS)
-    download.add_argument("name", metavar="NAME", nargs="?", choices=MODELS, default=MODELS[0], help=names)
-    download.add_argument(
-        "--to",
-        metavar="DIR",
-        type=Path,
-        help="the folder that the model's own folder goes into (default: ComfyUI/models/ming when this pack lies in "
-        "custom_nodes, else models/ beside this file)",
-    )
-    download.set_defaults(command=download_model)
-    test = commands.add_parser("test", add_help=False, help="run the tests; further arguments go to pytest")
-    test.set_defaults(command=run_tests)
-    comfyui = commands.add_parser("comfyui", help="check the pack in a real ComfyUI server and a real browser")
-    comfyui.add_argument("--dir", metavar="CHECKOUT", help="the ComfyUI to use (default: the one that is found)")
-    comfyui.add_argument("--python", metavar="FILE", help="the Python that has ComfyUI's requirements")
-    comfyui.add_argument("--browser", metavar="FILE", help="a Chromium, Chrome or Edge")
-    comfyui.add_argument("--only", metavar="WORDS", help="only the checks that these fit, as pytest -k takes them")
-    comfyui.add_argument("--keep", action="store_true", help="keep the temporary folders, with the server's log")
-    comfyui.set_defaults(command=run_comfyui)
-    if argv[:1] == ["test"]:
-        return argparse.Namespace(command=run_tests, pytest_arguments=argv[1:])
-    return parser.parse_args(argv)
-
-
-def existing_file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {path}")
-    return path
-
-
-def run_workflow(options: argparse.Namespace) -> int:
-    load_pack()
-    cli = importlib.import_module("ming_univision.runner.cli")
-    return cli.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
-
-
-def download_model(options: argparse.Namespace) -> int:
-    load_pack()
-    return importlib.import_module("ming_univision.runner.download").main(options.name, to=options.to)
-
-
-def check_tests() -> None:
-    """Raises SetupError in a copy without the tests, such as the registry's."""
-    if not (ROOT / "tests").is_dir():
-        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-        (address,) = re.findall(r'(?m)^Repository = "(.+)"', project)
-        raise SetupError(f"This copy of the pack comes without its tests. They are in the repository: {address}")
-
-
-def run_tests(options: argparse.Namespace) -> int:
-    return run_pytest(options.pytest_arguments)
-
-
-def run_comfyui(options: argparse.Namespace) -> int:
-    """The same checks are a part of `test` where a ComfyUI is found; here they must run."""
-    load_pack()
-    finding = importlib.import_module("ming_univision.tests.comfyui.finding")
-    try:
-        checkout = finding.find_checkout(options.dir)
-        if checkout is None:
-            raise SetupError(finding.NO_CHECKOUT)
-        found = {"comfyui": checkout, "comfyui-python": finding.find_python(checkout, options.python)}
-        finding.has_gpu(found["comfyui-python"], checkout)  # says so if there is no PyTorch at all
-        if options.browser:
-            found["comfyui-browser"] = finding.find_browser(options.browser)
-    except finding.NotFound as error:
-        raise SetupError(str(error)) from error
-    arguments = [f"--{name}={path}" for name, path in found.items()]  # one word each: pytest takes a path for a test
-    arguments += ["--comfyui-keep"] * options.keep + ["-k", options.only] * bool(options.only)
-    return run_pytest(["tests/comfyui", "-rN", *arguments])  # the suite prints a summary of its own
-
-
-def run_pytest(arguments: list[str]) -> int:
-    """Its exit status. It is let finish in every case, so that it stops what it has started."""
-    with subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=str(ROOT)) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        try:
-            return outcome(child)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+def load_command_line() -> types.ModuleType:
+    """Imports runner/cli.py by itself, to check a command line with it. It needs the standard library only."""
+    spec = importlib.util.spec_from_file_location("quickstart_cli", str(ROOT / "runner" / "cli.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quickstart_cli"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_pack() -> None:
-    """Imports this folder as the package `ming_univision`, whatever the folder is called."""
-    spec = importlib.util.spec_from_file_location(
-        "ming_univision", str(ROOT / "__init__.py"), submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    """Makes this folder the package PACKAGE, whose modules can then be imported.
+
+    The package's own __init__ is for ComfyUI and does not run: it would import every node, and PyTorch.
+    """
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(ROOT)]
+    sys.modules[PACKAGE] = package
+
+
+def hand_over(argv: list[str]) -> int:
+    """Runs the command in this process and returns its exit code."""
+    load_pack()
+    return importlib.import_module(f"{PACKAGE}.runner.cli").main(argv)
 
 
 def run_again(argv: list[str]) -> int:
-    """Runs this file with the environment's Python, in the place of this process where the system can do that."""
+    """Runs this file with the environment's Python, replacing this process if the system can do that."""
     command = [str(environment_python()), str(Path(__file__).resolve()), *argv]
     os.environ[RESTARTED] = str(VENV)
-    os.environ["QUICKSTART_CALLER"] = sys.executable  # it may be the one that has ComfyUI's requirements
+    os.environ[CALLER] = sys.executable  # it may be the Python that has ComfyUI's requirements
     sys.stdout.flush()
     if os.name != "nt":
         os.execv(command[0], command)
     with subprocess.Popen(command) as child:
-        return outcome(child)
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:  # Ctrl-C reaches the child as well, which ends by itself
+                continue
 
 
-def outcome(child: subprocess.Popen) -> int:
-    """Its exit status, when it has come to its end. Ctrl-C tells the child as well, and it stops by itself."""
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+def check_tests() -> None:
+    """Raises SetupError in a copy without the tests, such as the one from the registry."""
+    if not (ROOT / "tests").is_dir():
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        (address,) = re.findall(r'(?m)^Repository = "(.+)"', project)
+        raise SetupError(f"This copy of the pack does not include the tests. They are in the repository: {address}")
+
+
+def has_requirements() -> bool:
+    """Whether the calling Python has the packages of requirements.txt, as ComfyUI's own Python has."""
+    from importlib import metadata  # newer than the oldest Python that this file has to parse on
+
+    lines = (ROOT / REQUIREMENTS[0]).read_text(encoding="utf-8").splitlines()
+    try:
+        versions = {name: metadata.version(name) for name in lines if name and not name.startswith("#")}
+    except metadata.PackageNotFoundError:
+        return False
+    return is_new_enough(versions["torch"])
 
 
 # --- The environment ----------------------------------------------------------------------------------------------
@@ -247,19 +174,19 @@ def in_environment() -> bool:
 
 
 def is_finished() -> bool:
-    """Whether `.venv` was installed to the end, from the requirement files as they are now."""
+    """Whether the installation of `.venv` was completed, from the requirement files as they are now."""
     stamp = read_stamp()
     return (
         stamp.get("finished") is True
         and stamp.get("requirements") == requirements_digest()
         and stamp.get("python") == python_version(environment_python())
-        and lent_is_there(stamp)
+        and borrowed_exist(stamp)
     )
 
 
-def lent_is_there(stamp: dict) -> bool:
-    """Whether the package folders that the environment borrows are still there, with PyTorch in the first one."""
-    folders = stamp.get("lent_folders", [])
+def borrowed_exist(stamp: dict) -> bool:
+    """Whether the package folders that the environment borrows still exist, with PyTorch in the first one."""
+    folders = stamp.get("borrowed_folders", [])
     return all(map(os.path.isdir, folders)) and all(os.path.isdir(os.path.join(f, "torch")) for f in folders[:1])
 
 
@@ -283,7 +210,7 @@ def requirements_digest() -> str:
 
 
 def python_version(python: Path) -> str | None:
-    """Such as "3.11"; None when there is no such Python, or it does not start any more."""
+    """Such as "3.11"; None if there is no such Python, or if it does not start."""
     found = output_of([str(python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
     return found.strip() if found else None
 
@@ -291,7 +218,7 @@ def python_version(python: Path) -> str | None:
 def prepare_environment() -> None:
     """Finds or makes a finished `.venv`.
 
-    One that this script began to make is made anew; one that somebody else made, or that is running this very script,
+    An unfinished one that this script made is made again. One that somebody else made, or that is running this script,
     is installed into and never removed.
     """
     if is_finished():
@@ -299,20 +226,20 @@ def prepare_environment() -> None:
     stamp = read_stamp()
     if in_environment() or (environment_python().exists() and not stamp.get("made_here")):
         print(f"Using the environment {VENV}", flush=True)
-        if not lent_is_there(stamp):
-            stamp = {**stamp, "lent_folders": []}  # PyTorch is installed instead
+        if not borrowed_exist(stamp):
+            stamp = {**stamp, "borrowed_folders": []}  # PyTorch is installed instead
     else:
-        lent = find_torch(sys.executable)
-        stamp = {"made_here": True, "lent_folders": lent["folders"] if lent else []}
+        found = find_torch(sys.executable)
+        stamp = {"made_here": True, "borrowed_folders": found["folders"] if found else []}
         make_environment(stamp)
     python = environment_python()
     version = python_version(python)
     if version is None or tuple(map(int, version.split("."))) < OLDEST_PYTHON:
-        raise SetupError(f"The Python in {VENV} is broken or too old. Remove that folder and start again.")
+        raise SetupError(f"The Python in {VENV} is broken or too old. Remove that folder and try again.")
     try:
         write_stamp({**stamp, "finished": False})
     except OSError as error:
-        raise SetupError(f"The folder {VENV} cannot be written to: {error}. Remove it and start again.") from error
+        raise SetupError(f"The folder {VENV} cannot be written to: {error}. Remove it and try again.") from error
     ensure_pip(str(python))
     torch = find_torch(str(python))
     announce(torch)
@@ -322,95 +249,101 @@ def prepare_environment() -> None:
 
 
 def make_environment(stamp: dict) -> None:
-    """Makes `.venv` from the calling Python, with the lent folders behind its own packages on the import path."""
+    """Makes `.venv` from the calling Python, with the borrowed folders after its own packages on the import path."""
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
-            raise SetupError(f"This Python has no module {module}, which making an environment takes.\n{venv_remedy()}")
+            raise SetupError(
+                f"This Python has no module {module}, which is needed to make an environment.\n{venv_remedy()}"
+            )
     print(f"Making the environment {VENV} for Python {platform.python_version()} ...", flush=True)
     try:
         clear_environment()
         VENV.mkdir()
-        write_stamp(stamp)  # from here on the folder is known as ours, however this ends
+        write_stamp(stamp)  # from here on the folder is known to be made by this script
     except OSError as error:
-        raise SetupError(f"The folder {VENV} cannot be made anew: {error}") from error
+        raise SetupError(f"The folder {VENV} cannot be made: {error}") from error
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(VENV)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     if made.returncode != 0:
-        said = made.stdout.decode("utf-8", "replace").strip()
-        raise SetupError(f"The environment could not be made:\n{said}\n\n{venv_remedy()}")
-    lend(stamp["lent_folders"])
+        output = made.stdout.decode("utf-8", "replace").strip()
+        raise SetupError(f"The environment could not be made:\n{output}\n\n{venv_remedy()}")
+    borrow(stamp["borrowed_folders"])
 
 
 def clear_environment() -> None:
     if read_stamp().get("made_here"):
-        old = VENV.with_name(f"{VENV.name}.quickstart-old")  # removed half-way it would look like somebody else's
+        old = VENV.with_name(f"{VENV.name}.quickstart-old")  # half removed, it would look like somebody else's
         shutil.rmtree(str(old), ignore_errors=True)
         VENV.rename(old)
         shutil.rmtree(str(old))
     elif VENV.exists() and not os.listdir(str(VENV)):
         VENV.rmdir()
     elif VENV.exists():
-        raise SetupError(f"{VENV} is there, but is no environment. Move or remove it and start again.")
+        raise SetupError(f"{VENV} exists but is not an environment. Move or remove it and try again.")
 
 
-def lend(folders: list[str]) -> None:
-    """Puts package folders of the calling Python on the environment's import path, behind its own."""
+def borrow(folders: list[str]) -> None:
+    """Adds package folders of the calling Python to the environment's import path, after its own."""
     if not folders:
         return
     encoding = "utf-8" if sys.version_info >= (3, 13) else locale.getpreferredencoding(False)  # as site reads it
     try:
         lines = ("\n".join(folders) + "\n").encode(encoding)
     except UnicodeEncodeError:
-        return  # site could not read them either: PyTorch is installed instead
+        return  # site could not read them either, so PyTorch is installed instead
     python = str(environment_python())
-    # A new environment may have an old setuptools of its own, which would hide a lent one that PyTorch asks for.
+    # A new environment may have an old setuptools, which would hide the borrowed one that PyTorch requires.
     output_of([python, "-m", "pip", "uninstall", "--yes", "setuptools"])
     found = output_of([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     if not found:
-        raise SetupError(f"{python} does not run. Remove the folder {VENV} and start again.")
-    Path(found.strip(), "lent_packages.pth").write_bytes(lines)
+        raise SetupError(f"{python} does not run. Remove the folder {VENV} and try again.")
+    Path(found.strip(), "borrowed_packages.pth").write_bytes(lines)
 
 
 def ensure_pip(python: str) -> None:
-    """Some tools make environments without it."""
-    ways = [python, "-m", "pip", "--version"], [python, "-m", "ensurepip", "--upgrade"]
-    if all(output_of(way) is None for way in ways):
-        raise SetupError(f"The environment {VENV} has no pip. Remove that folder and start again.")
+    """Installs pip if it is missing: some tools make environments without it."""
+    commands = [python, "-m", "pip", "--version"], [python, "-m", "ensurepip", "--upgrade"]
+    if all(output_of(command) is None for command in commands):
+        raise SetupError(f"The environment {VENV} has no pip. Remove that folder and try again.")
 
 
 def find_torch(python: str) -> dict | None:
-    """{"version", "folders"} of a PyTorch that is new enough and that `python` can import."""
+    """{"version", "folders"} of a PyTorch that is new enough and that `python` can import, or None."""
     found = output_of([python, "-c", TORCH_PROBE])
     if not found:
         return None
     torch = json.loads(found.splitlines()[-1])
-    version = re.match(r"(\d+)\.(\d+)", torch["version"])
-    return torch if version and tuple(map(int, version.groups())) >= OLDEST_TORCH else None
+    return torch if is_new_enough(torch["version"]) else None
+
+
+def is_new_enough(torch_version: str) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", torch_version)
+    return version is not None and tuple(map(int, version.groups())) >= OLDEST_TORCH
 
 
 def announce(torch: dict | None) -> None:
-    """Says what is about to be downloaded, and how much of it."""
-    print("About to download and install into it, once:")
+    """Says how much is about to be downloaded."""
+    print("About to download and install, once:")
     if torch:
-        print(f"  PyTorch: nothing, version {torch['version']} is there already, in {torch['folders'][0]}")
+        print(f"  PyTorch: nothing, version {torch['version']} is installed already, in {torch['folders'][0]}")
     else:
         print(f"  PyTorch {TORCH.split('==')[1]}: {torch_size()}")
-    print("  what else the pack and its tests need, at most: about 50 MB, 200 MB on disk", flush=True)
+    print("  other packages of the pack and its tests: at most about 60 MB, 250 MB on disk", flush=True)
 
 
 def torch_size() -> str:
-    """The download's size in words. Only on Linux does it depend on the package index: with or without CUDA."""
+    """The size of the download in words. On Linux it depends on the package index: with or without CUDA."""
     if sys.platform == "win32":
         return "about 125 MB, 600 MB on disk"
     if sys.platform == "darwin":
         return "about 115 MB, 500 MB on disk"
-    # Not asked of pip: its --dry-run downloads all of it to tell.
+    # pip cannot tell the size: its --dry-run downloads everything first.
     return (
         "about 2.5 GB with its CUDA libraries, 6 GB on disk;\n"
-        "    from an index of CPU builds about 210 MB, 1 GB on disk.\n"
-        "    To do with less: press Ctrl-C, install a CPU build of PyTorch 2.4 or newer for the Python\n"
-        "    that you start this with, and start again; it is used as it is."
+        "    about 210 MB and 1 GB on disk from an index of CPU builds.\n"
+        "    To download less, press Ctrl-C, install a CPU build of PyTorch 2.4 or newer for the Python\n"
+        "    that you start this with, and try again: it will be used."
     )
 
 
@@ -419,26 +352,29 @@ def pip(python: Path) -> list[str]:
 
 
 def install(python: Path, torch: dict | None) -> None:
-    """Installs what is missing. PyTorch comes first and alone: a looser request could bring a much larger build."""
+    """Installs what is missing. PyTorch is installed first and alone: a looser request could bring a larger build."""
     if torch is None and run_pip([*pip(python), TORCH]) != 0:
         raise SetupError(
             f"PyTorch could not be installed; pip says why above. This is Python {platform.python_version()} on\n"
             f"{platform.system()} {platform.machine()}; {TORCH} exists for Python 3.10 to 3.15 on Linux, Windows and\n"
-            "Macs with Apple silicon. Any PyTorch from 2.4 on will do: install one for the Python that you start this\n"
-            "with, and start again. If the network failed, just start again."
+            "Macs with Apple silicon. PyTorch 2.4 or newer works too: install one for the Python that you start this\n"
+            "with, and try again. If the network failed, check your connection and try again."
         )
     wanted = [word for name in REQUIREMENTS for word in ("-r", str(ROOT / name))]
     if run_pip([*pip(python), *wanted, "-c", str(constraints_beside(torch))]) == 0:
         return
-    # Without a network, packages that are there in other versions may still do.
+    # Without a network, other versions that are installed already may do.
     if output_of([*pip(python), "--no-index", *wanted]) is None:
-        raise SetupError("The packages could not be installed; pip says why above. Mend that and start again.")
-    print("The tested versions cannot be had; the versions that are there already are used instead.", flush=True)
+        raise SetupError("The packages could not be installed; pip says why above. Fix that and try again.")
+    print("The tested versions are not available; the installed versions are used instead.", flush=True)
 
 
 def constraints_beside(torch: dict | None) -> Path:
-    """The tested versions; where a PyTorch is there already, without those that it decides itself, and with its own:
-    else pip might exchange it for the newest."""
+    """The file of tested versions.
+
+    If there is a PyTorch already, the file pins its version, or pip might replace it with the newest one, and leaves
+    out the packages that it requires.
+    """
     if torch is None:
         return ROOT / CONSTRAINTS
     lines = (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
@@ -449,12 +385,12 @@ def constraints_beside(torch: dict | None) -> Path:
 
 
 def run_pip(command: list[str]) -> int:
-    # A `user = true` in somebody's pip settings would make every installation into an environment fail.
+    # With `user = true` in somebody's pip settings, every installation into an environment would fail.
     return subprocess.call(command, cwd=str(ROOT), env={**os.environ, "PIP_USER": "0"})
 
 
 def output_of(command: list[str]) -> str | None:
-    """What a command prints; None when it cannot be started or fails."""
+    """What a command prints; None if it cannot be started or fails."""
     try:
         done = subprocess.run(
             command,
@@ -469,15 +405,15 @@ def output_of(command: list[str]) -> str | None:
     return done.stdout.decode("utf-8", "replace")
 
 
-# --- What a user can do about a Python that will not do -----------------------------------------------------------
+# --- What to do about an unsuitable Python ------------------------------------------------------------------------
 
 
 def check_python() -> None:
     if sys.version_info[:2] < OLDEST_PYTHON:
         call = "py -3.12" if os.name == "nt" else "python3.12"
         raise SetupError(
-            f"This is Python {platform.python_version()}; version 3.10 or newer is needed.\n{python_remedy()}\n"
-            f"Then start this with it, for example: {call} quickstart.py demo"
+            f"This is Python {platform.python_version()}; 3.10 or newer is needed.\n{python_remedy()}\n"
+            f"Then use it to start this, for example: {call} quickstart.py demo"
         )
 
 
@@ -497,8 +433,8 @@ def venv_remedy() -> str:
     remedies = {
         "windows": (
             "Install the full Python, for example with: winget install Python.Python.3.12\n"
-            "(The embedded Python that comes with portable programs has no such module.)\n"
-            "Then start this with it, for example: py -3.12 quickstart.py demo"
+            "(The embedded Python of portable programs lacks this module.)\n"
+            "Then use it to start this, for example: py -3.12 quickstart.py demo"
         ),
         "macos": "Install a complete Python with: brew install python@3.12 (or the installer from the Python website)",
         "debian": f"Install it with: sudo apt install {name}-venv",

@@ -1,4 +1,4 @@
-"""Draws icon.png, the pack's picture in the registry: a scene of the built-in model's world, half of it still tokens.
+"""Draw icon.png, the pack's icon in the registry: a scene of the built-in model's world, half of it still tokens.
 
 python docs/icon.py
 """
@@ -21,22 +21,22 @@ def icon() -> Image.Image:
     from tiny_shapes.world import draw, parse_scene
 
     side = SIDE * SCALE
-    around = Image.fromarray(draw(parse_scene(SCENE), ZOOM * side))
+    scene = Image.fromarray(draw(parse_scene(SCENE), ZOOM * side))
     margin = (ZOOM - 1) * side // 2
-    picture = around.crop((margin, margin, margin + side, margin + side))
-    tokens = np.asarray(picture.resize((TOKENS, TOKENS), Image.Resampling.BOX))
-    canvas = ImageDraw.Draw(picture)
+    image = scene.crop((margin, margin, margin + side, margin + side))
+    tokens = np.asarray(image.resize((TOKENS, TOKENS), Image.Resampling.BOX))
+    pen = ImageDraw.Draw(image)
     cell, gap = side // TOKENS, side // 100
     for row in range(TOKENS):
         for column in range(TOKENS - row):  # above the diagonal
             x, y = column * cell, row * cell
-            canvas.rectangle((x, y, x + cell, y + cell), fill=(16, 20, 44))
+            pen.rectangle((x, y, x + cell, y + cell), fill=(16, 20, 44))
             box = (x + gap, y + gap, x + cell - gap, y + cell - gap)
-            canvas.rounded_rectangle(box, radius=2 * gap, fill=tuple(int(v) for v in tokens[row, column]))
+            pen.rounded_rectangle(box, radius=2 * gap, fill=tuple(int(v) for v in tokens[row, column]))
     corners = Image.new("L", (side, side))
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, side - 1, side - 1), radius=side // 8, fill=255)
-    picture.putalpha(corners)
-    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.putalpha(corners)
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":

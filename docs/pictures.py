@@ -1,18 +1,20 @@
-"""Makes the pictures of the README and the templates' thumbnails anew, from what the built-in model really gives.
-
-docs/graph.png, a screenshot of the page, is the one that it does not make.
+"""Make the pictures of the README and the thumbnails of the templates, from what the built-in model really draws.
 
     python docs/pictures.py [NAME ...]
 
 NAME: "reconstruction", "rounds", "examination", or a workflow; all of them by default. A thumbnail shows the scene that
-a workflow starts from, what each of its drawing nodes drew (decoded for the thumbnail alone), and what was answered.
+a workflow starts from, the image of each of its drawing nodes (decoded for the thumbnail alone), and the answers.
+docs/graph.png, a screenshot, is not made here.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,170 +22,182 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "tiny-shapes"
 WORKFLOWS = ROOT / "workflows"
-SIDE, GAP, LINE = 512, 8, 26  # of a thumbnail, between pictures, and of a line of text, in pixels
-GROUND, INK = (32, 35, 39), (255, 255, 255)
+SIDE, GAP, LINE = 512, 8, 26  # side of a thumbnail, gap between images, height of a line of text, in pixels
+DARK, WHITE = (32, 35, 39), (255, 255, 255)
 SCENES = (3, 5, 8, 12, 13, 21, 34)  # seeds of unseen scenes for the reconstructions
 DRAWING = ("MingGenerate", "MingEdit")
 
+Color = tuple[int, int, int]
+
 
 @functools.cache
-def pack() -> Any:
-    """This folder, imported as a package as quickstart.py does it."""
-    sys.path.insert(0, str(ROOT))
-    import quickstart
-
-    quickstart.load_pack()
-    from ming_univision.nodes import headless, headless_workflow
-
-    return headless, headless_workflow
+def runner() -> tuple[Any, Any]:
+    """The modules run.py and workflow.py of the runner, of this folder imported as a package, as ComfyUI does it."""
+    spec = importlib.util.spec_from_file_location(
+        "ming_univision", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{ROOT} cannot be imported as a package")
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = pack
+    spec.loader.exec_module(pack)
+    return importlib.import_module("ming_univision.runner.run"), importlib.import_module(
+        "ming_univision.runner.workflow"
+    )
 
 
 def results(name: str) -> tuple[list[Image.Image], list[str], list[str]]:
-    """Pictures in their order (the scene first, if any), the drawing nodes' titles, and the answers."""
-    headless, reader = pack()
+    """The images of a workflow (the scene first, if any), the prompts of its drawing nodes, and the answers."""
+    run, reader = runner()
     workflow = reader.read_workflow(WORKFLOWS / "api" / f"{name}.json")
-    found = headless.run_workflow(workflow, output_dir=ROOT / "output", input_dir=ROOT / "input")
-    pictures, titles, answers = [], [], []
+    found = run.run_workflow(workflow, output_dir=ROOT / "output", input_dir=ROOT / "input")
+    images, prompts, answers = [], [], []
     for node, result in found.items():
         kind, outputs = workflow[node]["class_type"], result.outputs
         if kind == "MingExampleScene":
-            pictures.append(picture(outputs[0][0]))
+            images.append(first_image(outputs[0][0]))
         elif kind in DRAWING:
-            loaded = next(
-                r.outputs[1][0] for n, r in found.items() if workflow[n]["class_type"] == "MingUniVisionLoader"
+            mingtok = next(
+                r.outputs[1][0].model for n, r in found.items() if workflow[n]["class_type"] == "MingUniVisionLoader"
             )
-            pictures += [decoded(loaded.model, features) for features in outputs[0]]
-            titles += [words(workflow, found, node)] * len(outputs[0])
+            images += [decoded(mingtok, features) for features in outputs[0]]
+            prompts += [prompt_of(workflow, found, node)] * len(outputs[0])
         elif kind == "MingUnderstand":
             answers.append(outputs[0][0])
         elif kind == "MingTokDecode" and name == "reconstruct":
-            pictures.append(picture(outputs[0][0]))
-    return pictures, titles, answers
+            images.append(first_image(outputs[0][0]))
+    return images, prompts, answers
 
 
-def words(workflow: dict, found: dict, node: str) -> str:
-    """What a drawing node was told."""
-    told = workflow[node]["inputs"].get("instruction", workflow[node]["inputs"].get("prompt"))
-    return found[told[0]].outputs[told[1]][0] if isinstance(told, list) else told
+def prompt_of(workflow: dict, found: dict, node: str) -> str:
+    """The prompt of a drawing node, typed or linked."""
+    inputs = workflow[node]["inputs"]
+    prompt = inputs.get("instruction", inputs.get("prompt"))
+    return found[prompt[0]].outputs[prompt[1]][0] if isinstance(prompt, list) else prompt
 
 
-def picture(image: torch.Tensor) -> Image.Image:
-    """The first of an IMAGE."""
-    from ming_univision.ming_core.images import to_uint8
-
-    return Image.fromarray(to_uint8(image[0]))
+def first_image(images: torch.Tensor) -> Image.Image:
+    """The first image of an IMAGE."""
+    return Image.fromarray((images[0].clamp(0, 1) * 255).round().byte().numpy())
 
 
 @torch.no_grad()
 def decoded(mingtok: Any, features: Any) -> Image.Image:
-    from ming_univision.ming_core.images import to_images
+    """The first image of features."""
+    return first_image((mingtok.decode(features) / 2 + 0.5).permute(0, 2, 3, 1))
 
-    return picture(to_images(mingtok.decode(features)))
 
-
-def row(pictures: list[Image.Image], side: int, ground: tuple = GROUND) -> Image.Image:
-    canvas = Image.new("RGB", (len(pictures) * (side + GAP) - GAP, side), ground)
-    for i, each in enumerate(pictures):
-        canvas.paste(each.resize((side, side), Image.Resampling.LANCZOS), (i * (side + GAP), 0))
+def row(images: list[Image.Image], side: int, background: Color = DARK) -> Image.Image:
+    """Images in a row, each of this side."""
+    canvas = Image.new("RGB", (len(images) * (side + GAP) - GAP, side), background)
+    for i, image in enumerate(images):
+        canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (i * (side + GAP), 0))
     return canvas
 
 
 def thumbnail(name: str) -> None:
-    pictures, _, answers = results(name)
-    canvas = Image.new("RGB", (SIDE, SIDE), GROUND)
-    across = 1 if len(pictures) == 1 else 2
-    side = (SIDE - (across + 1) * GAP) // across
+    """Write the thumbnail of a workflow: its images in two columns, and the answers below."""
+    images, _, answers = results(name)
+    canvas = Image.new("RGB", (SIDE, SIDE), DARK)
+    columns = 1 if len(images) == 1 else 2
+    side = (SIDE - (columns + 1) * GAP) // columns
     lines = [line for answer in answers for line in textwrap.wrap(answer, 46)]
-    down = -(-len(pictures) // across)
-    if lines and down * (side + GAP) + len(lines) * LINE > SIDE:
-        side = (SIDE - len(lines) * LINE - (down + 2) * GAP) // down
-    height = down * (side + GAP) + len(lines) * LINE
+    rows = -(-len(images) // columns)
+    if lines and rows * (side + GAP) + len(lines) * LINE > SIDE:
+        side = (SIDE - len(lines) * LINE - (rows + 2) * GAP) // rows
+    height = rows * (side + GAP) + len(lines) * LINE
     top = (SIDE - height) // 2
-    for i in range(0, len(pictures), across):
-        strip = row(pictures[i : i + across], side)
+    for i in range(0, len(images), columns):
+        strip = row(images[i : i + columns], side)
         canvas.paste(strip, ((SIDE - strip.width) // 2, top))
         top += side + GAP
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=19)
     for line in lines:
-        pen.text((2 * GAP, top), line, fill=INK, font=font)
+        pen.text((2 * GAP, top), line, fill=WHITE, font=font)
         top += LINE
     canvas.save(WORKFLOWS / f"{name}.jpg", quality=88)
 
 
 def stacked(rows: list[Image.Image]) -> Image.Image:
-    """One below the other, all of one width."""
-    canvas = Image.new("RGB", (rows[0].width, sum(each.height + GAP for each in rows) - GAP), INK)
+    """Images of one width, one below the other."""
+    canvas = Image.new("RGB", (rows[0].width, sum(image.height + GAP for image in rows) - GAP), WHITE)
     top = 0
-    for each in rows:
-        canvas.paste(each, (0, top))
-        top += each.height + GAP
+    for image in rows:
+        canvas.paste(image, (0, top))
+        top += image.height + GAP
     return canvas
 
 
-def captioned(strips: list[list[Image.Image]], titles: list[str], side: int, size: int) -> Image.Image:
-    """Strips of pictures one below the other, and below each column its title, in letters of `size` pixels."""
-    rows = [row(pictures, side, INK) for pictures in strips]
-    wrapped = [textwrap.wrap(title, side // (size // 2 + 1)) for title in titles]
+def captioned(rows: list[list[Image.Image]], captions: list[str], side: int, size: int) -> Image.Image:
+    """Rows of images one below the other, and below each column its caption, in letters of `size` pixels."""
+    strips = [row(images, side, WHITE) for images in rows]
+    wrapped = [textwrap.wrap(caption, side // (size // 2 + 1)) for caption in captions]
     font, line = ImageFont.load_default(size=size), size + 7
-    caption = Image.new("RGB", (rows[0].width, max(map(len, wrapped)) * line + GAP), INK)
-    pen = ImageDraw.Draw(caption)
-    for i, texts in enumerate(wrapped):
-        for k, text in enumerate(texts):
-            pen.text((i * (side + GAP) + GAP, k * line), text, fill=(0, 0, 0), font=font)
-    return stacked([*rows, caption])
+    text = Image.new("RGB", (strips[0].width, max(map(len, wrapped)) * line + GAP), WHITE)
+    pen = ImageDraw.Draw(text)
+    for i, lines in enumerate(wrapped):
+        for k, words in enumerate(lines):
+            pen.text((i * (side + GAP) + GAP, k * line), words, fill=(0, 0, 0), font=font)
+    return stacked([*strips, text])
 
 
 def rounds() -> None:
-    """The demo's rounds, with what was said."""
-    pictures, titles, answers = results("multi_round_edit")
-    canvas = captioned([pictures], [f'The scene. "{answers[0]}"', *titles], 384, 19)
+    """Write docs/rounds.png: the rounds of the demo, with what was said."""
+    images, prompts, answers = results("multi_round_edit")
+    canvas = captioned([images], [f'The scene. "{answers[0]}"', *prompts], 384, 19)
     canvas.save(ROOT / "docs" / "rounds.png", optimize=True)
 
 
 def examination() -> None:
-    """The first scenes of the examination, as they come: drawings from words, and edits with the picture before."""
-    pack()
-    from ming_univision.ming_core import load_univision
+    """Write docs/examination.png: the first scenes of the evaluation, drawn from text, and edited."""
+    sys.path.insert(0, str(ROOT))
+    from ming_core import load_univision
+    from tiny_shapes.evaluation.evaluator import Evaluator
 
-    from tiny_shapes.training.examiner import Examiner
-
-    examiner = Examiner(load_univision(ROOT / "models" / "tiny-shapes"), scenes=6)
+    evaluator = Evaluator(load_univision(MODEL), scenes=6)
     parts = []
-    for task in ("generate", "edit"):
-        asked = examiner.rounds([task])
-        after = [decoded(examiner.model.mingtok, turn.features) for turn in examiner.draw_rounds(asked)]
-        before = [Image.fromarray(turn.attached) for turn in asked if turn.attached is not None]
-        parts.append(captioned([before, after] if before else [after], [turn.prompt for turn in asked], 224, 15))
+    for name in ("generate", "edit"):
+        tasks = evaluator.tasks([name])
+        after = [decoded(evaluator.engine.mingtok, result.features) for result in evaluator.draw(tasks)]
+        before = [Image.fromarray(task.attached) for task in tasks if task.attached is not None]
+        parts.append(captioned([before, after] if before else [after], [task.prompt for task in tasks], 224, 15))
     stacked(parts).save(ROOT / "docs" / "examination.png", optimize=True)
 
 
 def reconstruction() -> None:
-    """Unseen scenes above, what comes back from the tokenizer below."""
-    pack()
-    from ming_univision.ming_core import load_mingtok
-
+    """Write docs/reconstruction.png: unseen scenes, and below them what the tokenizer makes of them."""
+    sys.path.insert(0, str(ROOT))
+    from ming_core import load_mingtok
     from tiny_shapes.world import draw, scene_from_seed
 
-    mingtok = load_mingtok(ROOT / "models" / "tiny-shapes")
-    above = [draw(scene_from_seed(seed, split="eval")) for seed in SCENES]
-    pixels = torch.from_numpy(np.stack(above)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mingtok = load_mingtok(MODEL)
+    scenes = [draw(scene_from_seed(seed, split="eval")) for seed in SCENES]
+    pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         features = mingtok.semantic_features(mingtok.encode(pixels))
-    below = [decoded(mingtok, each) for each in features.pictures()]
-    strips = [row(pictures, 160, INK) for pictures in ([Image.fromarray(a) for a in above], below)]
+    below = [decoded(mingtok, image) for image in features.split()]
+    strips = [row(images, 160, WHITE) for images in ([Image.fromarray(scene) for scene in scenes], below)]
     stacked(strips).save(ROOT / "docs" / "reconstruction.png", optimize=True)
 
 
-OTHERS = {"reconstruction": reconstruction, "rounds": rounds, "examination": examination}
+PICTURES: dict[str, Callable[[], None]] = {
+    "reconstruction": reconstruction,
+    "rounds": rounds,
+    "examination": examination,
+}
 
 
 def main(names: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     workflows = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
-    for name in names or [*OTHERS, *workflows]:
-        print(name, flush=True)
-        OTHERS.get(name, lambda name=name: thumbnail(name))()
+    for name in names or [*PICTURES, *workflows]:
+        log.info("%s", name)
+        PICTURES.get(name, functools.partial(thumbnail, name))()
 
 
 if __name__ == "__main__":

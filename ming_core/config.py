@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says, as frozen dataclasses.
+"""The entries of a checkpoint's config.json, as frozen dataclasses.
 
 The defaults are the published sizes of MingTok-Vision and Ming-UniVision-16B-A3B, under the published field names,
 so that `UniVisionConfig()` describes the full model and a test writes down only what it makes smaller. Entries that
@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HEAD_DIM = 64  # of every attention in MingTok; the checkpoints do not state it
-LARGEST = 1 << 28  # of all sizes; a config beyond is damaged, and making its model would only take long to fail
-MOST = 1000  # layers, and experts of a layer
-COUNTED = (
+MAX_SIZE = 1 << 28  # a config with a larger size is damaged, and its model would only take long to fail
+MAX_COUNT = 1000  # of layers, and of experts in a layer
+COUNTS = (
     "depth",
     "decoder_depth",
     "mlp_depth",
@@ -32,25 +32,25 @@ COUNTED = (
 
 
 class ConfigError(ValueError):
-    """A config.json that cannot be meant: the message names the entry, its value and what is allowed."""
+    """Invalid config.json: the message names the entry, its value and what is allowed."""
 
 
-def _demand(ok: bool, message: str) -> None:
+def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
 
 
-def _demand_sizes(config: Any, *others: str) -> None:
-    """Every whole number is 1 or more and can be meant, but for those named `others`, which are no sizes."""
+def _require_sizes(config: Any, *others: str) -> None:
+    """Check that every whole number is a plausible size, but for those named `others`."""
     for name, value in vars(config).items():
         if type(value) is int and name not in others:
-            _demand(value >= 1, f"{name} {value} is not 1 or more")
-            most = MOST if name in COUNTED else LARGEST
-            _demand(value <= most, f"{name} {value} is more than {most}")
+            _require(value >= 1, f"{name} is {value}: it must be at least 1")
+            most = MAX_COUNT if name in COUNTS else MAX_SIZE
+            _require(value <= most, f"{name} is {value}: it must be at most {most}")
 
 
-def _demand_multiple(name: str, value: int, of: int, of_name: str = "") -> None:
-    _demand(value % of == 0, f"{name} {value} is not a multiple of {of_name}{' ' if of_name else ''}{of}")
+def _require_multiple(name: str, value: int, of: int, of_name: str = "") -> None:
+    _require(value % of == 0, f"{name} is {value}: it must be a multiple of {of_name}{' ' if of_name else ''}{of}")
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class LowLevelEncoderConfig:
     out_dim: int = 32
 
     def __post_init__(self) -> None:
-        _demand_sizes(self)
-        _demand_multiple("img_size", self.img_size, self.patch_size, "patch_size")
-        _demand_multiple("embed_dim", self.embed_dim, HEAD_DIM)
-        _demand_multiple("embed_dim", self.embed_dim, self.out_dim, "out_dim")
-        _demand_swiglu(self.ffn_layer)
+        _require_sizes(self)
+        _require_multiple("img_size", self.img_size, self.patch_size, "patch_size")
+        _require_multiple("embed_dim", self.embed_dim, HEAD_DIM)
+        _require_multiple("embed_dim", self.embed_dim, self.out_dim, "out_dim")
+        _require_swiglu(self.ffn_layer)
 
     @property
     def grid(self) -> int:
@@ -84,10 +84,10 @@ class SemanticDecoderConfig:
     ffn_layer: str = "swiglufused"
 
     def __post_init__(self) -> None:
-        _demand_sizes(self)
-        _demand_multiple("embed_dim", self.embed_dim, HEAD_DIM)
-        _demand_multiple("embed_dim", self.embed_dim, self.in_dim, "in_dim")
-        _demand_swiglu(self.ffn_layer)
+        _require_sizes(self)
+        _require_multiple("embed_dim", self.embed_dim, HEAD_DIM)
+        _require_multiple("embed_dim", self.embed_dim, self.in_dim, "in_dim")
+        _require_swiglu(self.ffn_layer)
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class PixelDecoderConfig:
     embed_dim: int = 1024
 
     def __post_init__(self) -> None:
-        _demand_sizes(self)
-        _demand_multiple("embed_dim", self.embed_dim, HEAD_DIM)
+        _require_sizes(self)
+        _require_multiple("embed_dim", self.embed_dim, HEAD_DIM)
 
 
 @dataclass(frozen=True)
 class MingTokConfig:
-    """config.json of a MingTok checkpoint, or `mingtok_config` inside one of Ming-UniVision."""
+    """The config.json of a MingTok checkpoint, or `mingtok_config` in that of a Ming-UniVision one."""
 
     low_level_encoder: LowLevelEncoderConfig = field(default_factory=LowLevelEncoderConfig)
     semantic_decoder: SemanticDecoderConfig = field(default_factory=SemanticDecoderConfig)
@@ -113,24 +113,24 @@ class MingTokConfig:
 
     def __post_init__(self) -> None:
         encoder, semantic, pixel = self.low_level_encoder, self.semantic_decoder, self.pixel_decoder
-        _demand(
+        _require(
             encoder.out_dim == semantic.in_dim,
             f"low_level_encoder.out_dim {encoder.out_dim} differs from semantic_decoder.in_dim {semantic.in_dim}",
         )
-        _demand(
+        _require(
             encoder.patch_size == semantic.patch_size,
             f"low_level_encoder.patch_size {encoder.patch_size} differs from semantic_decoder.patch_size "
             f"{semantic.patch_size}",
         )
-        _demand_multiple(
+        _require_multiple(
             "semantic_decoder.patch_size", semantic.patch_size, pixel.patch_size, "pixel_decoder.patch_size"
         )
-        _demand(self.scaling_factor > 0, f"scaling_factor {self.scaling_factor} is not above 0")
+        _require(self.scaling_factor > 0, f"scaling_factor is {self.scaling_factor}: it must be more than 0")
 
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """`llm_config`: the decoder-only language model with its experts."""
+    """`llm_config`: the sizes of the decoder-only language model with its experts."""
 
     vocab_size: int = 126464
     hidden_size: int = 2048
@@ -154,7 +154,7 @@ class LanguageModelConfig:
     image_patch_token: int = 126346
     image_start_token: int = 126347
     num_image_tokens_for_gen: int = 256
-    # Stated by every checkpoint, and only this one way round is implemented:
+    # Stated by every checkpoint, and implemented for these values only:
     hidden_act: str = "silu"
     use_bias: bool = False
     use_qkv_bias: bool = False
@@ -163,7 +163,7 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         ids = ("eos_token_id", "image_patch_token", "image_start_token")
-        _demand_sizes(self, "first_k_dense_replace", *ids)
+        _require_sizes(self, "first_k_dense_replace", *ids)
         for name, only in (
             ("hidden_act", "silu"),
             ("use_bias", False),
@@ -174,28 +174,34 @@ class LanguageModelConfig:
             ("multi_gate", True),
         ):
             value = getattr(self, name)
-            _demand(value == only, f"{name} {value!r} is not supported: only {only!r} is")
+            _require(value == only, f"{name} is {value!r}: only {only!r} is supported")
         # Both published spellings of the position encoding are plain 1-D rope (three equal rows of the 3-D one
         # give the same bits).
         scaling = self.rope_scaling
         kind = None if scaling is None else scaling.get("type", scaling.get("rope_type"))
-        _demand(kind in (None, "3D", "default"), f'rope_scaling {scaling!r} is not supported: null or {{"type": "3D"}}')
-        _demand_multiple(
+        _require(
+            kind in (None, "3D", "default"),
+            f'rope_scaling is {scaling!r}: only null and {{"type": "3D"}} are supported',
+        )
+        _require_multiple(
             "num_attention_heads", self.num_attention_heads, self.num_key_value_heads, "num_key_value_heads"
         )
-        _demand(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd")
-        _demand(
+        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: it must be even")
+        _require(
             self.num_experts_per_tok <= self.num_experts,
-            f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}",
+            f"num_experts_per_tok is {self.num_experts_per_tok}: it must be at most num_experts, {self.num_experts}",
         )
         for name in ids:
             value = getattr(self, name)
-            _demand(0 <= value < self.vocab_size, f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+            _require(
+                0 <= value < self.vocab_size,
+                f"{name} is {value}: it must be an id of the vocabulary, 0 to {self.vocab_size - 1}",
+            )
 
 
 @dataclass(frozen=True)
 class FlowHeadConfig:
-    """`vishead_diffloss_config`. Loading a checkpoint takes width and depth from the tensors."""
+    """`vishead_diffloss_config`: the flow head. Loading takes its width and depth from the checkpoint's tensors."""
 
     diffloss_w: int = 3072
     diffloss_d: int = 12
@@ -204,18 +210,18 @@ class FlowHeadConfig:
     vis_head_arch: str = "linear2-norm"
 
     def __post_init__(self) -> None:
-        _demand_sizes(self)
-        _demand(
-            self.num_sampling_steps.isdecimal() and 0 < int(self.num_sampling_steps) <= MOST,
-            f"num_sampling_steps {self.num_sampling_steps!r} is not a whole number from 1 to {MOST}",
+        _require_sizes(self)
+        _require(
+            self.num_sampling_steps.isdecimal() and 0 < int(self.num_sampling_steps) <= MAX_COUNT,
+            f"num_sampling_steps is {self.num_sampling_steps!r}: it must be a whole number from 1 to {MAX_COUNT}",
         )
-        _demand(
+        _require(
             self.gen_method.startswith("flow_matching_swiglu"),
-            f'gen_method {self.gen_method!r} is not supported: only "flow_matching_swiglu-4" is',
+            f'gen_method is {self.gen_method!r}: only "flow_matching_swiglu-4" is supported',
         )
-        _demand(
+        _require(
             self.vis_head_arch == "linear2-norm",
-            f'vis_head_arch {self.vis_head_arch!r} is not supported: only "linear2-norm" is',
+            f'vis_head_arch is {self.vis_head_arch!r}: only "linear2-norm" is supported',
         )
 
     @property
@@ -225,7 +231,7 @@ class FlowHeadConfig:
 
 @dataclass(frozen=True)
 class UniVisionConfig:
-    """config.json of a Ming-UniVision checkpoint. `mingtok_config` None: not stated there."""
+    """The config.json of a Ming-UniVision checkpoint. `mingtok_config` None: it does not state one."""
 
     llm_config: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     vishead_diffloss_config: FlowHeadConfig = field(default_factory=FlowHeadConfig)
@@ -233,13 +239,13 @@ class UniVisionConfig:
     mlp_depth: int = 2
 
     def __post_init__(self) -> None:
-        _demand_sizes(self)
+        _require_sizes(self)
         tokens = self.llm_config.num_image_tokens_for_gen
-        _demand(math.isqrt(tokens) ** 2 == tokens, f"num_image_tokens_for_gen {tokens} is not a square number")
+        _require(math.isqrt(tokens) ** 2 == tokens, f"num_image_tokens_for_gen is {tokens}: it must be a square number")
 
     @property
     def drawing_grid(self) -> tuple[int, int]:
-        """(rows, columns) of the tokens of a drawn picture."""
+        """Rows and columns of the tokens of a drawn image."""
         side = math.isqrt(self.llm_config.num_image_tokens_for_gen)
         return side, side
 
@@ -265,7 +271,7 @@ def read_config(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
 
 
 def write_config(config: Any) -> dict[str, Any]:
-    """The inverse of `read_config`: plain values, ready for json."""
+    """The entries that `read_config` reads the config from: plain values, ready for json."""
     return dataclasses.asdict(config)
 
 
@@ -274,7 +280,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_config(hint, value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and not abs(value) <= sys.float_info.max:  # JSON readers take NaN and Infinity
@@ -290,5 +296,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} is {value!r}, not {hint.__name__}")
 
 
-def _demand_swiglu(ffn_layer: str) -> None:
-    _demand(ffn_layer in ("swiglufused", "swiglu"), f'ffn_layer {ffn_layer!r} is not supported: only "swiglufused" is')
+def _require_swiglu(ffn_layer: str) -> None:
+    _require(ffn_layer in ("swiglufused", "swiglu"), f'ffn_layer is {ffn_layer!r}: only "swiglufused" is supported')

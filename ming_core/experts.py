@@ -1,15 +1,19 @@
-"""The mixture of experts: two routers, one set of experts, one always-on shared expert.
+"""The mixture of experts: two routers, one set of experts, one shared expert that every token passes.
 
-Text and everything that is drawn is routed by `gate`; the patches of a picture that was looked at by `image_gate`.
-All experts of a layer are one module with stacked weights, so that they can be read, moved and multiplied as one.
+Text and everything that is drawn is routed by `gate`; the patches of an image that was looked at, by `image_gate`.
+
+Weights of every kind have one way in, their call: `layer(x)`, and `layer(x, route)` where the layers of all experts
+are stacked in one weight and the route says which rows go to which expert. A quantized layer (quantization/) takes the
+place of a plain one without anybody else noticing. `dispatch` chooses the route, and with it whether the host waits for
+the device.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,7 @@ GATHER_LIMIT = 64  # (token, expert) pairs up to which a GPU copies the experts'
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)): the shared expert, and the layers without experts."""
+    """The gated feed-forward layer down(silu(gate(x)) * up(x)): the shared expert, and layers without experts."""
 
     def __init__(
         self, dim: int, hidden: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None
@@ -39,96 +43,151 @@ class GatedMlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Experts(nn.Module):
-    """E gated feed-forward layers in two stacked weights.
+class OneExpert(NamedTuple):
+    """A route on which all rows go through one expert."""
 
-    gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
-    down     [E, H, I]
+    expert: int
 
-    They may rest on another device than the one that is computed on: then those of the routed experts are copied, one
+
+class ExpertPerRow(NamedTuple):
+    """A route on which each row goes through an expert of its own."""
+
+    experts: Tensor  # int64 [P]
+
+
+class SortedRows(NamedTuple):
+    """A route for rows that are sorted by expert: those of expert e end before row ends[e]."""
+
+    ends: Tensor  # int32 [E]
+
+
+Route = OneExpert | ExpertPerRow | SortedRows
+
+
+class StackedWeight(nn.Module):
+    """One linear layer of all E experts in a single weight; called with rows and their route.
+
+    It may be offloaded from the device that computes: then the weights of the routed experts are copied, one expert
     after the other.
     """
 
-    fetches_weights = True  # a host may leave them where they rest
+    fetches_weights = True  # a host may leave it offloaded
     gather_limit = GATHER_LIMIT
+
+    def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
+        """Whether `pairs` rows like x can be multiplied by this kind of route; by OneExpert they always can."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """Multiply every row of x [P, K] by the weights of its expert -> [P, N]."""
+        raise NotImplementedError
+
+
+class StackedLinear(StackedWeight):
+    """Weights of all experts as they are, [E, N, K]."""
+
+    def __init__(
+        self,
+        count: int,
+        in_features: int,
+        out_features: int,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # Not called `weight`: ComfyUI sets attributes of that name on modules that it leaves offloaded.
+        self.values = nn.Parameter(torch.empty(count, out_features, in_features, device=device, dtype=dtype))
+
+    def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
+        if kind is OneExpert:
+            return True
+        fast = grouped_product_serves(x) if kind is SortedRows else x.is_cuda and pairs <= self.gather_limit
+        return fast and all_on(x.device, self)
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        if isinstance(route, OneExpert):
+            return F.linear(x, self.values[route.expert].to(x.device, x.dtype, non_blocking=True))
+        if isinstance(route, ExpertPerRow):
+            return torch.einsum("pnk,pk->pn", self.values[route.experts].to(x.dtype), x)
+        return grouped_product(x, self.values.mT.to(x.dtype), route.ends)
+
+
+def dispatch(weights: Iterable[StackedWeight], x: Tensor, pairs: int) -> type[Route]:
+    """The kind of route that is the fastest for `pairs` pairs of a row of x and an expert.
+
+    SortedRows    one product of all experts, on GPUs that have a kernel for it
+    ExpertPerRow  for few pairs on any GPU: the experts' weights are copied for each
+    OneExpert     one product per expert that has any rows. The only one that synchronizes with the device, since the
+                  host has to know which experts those are
+    """
+    for kind in (SortedRows, ExpertPerRow):
+        if all(weight.serves(kind, x, pairs) for weight in weights):
+            return kind
+    return OneExpert
+
+
+class Experts(nn.Module):
+    """E gated feed-forward layers, down(silu(gate(x)) * up(x)), in two stacked weights.
+
+    gate_up  [E, 2 * I, H]: rows of gate_proj, then rows of up_proj
+    down     [E, H, I]
+    """
 
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.count = count
-        self.gate_up = nn.Parameter(torch.empty(count, 2 * hidden, dim, device=device, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(count, dim, hidden, device=device, dtype=dtype))
-
-    def weights(self, name: str, experts: Any, like: Tensor) -> Tensor:
-        """Weights `name` of one expert, [N, K], or of an index of several, [.., N, K], on the device of `like`."""
-        return getattr(self, name)[experts].to(like.device, like.dtype, non_blocking=True)
-
-    def apply_expert(self, expert: int, x: Tensor) -> Tensor:
-        """x [n, H] through one expert -> [n, H]."""
-        gate, up = F.linear(x, self.weights("gate_up", expert, x)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.weights("down", expert, x))
+        self.gate_up: StackedWeight = StackedLinear(count, dim, 2 * hidden, device=device, dtype=dtype)
+        self.down: StackedWeight = StackedLinear(count, hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over the chosen experts.
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        return (self.outputs(x, chosen).float() * weights[..., None]).sum(1).to(x.dtype)
+        outputs = self.outputs(x, chosen, self.dispatch(x, chosen.numel()))
+        return (outputs.float() * weights[..., None]).sum(1).to(x.dtype)
 
-    def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """x [T, H] through each of its chosen experts [T, k] -> [T, k, H]."""
-        return self._way(x, chosen.numel())(x, chosen)
+    def dispatch(self, x: Tensor, pairs: int) -> type[Route]:
+        """The kind of route for so many pairs of a token and an expert."""
+        return dispatch((self.gate_up, self.down), x, pairs)
 
     def synchronizes(self, x: Tensor, pairs: int) -> bool:
-        """Whether products of so many pairs of a token and an expert synchronize with the device."""
-        return self._way(x, pairs) == self._sorted
+        """Whether a forward pass of so many pairs of a token and an expert synchronizes with the device."""
+        return self.dispatch(x, pairs) is OneExpert
+
+    def outputs(self, x: Tensor, chosen: Tensor, kind: type[Route]) -> Tensor:
+        """Every token of x [T, H] through each of its chosen experts [T, k], by a kind of route -> [T, k, H]."""
+        experts = chosen.flatten()
+        if kind is ExpertPerRow:
+            rows = x.repeat_interleave(chosen.shape[1], 0)
+            return self._multiply(rows, ExpertPerRow(experts)).unflatten(0, chosen.shape)
+        order = experts.argsort(stable=True)
+        restored = torch.empty_like(order)
+        restored[order] = torch.arange(len(order), device=order.device)
+        rows = x[order // chosen.shape[1]]
+        if kind is SortedRows:
+            ids = torch.arange(self.count, device=x.device)
+            ends = torch.searchsorted(experts[order], ids, right=True, out_int32=True)
+            out = self._multiply(rows, SortedRows(ends))
+        else:
+            groups = rows.split(torch.bincount(experts, minlength=self.count).tolist())
+            out = torch.cat([self._multiply(group, OneExpert(e)) for e, group in enumerate(groups) if len(group)])
+        return out[restored].unflatten(0, chosen.shape)
+
+    def _multiply(self, x: Tensor, route: Route) -> Tensor:
+        """Rows x [P, H] through their experts -> [P, H]."""
+        gate, up = self.gate_up(x, route).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, route)
 
     def gathered_bytes(self, pairs: int) -> int:
-        """The most that a GPU copies for up to so many pairs."""
-        return min(self.gather_limit, pairs) * sum(p.nbytes for p in self.parameters()) // self.count
-
-    def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        if all_on(x.device, self):
-            if grouped_product_serves(x):
-                return self._grouped
-            if x.is_cuda and pairs <= self.gather_limit:
-                return self._gathered
-        return self._sorted
-
-    def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """For few tokens on a GPU: copies the chosen weights, and never waits for the device. -> [T, k, H]."""
-        gate_up, down = (self.weights(name, chosen, x) for name in ("gate_up", "down"))  # (T, k, 2I, H), (T, k, H, I)
-        gate, up = torch.einsum("tkih,th->tki", gate_up, x).chunk(2, dim=-1)
-        return torch.einsum("tkhi,tki->tkh", down, F.silu(gate) * up)
-
-    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """For GPUs: tokens sorted by expert, all experts in one product that never waits for the device."""
-        order, restored = _by_expert(chosen)
-        ends = torch.searchsorted(
-            chosen.flatten()[order], torch.arange(self.count, device=x.device), right=True, out_int32=True
-        )
-        gate_up, down = (self.weights(name, slice(None), x).mT for name in ("gate_up", "down"))
-        gate, up = grouped_product(x[order // chosen.shape[1]], gate_up, ends).chunk(2, dim=-1)
-        return grouped_product(F.silu(gate) * up, down, ends)[restored].unflatten(0, chosen.shape)
-
-    def _sorted(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Tokens sorted by expert, one product an expert that has any; a GPU is waited for. -> [T, k, H]."""
-        order, restored = _by_expert(chosen)
-        counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
-        groups = x[order // chosen.shape[1]].split(counts)
-        out = [self.apply_expert(expert, group) for expert, group in enumerate(groups) if len(group)]
-        return torch.cat(out)[restored].unflatten(0, chosen.shape)
-
-
-def _by_expert(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [T, k] -> the order that sorts the T * k pairs by expert, and the one that brings them back."""
-    order = chosen.flatten().argsort(stable=True)
-    restored = torch.empty_like(order)
-    restored[order] = torch.arange(len(order), device=order.device)
-    return order, restored
+        """The most that a GPU copies of the experts' weights for up to so many pairs."""
+        per_expert = sum(p.nbytes for p in self.parameters()) // self.count
+        return min(self.gate_up.gather_limit, pairs) * per_expert
 
 
 def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """x [P, K], whose rows up to ends[e] belong to weights [E, K, N][e] and to no earlier ones -> [P, N]."""
+    """Rows x [P, K] by weights [E, K, N] -> [P, N]: those up to ends[e], and after ends[e - 1], by weights[e]."""
     run = getattr(F, "grouped_mm", None) or torch._grouped_mm
     return run(x, weights, offs=ends)
 
@@ -140,8 +199,11 @@ def grouped_product_serves(x: Tensor) -> bool:
 
 @functools.cache
 def _grouped_product_works(device: torch.device) -> bool:
-    """torch has a kernel for Hopper and for data centre Blackwell (compute capability 9 and 10), elsewhere, with ROCm
-    too, a loop that waits. Tried once on a small product."""
+    """Whether torch's grouped product is a kernel here that gives the right numbers; tried once on a small product.
+
+    It is on Hopper and data centre Blackwell (compute capability 9 and 10). Elsewhere, and with ROCm, it is a loop that
+    synchronizes.
+    """
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +219,7 @@ def _grouped_product_works(device: torch.device) -> bool:
 
 
 class MixtureOfExperts(nn.Module):
-    """Experts with their two routers, plus the shared expert, which every token passes with weight 1."""
+    """The experts with their two routers, plus the shared expert, which every token passes with weight 1."""
 
     def __init__(
         self,
@@ -177,13 +239,13 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = GatedMlp(dim, config.num_shared_experts * hidden, operations=operations, **make)
 
     def forward(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
-        """x [..., H]; image_gate bool [...]: tokens that the image router routes (None: no token)."""
+        """The layer's output for x [..., H]. image_gate bool [...]: tokens for the image router; None: no token."""
         flat = x.reshape(-1, x.shape[-1])
         chosen, weights = self.route(flat, None if image_gate is None else image_gate.reshape(-1))
         return self.experts(flat, chosen, weights).view_as(x) + self.shared_experts(x)
 
     def route(self, x: Tensor, image_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [T, H] -> experts int64 [T, k], best first, and their weights float32 [T, k], summing to 1."""
+        """The experts of x [T, H], int64 [T, k], best first, and their weights float32 [T, k], which sum to 1."""
         scores = self.scores(x, image_gate)
         weights, chosen = scores.topk(self.top_k, dim=-1)
         return chosen, weights / weights.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and small safetensors files with a JSON header of our own."""
+"""Atomic writing of files and folders, and small safetensors files with a JSON header of our own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Put `data` at `path` in one step, making its folder. Raises FileError; nothing half-written is left."""
+    """Put `data` at `path` in one step, and create its folder. Raises FileError; no partial file is left behind."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
@@ -50,14 +50,14 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to write files into, which move to `folder` once all are written; then the `stale` ones there go.
+    """A folder to write files into, which are moved to `folder` once all are written; `stale` ones there are removed.
 
-    Raises FileError. If one cannot be written none moves; if one cannot be moved, those before it have.
+    Raises FileError. If one cannot be written, none is moved; if one cannot be moved, those before it have been.
     """
     fresh = folder / f".new.{secrets.token_hex(8)}"
     try:
         yield fresh
-        # largest first: what is in use is the weights, and then nothing has moved yet
+        # largest first: the file that may be in use is the weights, and then nothing has been moved yet
         for path in sorted(fresh.iterdir(), key=lambda path: -path.stat().st_size):
             move(path, folder / path.name)
         for name in stale:
@@ -69,11 +69,8 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
-    """Have `write` fill a folder beside its place, then rename it there: a reader never finds half of one.
-
-    Raises FileError.
-    """
-    # names that nobody gives to folders of their own: what bears them is removed
+    """Have `write` fill a temporary folder, then rename it: a reader never finds a partial one. Raises FileError."""
+    # names that nobody uses for folders of their own: a folder that has one is removed
     fresh, old = (folder.with_name(f".{folder.name}.ming-{suffix}") for suffix in ("new", "old"))
     try:
         if old.exists() and not folder.exists():  # an earlier run was killed between the two renames
@@ -96,14 +93,14 @@ def write_whole_folder(write: Callable[[Path], None], folder: Path) -> None:
             with contextlib.suppress(OSError):  # then the next run brings it back
                 move(old, folder)
         raise FileError(
-            f"{folder} cannot be replaced ({error.strerror or error}): what was written is whole, in {fresh};"
-            " close what uses the folder, and rename that one"
+            f"{folder} cannot be replaced ({error.strerror or error}): the complete new folder is {fresh}; "
+            "close the programs that use the old one, then rename it"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
 
 
 def move(path: Path, to: Path) -> None:
-    """Rename, with some patience: Windows refuses while anything, as a virus scanner, has it or a file in it open."""
+    """Rename, with retries: Windows refuses while any program, such as a virus scanner, has a file of it open."""
     for seconds in (0.5, 1.0, 2.0):
         try:
             path.replace(to)
@@ -122,14 +119,14 @@ def file_format(path: str | Path) -> str:
 def check_format(path: str | Path, wanted: str) -> None:
     """Raises FileError for a file that is not of this format; only its header is read."""
     with _opened(path) as (_, about):
-        _demand_format(path, about, wanted)
+        _require_format(path, about, wanted)
 
 
 def read_tensors(path: str | Path, wanted: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, about) of a file that `write_tensors` made with about["format"] == wanted. Raises FileError."""
     with _opened(path) as (file, about):
-        _demand_format(path, about, wanted)
-        # cloned: a mapped tensor would keep the file open, and change with it
+        _require_format(path, about, wanted)
+        # cloned: a mapped tensor would keep the file open, and change when the file does
         return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118 - not a dict
 
 
@@ -138,16 +135,16 @@ def _format(about: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _demand_format(path: str | Path, about: Any, wanted: str) -> None:
+def _require_format(path: str | Path, about: Any, wanted: str) -> None:
     found = _format(about)
     if found != wanted:
-        kind = found or "something else"
-        raise FileError(f'{path}: this is a file of "{kind}", not of "{wanted}": choose another file')
+        kind = f'"{found}"' if found else "unknown"
+        raise FileError(f'{path}: the format of this file is {kind}, expected "{wanted}": choose another file')
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(file, about); whatever is wrong with it while it is read is a FileError."""
+    """The open file and its `about`; any problem while it is read is a FileError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file, json.loads((file.metadata() or {}).get(HEADER, "{}"))
@@ -160,4 +157,4 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def _unwritable(path: Path, error: OSError) -> FileError:
-    return FileError(f"cannot write {path}: {error.strerror or error}; choose a folder that can be written")
+    return FileError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to")

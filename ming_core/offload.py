@@ -1,4 +1,4 @@
-"""Where a model computes, and in which numbers."""
+"""Compute device and dtype of models whose weights may be offloaded."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class OffloadableModule(nn.Module):
-    """A model that may compute elsewhere than where its weights rest.
+    """A model that may compute on another device than the one that holds its weights.
 
-    It computes where its weights are, unless a host that brings them over as they are needed says where: `compute_on`.
+    It computes where its weights are, unless a host that copies them when they are needed names a device: `compute_on`.
     """
 
     compute_device: torch.device | None = None
 
     def compute_on(self, device: torch.device) -> None:
-        """Whatever is given to this model and its parts goes to `device`, wherever their weights rest."""
+        """Move inputs of this model and its parts to `device`, wherever their weights are."""
         for module in self.modules():
             if isinstance(module, OffloadableModule):
                 module.compute_device = device
@@ -30,7 +30,7 @@ class OffloadableModule(nn.Module):
 
     @property
     def reference_weight(self) -> Tensor:
-        """A weight that is always in the dtype that is computed in."""
+        """A weight that is always on hand, in the dtype that the model computes in."""
         raise NotImplementedError
 
 
@@ -40,9 +40,9 @@ def all_on(device: torch.device, *modules: nn.Module) -> bool:
 
 
 def nonfinite_error(dtype: torch.dtype, perhaps: str = "") -> RuntimeError:
-    """What to raise where what was computed is no number: in fp16 it may have outgrown the format.
+    """The error for NaN or infinite results, with the remedy: fp16 may be too narrow for the model.
 
-    perhaps: what else than damaged weights may be the cause, and its remedy.
+    perhaps: a cause other than damaged weights, with its remedy.
     """
     remedy = f"{perhaps}the weights are damaged, download them again"
     if dtype == torch.float16:
@@ -51,5 +51,5 @@ def nonfinite_error(dtype: torch.dtype, perhaps: str = "") -> RuntimeError:
 
 
 def needs_gradient(x: Tensor) -> bool:
-    """Whether what is computed from x must let its gradient through."""
+    """Whether a gradient will flow back to x through what is computed from it."""
     return torch.is_grad_enabled() and x.requires_grad

@@ -1,14 +1,11 @@
-"""The node classes, by the ids that saved workflows know them by."""
+"""The node classes by their ids, which are saved in users' workflows and never change."""
 
 from . import host
 from .conversation import (
     MingConversationPicture,
     MingConversationTranscript,
-    MingEdit,
-    MingGenerate,
     MingLoadConversation,
     MingSaveConversation,
-    MingUnderstand,
 )
 from .features import (
     MingFeaturesCompare,
@@ -17,14 +14,15 @@ from .features import (
     MingLoadFeatures,
     MingSaveFeatures,
 )
+from .images import MingExampleScene, MingImageMetrics
 from .instructions import MingInstruction
 from .loaders import MingTokLoader, MingUniVisionLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
-from .pictures import MingExampleScene, MingImageMetrics
+from .rounds import MingEdit, MingGenerate, MingUnderstand
 
 host.register_model_folder()
 
-NAMES = {
+DISPLAY_NAMES = {
     MingTokLoader: "Load MingTok",
     MingUniVisionLoader: "Load Ming-UniVision",
     MingExampleScene: "Ming Example Scene",
@@ -47,7 +45,7 @@ NAMES = {
     MingImageMetrics: "Ming Image Metrics",
 }
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in NAMES}
-NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: name for cls, name in NAMES.items()}
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in DISPLAY_NAMES}
+NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: name for cls, name in DISPLAY_NAMES.items()}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -1,54 +1,52 @@
-"""Look at features, compare them, save and load them."""
+"""Feature nodes: preview, compare, convert to latents, save and load."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from ..ming_core import Features
-from ..ming_core import load_features as read_features
-from ..ming_core import save_features as write_features
+from ..ming_core import Features, load_features, save_features
 from ..ming_core.features import CHANGED, change, principal_colours
 from ..ming_core.saved import FEATURES_FORMAT
 from . import host
 from .latents import to_latent
-from .saved_files import LoadingNode, SavingNode, saved_as, saved_path
+from .saved_files import LoadingNode, SavingNode, save_new_file, saved_path
 from .widgets import FEATURES, file_name, number, socket
 
-MAP_SIDE = 512  # pixels of the longer side of a map over tokens
+MAP_SIDE = 512  # about the pixels of the longer side of a map over tokens
 
 
 def enlarge(maps: torch.Tensor) -> torch.Tensor:
-    """[B, C, h, w] over tokens -> the same with every token a square of pixels."""
+    """Show every token of a map [B, C, h, w] as a square of pixels."""
     factor = max(1, MAP_SIDE // max(maps.shape[2:]))
     return F.interpolate(maps, scale_factor=factor, mode="nearest-exact")
 
 
 class MingFeaturesPreview:
-    DESCRIPTION = "Shows features as colours: their three principal components over the picture."
+    DESCRIPTION = "Shows features as colors: their three principal components (PCA)."
     CATEGORY = FEATURES
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("image",)
-    OUTPUT_TOOLTIPS = ("Tokens alike in meaning have like colours, across the whole batch.",)
+    OUTPUT_TOOLTIPS = ("Tokens with similar meaning get similar colors, across the whole batch.",)
     FUNCTION = "show"
     SEARCH_ALIASES = ("pca", "visualize features")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"features": socket("MING_FEATURES", "Features to look at.")}}
+        return {"required": {"features": socket("MING_FEATURES", "The features to show.")}}
 
     def show(self, features: Features) -> tuple[torch.Tensor]:
         image = enlarge(principal_colours(features)).permute(0, 2, 3, 1).contiguous()
-        return (image.to(host.pictures_device()),)
+        return (image.to(host.images_device()),)
 
 
 class MingFeaturesCompare:
-    DESCRIPTION = "Reads in feature space what changed between two pictures."
+    DESCRIPTION = "Shows what changed between two pictures, measured in feature space."
     CATEGORY = FEATURES
     RETURN_TYPES, RETURN_NAMES = ("IMAGE", "MASK", "FLOAT"), ("heatmap", "mask", "similarity")
     OUTPUT_TOOLTIPS = (
         "Bright where the pictures differ.",
         "White where they differ by more than the threshold.",
-        "1 for equal pictures, lower the more they differ.",
+        "1 for identical pictures; lower the more they differ.",
     )
     FUNCTION = "compare"
     SEARCH_ALIASES = ("difference", "change mask")
@@ -57,9 +55,9 @@ class MingFeaturesCompare:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "features_a": socket("MING_FEATURES", "Features before."),
-                "features_b": socket("MING_FEATURES", "Features after: as many pictures, of the same grid."),
-                "threshold": number(CHANGED, 0.0, 2.0, 0.01, "Above which difference a token counts as changed."),
+                "features_a": socket("MING_FEATURES", "Features before the change."),
+                "features_b": socket("MING_FEATURES", "Features after the change: same grid, same number of pictures."),
+                "threshold": number(CHANGED, 0.0, 2.0, 0.01, "Tokens that differ by more than this count as changed."),
             }
         }
 
@@ -67,30 +65,30 @@ class MingFeaturesCompare:
         difference = change(features_a, features_b)
         heatmap = enlarge(difference.clamp(0, 1)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
         mask = enlarge((difference > threshold).float())[:, 0]
-        where = host.pictures_device()
-        return heatmap.to(where), mask.to(where), float(1 - difference.mean())
+        device = host.images_device()
+        return heatmap.to(device), mask.to(device), float(1 - difference.mean())
 
 
 class MingFeaturesToLatent:
-    DESCRIPTION = "The latents that features were expanded from, for core's latent nodes."
+    DESCRIPTION = "Returns the latents behind features, for core latent nodes."
     CATEGORY = FEATURES
     RETURN_TYPES, RETURN_NAMES = ("LATENT",), ("latent",)
-    OUTPUT_TOOLTIPS = ("Continuous latents, as MingTok Encode gives them.",)
+    OUTPUT_TOOLTIPS = ("Continuous latents, as from MingTok Encode.",)
     FUNCTION = "take"
     SEARCH_ALIASES = ("features to latent",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"features": socket("MING_FEATURES", "Features of seen or drawn pictures.")}}
+        return {"required": {"features": socket("MING_FEATURES", "Features of encoded or drawn pictures.")}}
 
     def take(self, features: Features) -> tuple[dict]:
         return (to_latent(features.latents, features.depth),)
 
 
 class MingSaveFeatures(SavingNode):
-    DESCRIPTION = "Saves features to output/ming, without a loss, to go on with them another day."
+    DESCRIPTION = "Saves features to output/ming without loss, to use them later."
     CATEGORY = FEATURES
-    RETURN_TYPES: tuple = ()
+    RETURN_TYPES = ()
     OUTPUT_NODE = True
     FUNCTION = "save"
     SEARCH_ALIASES = ("store features",)
@@ -99,13 +97,13 @@ class MingSaveFeatures(SavingNode):
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "features": socket("MING_FEATURES", "The features to keep."),
+                "features": socket("MING_FEATURES", "The features to save."),
                 "filename_prefix": file_name("features"),
             }
         }
 
     def save(self, features: Features, filename_prefix: str) -> dict:
-        return saved_as(filename_prefix, lambda path: write_features(features, path))
+        return save_new_file(filename_prefix, lambda path: save_features(features, path))
 
 
 class MingLoadFeatures(LoadingNode):
@@ -113,13 +111,13 @@ class MingLoadFeatures(LoadingNode):
     FILE_FORMAT = FEATURES_FORMAT
     CATEGORY = FEATURES
     RETURN_TYPES, RETURN_NAMES = ("MING_FEATURES",), ("features",)
-    OUTPUT_TOOLTIPS = ("The features, as they were saved.",)
+    OUTPUT_TOOLTIPS = ("The features as saved.",)
     FUNCTION = "load"
     SEARCH_ALIASES = ("restore features",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"file": cls.files("A file of Ming Save Features.")}}
+        return {"required": {"file": cls.files("A file saved by Ming Save Features.")}}
 
     def load(self, file: str) -> tuple[Features]:
-        return (read_features(saved_path(file)),)
+        return (load_features(saved_path(file)),)

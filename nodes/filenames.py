@@ -1,4 +1,4 @@
-"""Names of new files, as ComfyUI's save nodes give them: prefix_00001_.png, the number one above the largest there."""
+"""Names of new files as in ComfyUI's save nodes: prefix_00001_.png, one above the largest number in the folder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 import time
 from pathlib import Path
 
-FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # in names of files
+FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 
 
 def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int]:
-    """Where files of a `filename_prefix` go: (folder, base name, first free number), as core counts.
+    """Return the folder, base name and first free number for a `filename_prefix`, counted as ComfyUI does.
 
-    The prefix may name subfolders and use %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second%.
-    The folder is not made. Raises ValueError for a prefix that climbs out of `folder`, OSError for an unreadable one.
+    The prefix may contain subfolders and %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second%.
+    The folder is not created. Raises ValueError for a prefix outside `folder`, OSError for an unreadable folder.
     """
     now = time.localtime()
     fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
@@ -23,7 +23,7 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
     for name, text in fields.items():
         prefix = prefix.replace(f"%{name}%", text)
     full = Path(os.path.normpath(check_prefix(prefix, folder)))
-    # %batch_num% is left to whoever saves a batch, and is a number in what is there
+    # %batch_num% is replaced by the node that saves a batch, so existing files have a number in its place
     name = r"\d+".join(map(re.escape, os.path.normcase(full.name).split("%batch_num%")))
     counted = re.compile(name + r"_(\d+)")
     names = os.listdir(full.parent) if full.parent.is_dir() else []
@@ -32,29 +32,35 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
 
 
 def nearest_existing(folder: Path) -> Path | None:
-    """The folder, or the first above it that is there; None on a drive that is not there."""
+    """The folder itself or its nearest parent that exists; None on a missing drive."""
     return next((path for path in (folder, *folder.parents) if path.exists()), None)
 
 
 def check_prefix(prefix: str, folder: Path) -> Path:
-    """`folder` / `prefix`, or a ValueError when that is not inside `folder`, names no file, or cannot be a name."""
+    """Return `folder` / `prefix`. Raises ValueError if it is outside `folder` or not a valid file name."""
     path = Path(folder, prefix.replace("\\", "/"))
     inside = "\0" not in prefix and path.resolve().is_relative_to(Path(folder).resolve())
     if not inside or path.resolve() == Path(folder).resolve():
         raise ValueError(
-            f"filename_prefix {prefix!r} leads out of {folder}, or names no file: give a name, with folders below that "
-            "one if you like"
+            f"filename_prefix {prefix!r} leads out of {folder} or is not a file name: use a name such as "
+            '"cats" or "cats/first"'
         )
-    if wrong := sorted(FORBIDDEN.intersection(prefix)):
-        raise ValueError(f"filename_prefix {prefix!r} holds {' '.join(wrong)}, which no file name may on Windows")
+    if forbidden := sorted(FORBIDDEN.intersection(prefix)):
+        raise ValueError(
+            f"filename_prefix {prefix!r} contains {' '.join(forbidden)}, which Windows does not allow in file names: "
+            "remove it"
+        )
     return path
 
 
-def prefix_verdict(prefix: str | None, folder: Path) -> bool | str:
-    """What VALIDATE_INPUTS says of a prefix. None: it is linked, and checked when it is known."""
+def validate_prefix(prefix: str | None, folder: Path) -> bool | str:
+    """For VALIDATE_INPUTS. None means that the prefix is linked; it is checked when the node runs."""
     try:
         if prefix is not None:
             check_prefix(prefix, folder)
     except ValueError as error:
         return str(error)
     return True
+
+
+prefix_verdict = validate_prefix  # the runner's name for it

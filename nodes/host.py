@@ -1,7 +1,7 @@
-"""The only file that knows ComfyUI: devices, memory, progress, interruption, folders.
+"""The only file that imports ComfyUI: devices, memory, progress, interruption, folders.
 
-The same interface serves without it: then models stay where they were loaded, progress goes to whoever listens
-(`listen`), and files go to the folders of `folders`.
+Everything here also works without ComfyUI: models then stay on the device they were loaded to, progress goes to a
+listener (`listen`), and files go to the folders given by `folders`.
 """
 
 from __future__ import annotations
@@ -16,81 +16,70 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-try:
-    import comfy.cli_args
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.ops
-    import comfy.patcher_extension
-    import comfy.utils
-    import comfy_execution.utils
-    import folder_paths
-except ImportError:
-    if "comfy" in sys.modules:  # a ComfyUI that lacks one of these: it reports which, rather than being worked around
-        raise
-    comfy = comfy_execution = folder_paths = None
+from ..ming_core import Engine, MingTok, UniVision
+
+
+def _import_comfyui() -> tuple[Any, Any, Any]:
+    """ComfyUI's modules comfy, comfy_execution and folder_paths, or three times None where it is not installed."""
+    try:
+        import comfy.cli_args
+        import comfy.model_management
+        import comfy.model_patcher
+        import comfy.ops
+        import comfy.patcher_extension
+        import comfy.utils
+        import comfy_execution.utils
+        import folder_paths
+    except ImportError:
+        if "comfy" in sys.modules:  # an incomplete ComfyUI should say what it lacks, not be treated as absent
+            raise
+        return None, None, None
+    return comfy, comfy_execution, folder_paths
+
+
+comfy, comfy_execution, folder_paths = _import_comfyui()
 
 PACK = Path(__file__).resolve().parent.parent
-MODEL_FOLDER = "ming"  # the category below ComfyUI's models/
+MODEL_FOLDER = "ming"  # the category in ComfyUI's models/
 
+Model = TypeVar("Model", Engine, MingTok)
 Listener = Callable[[int, int, "str | None"], None]
 _listener: ContextVar[Listener | None] = ContextVar("ming_listener", default=None)
 _folders: ContextVar[tuple[Path, Path]] = ContextVar("ming_folders", default=(PACK / "output", PACK / "input"))
 
 
-# --- Devices and memory -------------------------------------------------------------------------------------------
-
-
-class ManagedModel(nn.Module):
-    """What a patcher manages. ComfyUI writes attributes such as `device` on it, which a model of ours computes."""
-
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.network = network
-        self.device = device
-
-
-@dataclass(eq=False)  # compared by identity, and able to be referenced weakly
-class Loaded:
-    """A loaded model as it travels between nodes. `patcher` is None without ComfyUI."""
-
-    model: Any  # ming_core.MingTok or ming_core.Engine
-    patcher: Any
-    name: str
-    owner: Loaded | None = None  # the Ming-UniVision that this MingTok is a part of
-
-    def __repr__(self) -> str:
-        return f"{type(self.model).__name__}({self.name})"
+# --- Devices and dtypes -------------------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
-    """Where models compute."""
+    """The device that models compute on."""
     if comfy:
         return comfy.model_management.get_torch_device()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pictures_device() -> torch.device:
-    """Where IMAGE and MASK belong: ComfyUI keeps them on the GPU when it is started with --gpu-only."""
-    return comfy.model_management.intermediate_device() if comfy else torch.device("cpu")
-
-
-def resting_device() -> torch.device:
-    """Where a freshly loaded model is put, before it computes."""
+def offload_device() -> torch.device:
+    """The device that a freshly loaded model is on, before it computes."""
     return comfy.model_management.unet_offload_device() if comfy else device()
 
 
-def half(on: torch.device) -> torch.dtype:
-    """The 16 bit format that a device computes in: bf16, else fp16, and float32 where neither is any good."""
+def images_device() -> torch.device:
+    """The device for IMAGE and MASK outputs: the GPU when ComfyUI is started with --gpu-only."""
+    return comfy.model_management.intermediate_device() if comfy else torch.device("cpu")
+
+
+def half_dtype(on: torch.device) -> torch.dtype:
+    """The best 16-bit dtype on a device: bf16, else fp16; float32 where ComfyUI recommends neither."""
     if on.type == "cpu":
-        return torch.bfloat16  # every CPU does, though ComfyUI, which thinks of speed, answers no for it
+        return torch.bfloat16  # works on every CPU; ComfyUI says no, because it is slow on many
     if comfy:
         if comfy.model_management.should_use_bf16(on):
             return torch.bfloat16
@@ -100,142 +89,106 @@ def half(on: torch.device) -> torch.dtype:
 
 
 def total_memory(on: torch.device) -> int:
-    """Bytes of a GPU, or of the host, in all: what ComfyUI could free is counted in."""
+    """Total bytes of a GPU's memory or of the RAM, including what ComfyUI could free."""
     if on.type == "cuda":
         return torch.cuda.get_device_properties(on).total_memory
     return host_memory()
 
 
 def host_memory() -> int:
-    """Bytes of RAM in this machine."""
+    """Total bytes of RAM."""
     if comfy:
         return int(comfy.model_management.total_ram) << 20  # ComfyUI counts in MiB
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    import ctypes  # Windows has no sysconf
-
-    class Status(ctypes.Structure):
-        _fields_ = (
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *((name, ctypes.c_ulonglong) for name in ("total", "free", "_1", "_2", "_3", "_4", "_5")),
-        )
-
-    status = Status(length=ctypes.sizeof(Status))
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-    return status.total
+    return psutil.virtual_memory().total
 
 
-@functools.cache
-def operations() -> Any:
-    """The layers to build models of: ComfyUI's own, which it can leave in host memory and bring over when they run."""
-    if not comfy:
-        return nn
-
-    class Operations(comfy.ops.disable_weight_init):
-        """Weights rest in the dtype that is computed in, so a layer casts only when ComfyUI tells it to."""
-
-        class Linear(comfy.ops.disable_weight_init.Linear):
-            def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-                """Its being here makes newer versions create the parameters at once, for our loader to fill."""
-                super()._load_from_state_dict(*args, **kwargs)
-
-        class Embedding(comfy.ops.disable_weight_init.Embedding):
-            def forward(self, ids: Tensor) -> Tensor:
-                """Looked up where the table rests: a few rows travel rather than all of it."""
-                return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
-
-    return Operations
+# --- Models under ComfyUI's memory management ---------------------------------------------------------------------
 
 
-def managed(model: Any, name: str) -> Loaded:
+@dataclass(eq=False)  # compared by identity, so that it can be a weak reference's target
+class Loaded(Generic[Model]):
+    """A loaded model as it travels between nodes.
+
+    patcher  ComfyUI's handle for moving the network between devices; None without ComfyUI
+    owner    the Ming-UniVision that this MingTok is a part of
+    """
+
+    model: Model
+    patcher: Any
+    name: str
+    owner: Loaded[Engine] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(_network(self.model)).__name__}({self.name})"
+
+
+def _network(model: Engine | MingTok) -> UniVision | MingTok:
+    return model.network if isinstance(model, Engine) else model
+
+
+class ManagedModel(nn.Module):
+    """The module given to a patcher. ComfyUI sets attributes such as `device` on it, which our networks compute."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.device = device
+
+
+def managed(model: Model, name: str) -> Loaded[Model]:
     """Hand a loaded Engine or MingTok to ComfyUI's memory management."""
     if not comfy:
         return Loaded(model, None, name)
-    network: nn.Module = getattr(model, "network", model)
-    fetching = [module for module in network.modules() if getattr(module, "fetches_weights", False)]
-    for module in fetching:
-        _may_be_left_behind(module)
+    network = _network(model)
+    streaming = [module for module in network.modules() if getattr(module, "fetches_weights", False)]
+    for module in streaming:
+        _mark_offloadable(module)
     network.compute_on(device())
-    patcher = _patcher_class(bool(fetching))(ManagedModel(network, resting_device()), device(), resting_device())
-    if hasattr(model, "prefix_cache"):
-
-        def forget(patcher: Any, unloaded: bool = True) -> None:
-            """When ComfyUI unloads a model, what it remembers of past rounds is freed too.
-
-            ComfyUI also calls this without unloading, whenever the model is loaded again.
-            """
-            if unloaded:
-                model.prefix_cache.clear()
-
-        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget)
+    patcher = _patcher_class(bool(streaming))(ManagedModel(network, offload_device()), device(), offload_device())
+    if isinstance(model, Engine):
+        _clear_cache_on_unload(patcher, model)
     return Loaded(model, patcher, name)
 
 
-def _may_be_left_behind(module: nn.Module) -> None:
-    """Give a module that fetches its weights itself what ComfyUI looks for on a layer that it may leave offloaded."""
-    module.comfy_cast_weights = False
-    module.weight = module.bias = None
-    module.weight_function, module.bias_function = [], []
+def _clear_cache_on_unload(patcher: Any, engine: Engine) -> None:
+    """When ComfyUI unloads a model, free its prefix cache too."""
+
+    def on_detach(patcher: Any, unloaded: bool = True) -> None:
+        if unloaded:  # ComfyUI also calls this, with False, whenever it loads the model again
+            engine.prefix_cache.clear()
+
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, on_detach)
 
 
-def _patcher_class(has_experts: bool) -> type:
-    """ComfyUI's patcher, looked up late, since it is exchanged when the server starts.
-
-    The one for dynamic VRAM brings over whole every parameter that is not some layer's `weight` or `bias`. Stacked
-    experts are such, and the larger part of the model, so a model that has some gets the one that moves layer by layer.
-    """
-    core = comfy.model_patcher
-    if not has_experts:
-        return getattr(core, "CoreModelPatcher", core.ModelPatcher)
-
-    class DenseFirst(core.ModelPatcher):
-        def _load_list(self, *args: Any, **kwargs: Any) -> list:
-            return _DenseFirst(super()._load_list(*args, **kwargs))
-
-    return DenseFirst
-
-
-class _DenseFirst(list):
-    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which it sorts by size.
-
-    It loads from the large end as long as there is room, and unloads from the small one. The largest are the experts.
-    But a token passes all of every other layer, of the flow head even once a step, and only a few experts: they are the
-    ones to leave behind, so they go to the end that is loaded last and unloaded first.
-    """
-
-    def sort(self, *, reverse: bool = False) -> None:
-        super().sort(key=lambda item: (not getattr(item[-2], "fetches_weights", False), *item[:-2]), reverse=reverse)
-
-
-def ready(loaded: Loaded, memory: int = 0) -> Any:
-    """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load it in part."""
+def load_to_gpu(loaded: Loaded[Model], memory: int = 0) -> Model:
+    """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load only a part."""
     if loaded.patcher is not None:
         comfy.model_management.load_models_gpu([loaded.patcher], memory_required=memory)
-        keep(loaded.owner or loaded)
+        retain(loaded.owner or loaded)
     return loaded.model
 
 
-KEPT_SHARE = 0.25  # of the RAM, for models that no workflow uses at the moment
+RETAINED_SHARE = 0.25  # of the RAM, for models that no current workflow uses
 
 
-def keep(loaded: Loaded) -> None:
-    """Keep a model alive for as long as ComfyUI's manager has it loaded, and the RAM is not wanted for others.
+def retain(loaded: Loaded[Any]) -> None:
+    """Keep a model alive while ComfyUI has it loaded, as long as the RAM is not needed for other models.
 
-    Any other workflow makes ComfyUI's cache drop the loader's output, and a model that nobody holds would have to be
-    read again when the user comes back. So the manager's own entry, which lives until the model is unloaded, holds it.
-    Those that ran last are kept, as many as take KEPT_SHARE of the RAM together.
+    When another workflow runs, ComfyUI's cache drops the loader's output. A model that nothing else refers to would
+    then have to be read from disk again when the user comes back. So ComfyUI's own entry for a loaded model, which
+    lives until the model is unloaded, holds the reference. The most recently used models are kept, as many as fit
+    into RETAINED_SHARE of the RAM.
     """
-    for entry in _entries():
+    for entry in _loaded_entries():
         if entry.model is loaded.patcher:
             entry.ming_model = loaded
     make_room(0)
 
 
-def make_room(coming: int) -> None:
-    """Let go of kept models that KEPT_SHARE of the RAM does not hold beside `coming` bytes."""
-    left = KEPT_SHARE * host_memory() - coming
-    for entry in _entries():  # the one that ran last is the first
+def make_room(incoming: int) -> None:
+    """Release retained models until those left fit into RETAINED_SHARE of the RAM together with `incoming` bytes."""
+    left = RETAINED_SHARE * host_memory() - incoming
+    for entry in _loaded_entries():  # most recently used first
         if hasattr(entry, "ming_model"):
             patcher = entry.ming_model.patcher
             shares_ram = patcher.load_device.type in ("cpu", "mps")
@@ -244,9 +197,81 @@ def make_room(coming: int) -> None:
                 del entry.ming_model
 
 
-def _entries() -> list[Any]:
-    """What ComfyUI's manager has loaded."""
+def _loaded_entries() -> list[Any]:
+    """ComfyUI's entries for the models that it has loaded."""
     return list(getattr(comfy.model_management, "current_loaded_models", ())) if comfy else []
+
+
+# --- Layers and patchers ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def operations() -> Any:
+    """The layer classes to build models from: ComfyUI's own, which can stay in RAM and stream to the GPU on use."""
+    if not comfy:
+        return nn
+    base: Any = comfy.ops.disable_weight_init
+    base_linear: Any = base.Linear
+    base_embedding: Any = base.Embedding
+
+    class Operations(base):
+        """Weights are stored in the compute dtype, so a layer casts only when ComfyUI tells it to."""
+
+        class Linear(base_linear):
+            def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+                """Overridden so that newer versions create the parameters at once, for our loader to fill."""
+                super()._load_from_state_dict(*args, **kwargs)
+
+        class Embedding(base_embedding):
+            weight: Tensor
+
+            def forward(self, ids: Tensor) -> Tensor:
+                """Look up on the device that holds the table: a few rows travel instead of all of it."""
+                return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
+
+    return Operations
+
+
+def _mark_offloadable(module: Any) -> None:
+    """Set what ComfyUI looks for on a layer that may stay offloaded, on a module that fetches its own weights."""
+    module.comfy_cast_weights = False
+    module.weight = module.bias = None
+    module.weight_function, module.bias_function = [], []
+
+
+def _patcher_class(has_experts: bool) -> Any:
+    """ComfyUI's patcher class, looked up late because the server replaces it when it starts.
+
+    The patcher for dynamic VRAM moves every parameter whole that is not a layer's `weight` or `bias`. Stacked experts
+    are such parameters, and the larger part of the model, so a model with experts gets the patcher that moves layer by
+    layer.
+    """
+    patcher: Any = comfy.model_patcher.ModelPatcher
+    if not has_experts:
+        return getattr(comfy.model_patcher, "CoreModelPatcher", patcher)
+
+    class DenseFirstPatcher(patcher):
+        def _load_list(self, *args: Any, **kwargs: Any) -> list:
+            return _DenseFirstList(super()._load_list(*args, **kwargs))
+
+    return DenseFirstPatcher
+
+
+class _DenseFirstList(list):
+    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which ComfyUI sorts by size.
+
+    It loads from the large end while there is room, and unloads from the small end. The experts are the largest. But
+    a token passes through all of every other layer (through the flow head once a step) and through a few experts only,
+    so the experts are the ones to leave behind: they sort to the end that is loaded last and unloaded first.
+    """
+
+    def sort(self, *, key: Any = None, reverse: bool = False) -> None:
+        super().sort(key=key or _dense_first, reverse=reverse)
+
+
+def _dense_first(entry: tuple) -> tuple:
+    *sizes_and_name, module, _ = entry
+    return (not getattr(module, "fetches_weights", False), *sizes_and_name)
 
 
 # --- While a node runs --------------------------------------------------------------------------------------------
@@ -254,7 +279,7 @@ def _entries() -> list[Any]:
 
 @contextlib.contextmanager
 def listen(listener: Listener) -> Iterator[None]:
-    """Without ComfyUI: call listener(value, total, text) for every token of the node that runs."""
+    """Without ComfyUI: call listener(value, total, text) for every token of the running node."""
     token = _listener.set(listener)
     try:
         yield
@@ -262,81 +287,89 @@ def listen(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-TEXT_EVERY = 0.1  # seconds: each text that is shown is sent whole
+TEXT_INTERVAL = 0.1  # seconds between two updates of a growing text, each of which sends all of it
 
 
-def progress(total: int, speaker: str = "") -> Callable[..., None]:
-    """A function (value, text=None, *, total=..., picture=None) to call after every token; made as a node begins.
+def progress(total: int, node_class: str = "") -> Callable[..., None]:
+    """Start a node's progress bar. Returns report(value, text=None, *, total=..., image=None) for every token.
 
-    It raises when the user has interrupted. `text` is all that was written so far, `picture` what was drawn so far.
-    `speaker`: the class of a node that may show a text; what it showed in an earlier run is cleared.
+    text        all that was written so far
+    image       what was drawn so far
+    node_class  of a node that may show text; the text of its earlier run is cleared
+
+    The report raises when the user has interrupted.
     """
-    if comfy:
-        bar = comfy.utils.ProgressBar(total)
-        _clear_text(speaker)
-        shown = float("-inf")
+    return _comfyui_progress(total, node_class) if comfy else _listener_progress(total)
 
-        def report(
-            value: int, text: str | None = None, *, total: int = total, picture: Image.Image | None = None
-        ) -> None:
-            nonlocal shown
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            preview = ("JPEG", picture, comfy.cli_args.args.preview_size) if picture else None
-            bar.update_absolute(value, total, preview)
-            if text and time.monotonic() - shown > TEXT_EVERY:
-                show_text(text, speaker)
-                shown = time.monotonic()
 
-        return report
+def _comfyui_progress(total: int, node_class: str) -> Callable[..., None]:
+    bar = comfy.utils.ProgressBar(total)
+    _clear_text(node_class)
+    last_shown = float("-inf")
+
+    def report(value: int, text: str | None = None, *, total: int = total, image: Image.Image | None = None) -> None:
+        nonlocal last_shown
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        preview = ("JPEG", image, comfy.cli_args.args.preview_size) if image else None
+        bar.update_absolute(value, total, preview)
+        if text and time.monotonic() - last_shown > TEXT_INTERVAL:
+            show_text(text, node_class)
+            last_shown = time.monotonic()
+
+    return report
+
+
+def _listener_progress(total: int) -> Callable[..., None]:
     listener = _listener.get()
 
-    def tell(value: int, text: str | None = None, *, total: int = total, picture: Image.Image | None = None) -> None:
+    def report(value: int, text: str | None = None, *, total: int = total, image: Image.Image | None = None) -> None:
         if listener:
             listener(value, total, text)
 
-    return tell
+    return report
 
 
 def previews_wanted() -> bool:
-    """Whether anybody looks on and has previews switched on; newer versions set the option for every prompt."""
+    """Whether previews are switched on and a client is connected. Newer versions set the option for every prompt."""
     if not comfy or comfy.cli_args.args.preview_method == comfy.cli_args.LatentPreviewMethod.NoPreviews:
         return False
-    return _watching() is not None
+    return _client() is not None
 
 
-_has_text: set[tuple[str, str]] = set()  # (id, class) of nodes that show a text; ids are the same in many workflows
+# (id, class) of nodes that show text. The class is needed too: ids repeat across workflows.
+_nodes_with_text: set[tuple[str, str]] = set()
 
 
-def show_text(text: str | None, speaker: str = "") -> None:
-    """Show a text on the node that runs, as it is: the page would take markup in it for its own.
+def show_text(text: str | None, node_class: str = "") -> None:
+    """Show plain text on the running node; markup is escaped, because the page would interpret it.
 
-    `speaker`: its class, if a later run may have no text to show.
+    node_class: the node's class, if a later run of it may have no text to show.
     """
     if not comfy or not text:
         return
-    client, context = _watching(), comfy_execution.utils.get_executing_context()
+    client, context = _client(), comfy_execution.utils.get_executing_context()
     if client is not None and context is not None:
         _server().send_progress_text(html.escape(text, quote=False), context.node_id, client)
-        if speaker:
-            _has_text.add((context.node_id, speaker))
+        if node_class:
+            _nodes_with_text.add((context.node_id, node_class))
 
 
-def _clear_text(speaker: str) -> None:
-    """Take the text of an earlier run off the node that runs: this one may have nothing to say."""
+def _clear_text(node_class: str) -> None:
+    """Remove the text of an earlier run from the running node, because this run may have none."""
     context = comfy_execution.utils.get_executing_context()
-    if context is not None and (context.node_id, speaker) in _has_text:
-        show_text(" ")  # the page ignores an empty one
-        _has_text.discard((context.node_id, speaker))
+    if context is not None and (context.node_id, node_class) in _nodes_with_text:
+        show_text(" ")  # the page ignores an empty text
+        _nodes_with_text.discard((context.node_id, node_class))
 
 
-def _watching() -> str | None:
-    """The client that queued what runs, if it is still connected."""
+def _client() -> str | None:
+    """The client that queued the running prompt, if it is still connected."""
     client = getattr(_server(), "client_id", None)
     return client if client in getattr(_server(), "sockets", ()) else None
 
 
 def _server() -> Any:
-    """ComfyUI's server, which is up before any pack is loaded; None where only its library is used."""
+    """ComfyUI's server, which starts before packs are loaded; None where ComfyUI is used as a library."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
@@ -345,7 +378,7 @@ def _server() -> Any:
 
 @contextlib.contextmanager
 def folders(*, output: str | Path, input: str | Path) -> Iterator[None]:
-    """Without ComfyUI: where files are written and looked up."""
+    """Without ComfyUI: the folders that files are written to and read from."""
     token = _folders.set((Path(output), Path(input)))
     try:
         yield
@@ -362,7 +395,7 @@ def input_directory() -> Path:
 
 
 def register_model_folder() -> None:
-    """Add the category to ComfyUI's model folders, beside what extra_model_paths.yaml has put there."""
+    """Add models/ming to ComfyUI's model folders, beside those from extra_model_paths.yaml."""
     if folder_paths:
         ours = os.path.join(folder_paths.models_dir, MODEL_FOLDER)
         paths, extensions = folder_paths.folder_names_and_paths.get(MODEL_FOLDER, ([], set()))
@@ -372,14 +405,14 @@ def register_model_folder() -> None:
 
 
 def model_folders() -> list[Path]:
-    """Where checkpoint folders belong."""
+    """The folders that checkpoint folders are looked for in."""
     if folder_paths:
         return [Path(p) for p in folder_paths.get_folder_paths(MODEL_FOLDER)]
     return [own_model_folder()]
 
 
 def own_model_folder() -> Path:
-    """Where checkpoints go without ComfyUI: its models/ming if the pack lies in its custom_nodes, else models/ here."""
+    """The model folder without ComfyUI: models/ming of the ComfyUI around the pack, else models/ of the pack."""
     if PACK.parent.name == "custom_nodes":
         return PACK.parent.parent / "models" / MODEL_FOLDER
     return PACK / "models"

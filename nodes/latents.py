@@ -1,4 +1,4 @@
-"""Core's LATENT: what goes into one here, and what is taken from one."""
+"""Conversion to and from LATENT, the type that ComfyUI's own latent nodes work on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 LATENT_TYPE = "mingtok"
-DEPTH = "ming_depth"  # how many drawings lie behind the picture, so that its next round has new noise
+DEPTH = "ming_depth"  # how many times the image was drawn or edited, so that the next round gets new noise
 
 
 def to_latent(latents: torch.Tensor, depth: int = 0) -> dict[str, Any]:
-    """A LATENT of normalised latents [B, C, h, w], on which core's own nodes work. The samples are theirs to change."""
+    """Wrap a copy of normalized latents [B, C, h, w]; core nodes may change it in place."""
     samples = latents.detach().to("cpu", torch.float32, copy=True)
     return {"samples": samples, "type": LATENT_TYPE} | ({DEPTH: depth} if depth else {})
 
 
 def from_latent(latent: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """(a float32 copy of the samples, depth). Raises ValueError for a LATENT of another model, or of a video."""
+    """Return a float32 copy of the samples, and the depth. Raises ValueError for a LATENT of another kind of model."""
     kind = latent.get("type", LATENT_TYPE)
     if kind != LATENT_TYPE:
         raise ValueError(f"this LATENT is of type {kind!r}: connect one from MingTok Encode")
@@ -25,6 +25,6 @@ def from_latent(latent: dict[str, Any]) -> tuple[torch.Tensor, int]:
     if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
         found = list(samples.shape) if isinstance(samples, torch.Tensor) else type(samples).__name__
         raise ValueError(
-            f"this LATENT holds {found}, not pictures [batch, channels, height, width]: connect one from MingTok Encode"
+            f"this LATENT holds {found}, not images [batch, channels, height, width]: connect one from MingTok Encode"
         )
     return samples.detach().to("cpu", torch.float32, copy=True), latent.get(DEPTH, 0)

@@ -1,4 +1,4 @@
-"""Declarations that several nodes share. Their names, order and strings are saved in users' workflows."""
+"""Input declarations that nodes share. Names, order and strings are saved in users' workflows and never change."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def combo(options: list[str], tooltip: str, **more: Any) -> tuple:
 
 
 def prompt(tooltip: str, default: str = "") -> tuple:
-    """A text of several lines, taken literally: no {a|b} choices."""
+    """A multiline text that is taken literally: no {a|b} dynamic prompts."""
     return "STRING", {"default": default, "multiline": True, "dynamicPrompts": False, "tooltip": tooltip}
 
 
 def file_name(default: str) -> tuple:
-    return "STRING", {"default": default, "tooltip": "Name of the new file below output/ming; a counter is added."}
+    return "STRING", {"default": default, "tooltip": "File name in output/ming; a counter is added."}
 
 
 def socket(kind: str, tooltip: str) -> tuple:
@@ -36,5 +36,5 @@ def socket(kind: str, tooltip: str) -> tuple:
 
 
 def seed(tooltip: str, *, changes: bool, **more: Any) -> tuple:
-    """changes: whether the page offers to change it after each run."""
+    """changes: whether the page offers to change the seed after each run."""
     return integer(0, 0, MAX_SEED, tooltip, control_after_generate=changes, **more)

@@ -1,201 +1,199 @@
-"""The terminal side of a run without ComfyUI: one line a node, a bar that moves with every token, answers, files.
+"""The command line of quickstart.py: a line of COMMANDS for each command.
 
-On a terminal the running node's line is redrawn in place; elsewhere (a pipe, a log file) each stage is a line of its
-own and progress is thinned out in time. The only control character is the carriage return, which every console knows.
-Exit codes of `main`: 0 done, 1 a node failed, 2 refused before anything ran, 130 stopped with Ctrl-C.
+quickstart.py also loads this file by itself, with any Python, to check a command line before it installs anything. So
+only the standard library is imported at the top, and each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import sys
-import time
-import traceback
-import unicodedata
-from collections.abc import Iterable
+import argparse
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from ..nodes import host
-from .core_nodes import shown_file
-from .run import Event, NodeError, NodeFinished, NodeStarted, Progress, known_node_classes, run_workflow
-from .workflow import WorkflowError, read_workflow, with_image, with_settings
-
-_BAR_CELLS = 20
-_INDENT = "      "
-_SECONDS_BETWEEN_LINES = 0.5  # of progress, where lines cannot be redrawn
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "workflows" / "api" / "multi_round_edit.json"
+MODELS = ("Ming-UniVision-16B-A3B", "MingTok-Vision")  # that `download` knows; the tests compare them with nodes/
+FORMATS = ("int8", "int4")  # that `quantize` knows; the tests compare them with ming_core/
 
 
-def main(
-    workflow: str | Path,
-    *,
-    settings: Iterable[str] = (),
-    image: str | Path | None = None,
-    output: str | Path | None = None,
-) -> int:
-    """Runs a workflow file in the terminal and returns the process's exit code.
+@dataclass(frozen=True)
+class Command:
+    """A command. `add_arguments` declares its arguments, `run` runs it and returns the exit code of the process."""
 
-    `settings` are NODE.INPUT=VALUE, `image` takes the place of the example scene, `output` that of the output folder.
-    """
-    try:
-        return _main(workflow, settings, image, Path(output or host.output_directory()).expanduser().resolve())
-    except BrokenPipeError:  # whoever read has gone, as `head` does; Python would complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    name: str
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+    needs_tests: bool = False  # a published pack comes without them
+    runs_in_comfyui: bool = False  # any Python with requirements.txt will do, and no environment is made for it
 
 
-def _main(workflow: str | Path, settings: Iterable[str], image: str | Path | None, folder: Path) -> int:
-    terminal = Terminal(sys.stdout, f"Running {Path(workflow).name}; results go to {folder}")
-    started = time.perf_counter()
-    log = _TerminalLog(terminal)
-    logging.getLogger().addHandler(log)
-    try:
-        graph = read_workflow(workflow)
-        if image is not None:
-            graph = with_image(graph, image)
-        graph = with_settings(graph, settings, known_node_classes())
-        run_workflow(graph, output_dir=folder, on_event=terminal)
-    except WorkflowError as error:
-        terminal.close(f"Refused: {error}")
-        return 2
-    except NodeError as error:
-        terminal.close(f"Failed: {error}")
-        if not isinstance(error.__cause__, (ValueError, OSError)):  # not a message meant for the user: show where
-            terminal.say("".join(traceback.format_exception(error.__cause__)).rstrip())
-        return 1
-    except KeyboardInterrupt:
-        terminal.close("Stopped. What was saved before stays.")
-        return 130
-    finally:
-        logging.getLogger().removeHandler(log)
-    terminal.say(f"Done in {time.perf_counter() - started:.1f} s.")
-    return 0
+def parse(argv: Sequence[str]) -> Namespace:
+    """The options of a command line, `options.command` among them. Exits with code 2 for a bad command line."""
+    parser = ArgumentParser(
+        prog="quickstart.py", description="Runs, tests and prepares the Ming-UniVision nodes without ComfyUI."
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=_as_sentence(command.help),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subparser.set_defaults(command=command)
+        command.add_arguments(subparser)
+    if argv[:1] == ["test"] and argv[1:] not in (["-h"], ["--help"]):  # argparse would claim some of pytest's options
+        (command,) = (command for command in COMMANDS if command.name == "test")
+        return Namespace(command=command, pytest_arguments=list(argv[1:]))
+    return parser.parse_args(argv)
 
 
-class Terminal:
-    """Shows the events of one run on a text stream, under a heading; call it with each event."""
-
-    def __init__(self, stream: TextIO, heading: str):
-        self.stream = stream
-        self.heading = heading
-        self.redraws = stream.isatty()
-        self.live = ""  # the line that is being redrawn
-        self.head = ""  # "[3/9] Ming Edit (5)"
-        self.started = 0.0
-        self.printed = 0.0  # when the last progress line was printed
-        self.said = ""  # the last progress line
-        self.withheld = ""  # one that came too soon after it
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, NodeStarted):
-            self._start(event)
-        elif isinstance(event, Progress):
-            self._progress(event)
-        else:
-            self._finish(event)
-
-    def say(self, text: str) -> None:
-        """Prints `text` as lines of its own, above the line that is being redrawn."""
-        live = self.live
-        self._draw("")
-        print(text, file=self.stream, flush=True)
-        self._draw(live)
-
-    def close(self, text: str) -> None:
-        """Prints `text` in the place of the line that is being redrawn: the node that ran will not go on."""
-        self._draw("")
-        self.say(text)
-
-    def _start(self, event: NodeStarted) -> None:
-        if event.number == 1:
-            self.say(self.heading)
-        width = len(str(event.count))
-        self.head = f"[{event.number:{width}}/{event.count}] {event.node}"
-        self.started, self.printed, self.said, self.withheld = time.perf_counter(), 0.0, "", ""
-        if self.redraws:
-            self._draw(f"{self.head} ...")
-        else:
-            self.say(f"{self.head} ...")
-
-    def _progress(self, event: Progress) -> None:
-        now = time.perf_counter()
-        total = max(event.total, event.value, 1)
-        counted = f"{event.value}/{total}"
-        if self.redraws:
-            cells = _BAR_CELLS * event.value // total
-            bar = "█" * cells + "░" * (_BAR_CELLS - cells)
-            written = _last_columns(event.text or "", self._columns() // 3)
-            self._draw(f"{self.head}  {bar}  {counted}  {now - self.started:.1f} s  {written}")
-        elif counted == self.said:  # such as text that follows a finished picture
-            pass
-        elif event.value == total or now - self.printed >= _SECONDS_BETWEEN_LINES:
-            self.say(_INDENT + counted)
-            self.printed, self.said, self.withheld = now, counted, ""
-        else:
-            self.withheld = counted
-
-    def _finish(self, event: NodeFinished) -> None:
-        seconds = f"{event.result.seconds:.1f} s"
-        if self.redraws:
-            self._draw("")
-            self.say(f"{self.head}  {seconds}")
-        else:
-            self.say(_INDENT + (f"{self.withheld}, " if self.withheld else "") + seconds)
-        for items in event.result.ui.values():
-            for item in items:
-                if isinstance(item, str):
-                    self.say("\n".join(_INDENT + line for line in item.splitlines() or ["(no text)"]))
-                elif isinstance(item, dict) and "filename" in item:
-                    verb = "preview" if item.get("type") == "temp" else "saved"
-                    self.say(f"{_INDENT}{verb} {shown_file(item)}")
-
-    def _draw(self, line: str) -> None:
-        """Replaces the line that is being redrawn."""
-        if not self.redraws or line == self.live:
-            return
-        line = _first_columns(line, self._columns() - 1)  # a full line would wrap, and could not be redrawn
-        gap = " " * max(0, _columns_of(self.live) - _columns_of(line))
-        self.stream.write(f"\r{line}{gap}" + ("" if line else "\r"))
-        self.stream.flush()
-        self.live = line
-
-    def _columns(self) -> int:
-        return shutil.get_terminal_size().columns
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line and returns the exit code of the process."""
+    options = parse(argv)
+    return options.command.run(options)
 
 
-class _TerminalLog(logging.Handler):
-    """Prints log records above the line that is being redrawn."""
-
-    def __init__(self, terminal: Terminal):
-        super().__init__(logging.WARNING)
-        self.terminal = terminal
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.terminal.say(f"{_INDENT}{record.levelname.lower()}: {record.getMessage()}")
+# --- Arguments ----------------------------------------------------------------------------------------------------
 
 
-def _columns_of(text: str) -> int:
-    """Terminal columns that `text` takes: Chinese and Japanese characters take two, combining marks none."""
-    return sum(_width(character) for character in text)
+def _demo_arguments(parser: ArgumentParser) -> None:
+    parser.set_defaults(workflow=DEMO)
+    _workflow_arguments(parser)
 
 
-def _width(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+def _run_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("workflow", metavar="WORKFLOW.json", type=_existing_file)
+    _workflow_arguments(parser)
 
 
-def _first_columns(text: str, columns: int) -> str:
-    while _columns_of(text) > columns:
-        text = text[:-1]
-    return text
+def _workflow_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--image", metavar="FILE", type=_existing_file, help="start from this picture")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="the folder for results (default: output/ beside quickstart.py)"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NODE.INPUT=VALUE",
+        dest="settings",
+        action="append",
+        default=[],
+        help='change an input, for example 5.seed=7, or "5.features=[3,0]" for a link; can be given more than once',
+    )
 
 
-def _last_columns(text: str, columns: int) -> str:
-    """The end of `text` in one line of at most `columns` columns."""
-    text = " ".join(text[-columns * 2 :].split()) if columns > 0 else ""
-    while _columns_of(text) > columns:
-        text = text[1:]
-    return text
+def _download_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", choices=MODELS, default=MODELS[0], help=" or ".join(MODELS))
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        type=Path,
+        help="the folder that the model's own folder is put in (default: ComfyUI/models/ming if this pack is in "
+        "custom_nodes, otherwise models/ beside quickstart.py)",
+    )
+    parser.epilog = "Run it again to resume an interrupted download. HF_ENDPOINT in the environment names a mirror."
+
+
+def _quantize_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=_existing_folder, help="the folder of a Ming-UniVision model")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to make; it must not exist yet")
+    parser.add_argument("--format", choices=FORMATS, default="int4", help="default: %(default)s")
+    parser.epilog = (
+        "The new folder loads faster and into less memory. Making it takes as much memory as the quantized model,\n"
+        "and about 3 GB more. ComfyUI's own Python can run this; in ComfyUI portable for Windows, from this folder:\n\n"
+        r"  ..\..\..\python_embeded\python.exe quickstart.py quantize SOURCE TARGET"
+    )
+
+
+def _test_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("pytest_arguments", metavar="ARGUMENT", nargs="*", help="passed to pytest, such as -k words")
+
+
+def _comfyui_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--dir", metavar="CHECKOUT", help="the ComfyUI to use (default: the one that is found)")
+    parser.add_argument("--python", metavar="FILE", help="the Python that has ComfyUI's requirements")
+    parser.add_argument("--browser", metavar="FILE", help="a Chromium, Chrome or Edge")
+    parser.add_argument("--only", metavar="WORDS", help="only the checks that match, as pytest's -k")
+    parser.add_argument("--keep", action="store_true", help="keep the temporary folders, with the server's log")
+
+
+def _existing_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return path
+
+
+def _existing_folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path}")
+    return path
+
+
+def _as_sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+# --- What the commands run ----------------------------------------------------------------------------------------
+
+
+def _run_workflow(options: Namespace) -> int:
+    from . import terminal
+
+    return terminal.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
+
+
+def _download(options: Namespace) -> int:
+    from . import download
+
+    return download.main(options.name, to=options.to)
+
+
+def _quantize(options: Namespace) -> int:
+    from . import quantize
+
+    return quantize.main(options.source, options.target, options.format)
+
+
+def _test(options: Namespace) -> int:
+    from . import testing
+
+    return testing.run_tests(options.pytest_arguments)
+
+
+def _comfyui(options: Namespace) -> int:
+    from . import testing
+
+    return testing.run_comfyui_checks(
+        checkout=options.dir,
+        python=options.python,
+        browser=options.browser,
+        only=options.only,
+        keep=options.keep,
+    )
+
+
+COMMANDS = (
+    Command("demo", "ask about a picture and edit it over several rounds", _demo_arguments, _run_workflow),
+    Command("run", "run a workflow in the API format", _run_arguments, _run_workflow),
+    Command("download", "download a published model, or resume or verify a download", _download_arguments, _download),
+    Command(
+        "quantize",
+        "quantize a Ming-UniVision model into a new, smaller folder",
+        _quantize_arguments,
+        _quantize,
+        runs_in_comfyui=True,
+    ),
+    Command("test", "run all tests; further arguments go to pytest", _test_arguments, _test, needs_tests=True),
+    Command(
+        "comfyui",
+        "check the pack in a real ComfyUI server and a real browser",
+        _comfyui_arguments,
+        _comfyui,
+        needs_tests=True,
+    ),
+)

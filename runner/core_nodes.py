@@ -1,14 +1,15 @@
-"""The few ComfyUI core nodes that the pack's workflows use, for running them without ComfyUI.
+"""The ComfyUI core nodes that this pack's workflows use: LoadImage, SaveImage, PreviewImage, PreviewAny, LatentBlend
+and ImageScale, for runs without ComfyUI.
 
-Written for the headless runner, never registered in ComfyUI. Ids, sockets, widgets and what a user sees of the results
-are those of ComfyUI 0.33: LoadImage, SaveImage, PreviewImage, PreviewAny, LatentBlend, ImageScale. Two differences:
-LoadImage also takes the absolute path of a file anywhere, and PreviewImage saves to `temp/` in the output folder.
+They are never registered in ComfyUI. Ids, sockets, widgets and visible results are those of ComfyUI 0.33. There are
+two differences: LoadImage also accepts the absolute path of a file, and PreviewImage saves to `output/temp/`.
 
-An IMAGE is float32 [B, H, W, 3] in 0..1, a MASK float32 [B, H, W] with 1 where the picture is transparent.
+An IMAGE is float32 [B, H, W, 3] in 0..1, a MASK is float32 [B, H, W] with 1 where the image is transparent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -27,11 +28,11 @@ from ..nodes.filenames import numbered_path, prefix_verdict
 TEMP_FOLDER = "temp"  # inside the output folder
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _MAX_SIDE = 16384
-_NO_ALPHA_SIDE = 64  # core's MASK of a picture without transparency is 64x64 zeros
+_NO_ALPHA_SIDE = 64  # the MASK of an image without transparency is 64x64 zeros, as in ComfyUI
 
 
 def shown_file(entry: dict[str, str]) -> Path:
-    """The file of one entry {"filename", "subfolder", "type"} of what a saving node shows."""
+    """The file of one entry {"filename", "subfolder", "type"} in the `ui` of a node that saves."""
     root = Path(host.output_directory())
     if entry.get("type") == "temp":
         root /= TEMP_FOLDER
@@ -39,12 +40,12 @@ def shown_file(entry: dict[str, str]) -> Path:
 
 
 class LoadImage:
-    """A picture file as IMAGE and MASK; an animation becomes a batch."""
+    """Loads an image file as IMAGE and MASK. The frames of an animation become a batch."""
 
     @classmethod
     def INPUT_TYPES(cls):
         folder = Path(host.input_directory())
-        files = sorted(f.name for f in folder.iterdir() if _is_picture(f)) if folder.is_dir() else []
+        files = sorted(f.name for f in folder.iterdir() if _is_image(f)) if folder.is_dir() else []
         return {"required": {"image": (files, {"image_upload": True})}}
 
     RETURN_TYPES = ("IMAGE", "MASK")
@@ -53,39 +54,37 @@ class LoadImage:
 
     @classmethod
     def VALIDATE_INPUTS(cls, image):
-        path = _picture_path(image)
+        path = _image_path(image)
         if not path.is_file():
             return f"there is no picture file {path}"
         try:
             with Image.open(path):
                 return True
         except UnidentifiedImageError:
-            return f"{path} is no picture in a format that can be read"
+            return f"{path} is not a picture in a format that can be read"
         except OSError as error:
             return f"{path} cannot be read: {error}"
 
+    @classmethod
+    def IS_CHANGED(cls, image):
+        return hashlib.sha256(_image_path(image).read_bytes()).hexdigest()
+
     def load_image(self, image: str) -> tuple[torch.Tensor, torch.Tensor]:
-        images, masks = [], []
-        with Image.open(_picture_path(image)) as file:
+        images: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
+        with Image.open(_image_path(image)) as file:
             for frame in ImageSequence.Iterator(file):
                 pixels, mask = _tensors(ImageOps.exif_transpose(frame))
                 if not images or pixels.shape == images[0].shape:
                     images.append(pixels)
                     masks.append(mask)
-                if file.format == "MPO":  # what follows is the same view from another eye, or a preview
+                if file.format == "MPO":  # the other frames are a second camera's view, or a preview
                     break
         return torch.stack(images), torch.stack(masks)
 
 
-class SaveImage:
-    """Saves every picture of a batch as PNG in the output folder, with the workflow in its text chunk "prompt"."""
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {
-            "required": {"images": ("IMAGE",), "filename_prefix": ("STRING", {"default": "ComfyUI"})},
-            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
-        }
+class _ImageWriter:
+    """Writes PNG files: what SaveImage and PreviewImage have in common."""
 
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)
@@ -96,12 +95,12 @@ class SaveImage:
     kind = "output"
     compress_level = 4
 
-    @classmethod
-    def VALIDATE_INPUTS(cls, filename_prefix=None):
-        return prefix_verdict(filename_prefix, Path(host.output_directory()))
+    def _root(self) -> Path:
+        return Path(os.path.normpath(host.output_directory()))
 
-    def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None) -> dict[str, Any]:
-        root = self.root()
+    def _save(self, images, filename_prefix: str, prompt: Any, extra_pnginfo: dict[str, Any] | None) -> dict[str, Any]:
+        """Saves every image of a batch, with the workflow in the text chunk "prompt"."""
+        root = self._root()
         folder, name, number = numbered_path(filename_prefix, root, images.shape[2], images.shape[1])
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -109,26 +108,41 @@ class SaveImage:
             raise OSError(
                 f"cannot make the folder {folder} ({error.strerror}): choose another output folder"
             ) from error
-        notes = PngInfo()
+        metadata = PngInfo()
         for key, value in {"prompt": prompt, **(extra_pnginfo or {})}.items():
             if value is not None:
-                notes.add_text(key, json.dumps(value))
+                metadata.add_text(key, json.dumps(value))
         subfolder = folder.relative_to(root).as_posix()
         entries = []
         for index, image in enumerate(images):
             filename = f"{name.replace('%batch_num%', str(index))}_{number + index:05}_.png"
-            _to_pil(image).save(folder / filename, pnginfo=notes, compress_level=self.compress_level)
+            _to_pil(image).save(folder / filename, pnginfo=metadata, compress_level=self.compress_level)
             entries.append(
                 {"filename": filename, "subfolder": "" if subfolder == "." else subfolder, "type": self.kind}
             )
         return {"ui": {"images": entries}, "result": (images,)}
 
-    def root(self) -> Path:
-        return Path(os.path.normpath(host.output_directory()))
+
+class SaveImage(_ImageWriter):
+    """Saves every image of a batch as PNG in the output folder, with the workflow inside."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"images": ("IMAGE",), "filename_prefix": ("STRING", {"default": "ComfyUI"})},
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix=None):
+        return prefix_verdict(filename_prefix, Path(host.output_directory()))
+
+    def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None) -> dict[str, Any]:
+        return self._save(images, filename_prefix, prompt, extra_pnginfo)
 
 
-class PreviewImage(SaveImage):
-    """Saves a batch where nobody needs to keep it: `temp/` in the output folder."""
+class PreviewImage(_ImageWriter):
+    """Saves a batch of images to `temp/` in the output folder."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -141,14 +155,14 @@ class PreviewImage(SaveImage):
     compress_level = 1
 
     def save_images(self, images, prompt=None, extra_pnginfo=None) -> dict[str, Any]:
-        return super().save_images(images, "preview", prompt, extra_pnginfo)
+        return self._save(images, "preview", prompt, extra_pnginfo)
 
-    def root(self) -> Path:
-        return super().root() / TEMP_FOLDER
+    def _root(self) -> Path:
+        return super()._root() / TEMP_FOLDER
 
 
 class PreviewAny:
-    """Any value as text."""
+    """Shows any value as text."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -171,7 +185,7 @@ class PreviewAny:
 
 
 class LatentBlend:
-    """blend_factor of the first latent and the rest of the second, which is resized to the first if need be."""
+    """Blends two latents: `blend_factor` of the first, the rest of the second, which is resized to the first."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -191,7 +205,7 @@ class LatentBlend:
 
 
 class ImageScale:
-    """Resizes pictures; a side of 0 follows from the other one, and both 0 leave the picture as it is."""
+    """Resizes images. A side of 0 keeps the aspect ratio, and two sides of 0 keep the image as it is."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -224,12 +238,12 @@ NODE_CLASS_MAPPINGS = {
 }
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()
 
 
-def _picture_path(name: str) -> Path:
-    """The file of LoadImage's widget: an absolute path, or a name in the input folder ("x [output]": in the output)."""
+def _image_path(name: str) -> Path:
+    """The file that LoadImage's widget names: an absolute path, or a name in a folder, "x.png" or "x.png [output]"."""
     match = re.fullmatch(r"(.*) \[(input|output|temp)\]", name)
     name, kind = match.groups() if match else (name, "input")
     if kind == "input":
@@ -238,8 +252,8 @@ def _picture_path(name: str) -> Path:
 
 
 def _tensors(frame: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-    """One frame as [H, W, 3] in 0..1 and the mask of its transparency."""
-    if frame.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion would clip them at 255
+    """Returns one frame as [H, W, 3] in 0..1, and the mask of its transparency."""
+    if frame.mode.startswith("I"):  # 16 bits per pixel, which PIL's own conversion would clip at 255
         grey = torch.from_numpy(np.asarray(frame).astype(np.float32) / 65535.0).clamp(0.0, 1.0)
         return grey[..., None].expand(-1, -1, 3).contiguous(), torch.zeros(_NO_ALPHA_SIDE, _NO_ALPHA_SIDE)
     if "A" in frame.getbands() or "transparency" in frame.info:
@@ -253,12 +267,12 @@ def _from_pil(image: Image.Image) -> torch.Tensor:
 
 
 def _to_pil(image: torch.Tensor) -> Image.Image:
-    """[H, W, 3] in 0..1 as 8-bit picture; core cuts the fraction off rather than rounding."""
+    """Converts [H, W, 3] in 0..1 to an 8-bit image. ComfyUI truncates rather than rounds."""
     return Image.fromarray(np.clip(255.0 * image.float().cpu().numpy(), 0, 255).astype(np.uint8))
 
 
 def _resized(samples: torch.Tensor, width: int, height: int, method: str, crop: str) -> torch.Tensor:
-    """[B, C, h, w] -> [B, C, height, width]; crop "center" first cuts the longer side to the new side ratio."""
+    """Resizes [B, C, h, w] to [B, C, height, width]. Crop "center" first cuts the image to the new aspect ratio."""
     if crop == "center":
         old_height, old_width = samples.shape[-2:]
         old_ratio, ratio = old_width / old_height, width / height

@@ -1,10 +1,10 @@
-"""`quickstart.py download`: fetches a published checkpoint from the Hugging Face Hub, whole and checked.
+"""Downloads a published checkpoint from the Hugging Face Hub and verifies it: `python quickstart.py download [NAME]`.
 
-What is fetched is one revision of the repository: its config, weights and tokenizer, never its code. A file arrives as
-NAME.<digest>.part beside its place and takes its name once it has the size and the digest that the hub states; what has
-that name already stays until then. An interrupted download goes on in the middle of a file; `hf_hub_download` would
-begin that file again, and a shard has gigabytes. Run once more, it checks what is there and fetches what is damaged.
-Exit codes of `main`: 0 all is there, 1 failed, 2 refused before anything was fetched.
+One revision of the repository is downloaded: its config, weights and tokenizer, never its code. A file arrives as
+NAME.<digest>.part beside its final place and gets its name when its size and digest are those that the hub states; an
+older file of that name stays until then. An interrupted download resumes in the middle of a file, where
+`hf_hub_download` would start a file of several gigabytes again. A second run verifies what is there and downloads only
+what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -17,47 +17,48 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from ..ming_core.checkpoint.reader import CheckpointError, CheckpointReader
+from ..ming_core.checkpoint import CheckpointError
+from ..ming_core.checkpoint.reader import CheckpointReader
 from ..nodes import host
 from ..nodes.filenames import nearest_existing
 from ..nodes.loaders import GB, PUBLISHED
 
 WANTED = re.compile(r"[\w.-]+\.(json|safetensors)|LICENSE[\w.-]*")  # at the top of the repository
-ATTEMPTS = 3  # at a file that arrives damaged
-BLOCK = 1 << 24  # bytes read at once
+ATTEMPTS = 3  # for a file that arrives damaged
+BLOCK = 1 << 24  # bytes that are read at once
 
 REPOSITORIES = {repository.split("/")[1]: repository for repository, _ in PUBLISHED.values()}
 
 
 class DownloadError(Exception):
-    """What went wrong and what to do about it, for the user."""
+    """A download failed. The message says what to do about it."""
 
 
-class Refused(DownloadError):
-    """Nothing was fetched."""
+class DownloadRefused(DownloadError):
+    """A download was refused before it began."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of the repository. `digest`: hex, sha256 of large files (64 digits), git's sha1 of small ones (40)."""
+    """A file of the repository. `digest` in hex is the sha256 of a large file (64 digits), or git's sha1 (40)."""
 
     name: str
     size: int
     digest: str
 
     def part(self, folder: Path) -> Path:
-        """Where it is collected. The digest in the name keeps the parts of two revisions apart."""
+        """The file that collects what has arrived. The digest keeps the parts of two revisions apart."""
         return folder / f"{self.name}.{self.digest[:12]}.part"
 
     def fault(self, path: Path) -> str | None:
-        """What is wrong with a copy of this file; None when it is whole."""
+        """What is wrong with a copy of this file; None if it is complete."""
         found = path.stat().st_size
         if found != self.size:
             return f"{found} bytes instead of {self.size}"
@@ -72,63 +73,68 @@ class RemoteFile:
 
 
 def main(name: str, *, to: str | Path | None = None, endpoint: str | None = None) -> int:
-    """Fetches the checkpoint `name` into a folder of that name in `to` and returns the process's exit code.
+    """Downloads the checkpoint `name` into a folder of that name in `to`; returns the exit code of the process.
 
-    `to` None: where this pack looks for models. `endpoint` None: the hub, or the mirror that HF_ENDPOINT names.
+    Args:
+        to: None means the folder where this pack looks for models.
+        endpoint: None means the hub, or the mirror that HF_ENDPOINT names.
     """
     folder = Path(to or host.own_model_folder()).expanduser().absolute() / name
     endpoint = endpoint or constants.ENDPOINT
     try:
-        with _explained(endpoint, folder):
+        with _explain_errors(endpoint, folder):
             download(REPOSITORIES[name], folder, endpoint)
-    except Refused as error:
+    except DownloadRefused as error:
         _say(f"Refused: {error}")
         return 2
     except DownloadError as error:
         _say(f"Failed: {error}")
         return 1
-    _say(f'Done: "{name}" is whole, in {folder}')
+    _say(f"Done: {name} is complete, in {folder}")
     return 0
 
 
 def download(repository: str, folder: Path, endpoint: str) -> None:
-    """Makes `folder` the checkpoint of `repository`. Raises DownloadError, and what networks and disks raise."""
+    """Downloads `repository` into `folder`. Raises DownloadError, and what the network or the disk raises."""
     revision, files = remote_files(repository, endpoint)
     total = sum(file.size for file in files)
     _say(f"{repository} at {endpoint}, revision {revision[:12]}: {len(files)} files, {_size(total)}\ninto {folder}")
-    missing = [file for file in files if not _is_there(file, folder)]
+    missing = [file for file in files if not _is_complete(file, folder)]
     if missing:
-        _make_room(folder, missing)
+        _make_folder(folder, missing)
     for number, file in enumerate(missing, start=1):
         _say(f"[{number}/{len(missing)}] {file.name}, {_size(file.size)}")
         url = hf_hub_url(repository, file.name, revision=revision, endpoint=endpoint)
         fetch(file, url, folder)
     try:
-        CheckpointReader(folder)  # headers, and each shard that the index names
+        CheckpointReader(folder)  # reads the headers, and looks for every shard that the index names
     except CheckpointError as error:
-        raise DownloadError(f"all files are as the hub has them, but cannot be read: {error}") from error
+        raise DownloadError(f"all files are the same as on the hub, but they cannot be read: {error}") from error
 
 
 def remote_files(repository: str, endpoint: str) -> tuple[str, list[RemoteFile]]:
-    """(revision, the files that make the checkpoint) as the hub lists them now, small ones first."""
+    """Returns (revision, files of the checkpoint) as the hub lists them now, small files first."""
     info = HfApi(endpoint=endpoint).model_info(repository, files_metadata=True)
-    files = [
-        RemoteFile(s.rfilename, s.lfs.size, s.lfs.sha256) if s.lfs else RemoteFile(s.rfilename, s.size, s.blob_id)
-        for s in info.siblings or []
-        if WANTED.fullmatch(s.rfilename)
-    ]
-    if not any(file.name.endswith(".safetensors") for file in files):
-        raise Refused(f"{repository} at {endpoint} has no safetensors files")
+    files = []
+    for sibling in info.siblings or []:
+        lfs = sibling.lfs
+        size, digest = (lfs.size, lfs.sha256) if lfs else (sibling.size, sibling.blob_id)
+        if WANTED.fullmatch(sibling.rfilename):
+            if size is None or digest is None:
+                raise DownloadRefused(f"{endpoint} does not state the size and digest of {sibling.rfilename}")
+            files.append(RemoteFile(sibling.rfilename, size, digest))
+    if info.sha is None or not any(file.name.endswith(".safetensors") for file in files):
+        raise DownloadRefused(f"{repository} at {endpoint} has no safetensors files")
     return info.sha, sorted(files, key=lambda file: (file.size > GB / 10, file.name))
 
 
 def fetch(file: RemoteFile, url: str, folder: Path) -> None:
-    """Fetches one file, from where its part ends. Raises DownloadError for one that keeps arriving damaged."""
+    """Downloads one file, starting where its part ends. Raises DownloadError if it keeps arriving damaged."""
     part = file.part(folder)
     for outdated in folder.glob(f"{file.name}.*.part"):
         if outdated != part:
             outdated.unlink()
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a part of what was compressed has no sequel
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed part could not be resumed
     damaged = 0
     while damaged < ATTEMPTS:
         have = part.stat().st_size if part.exists() else 0
@@ -142,81 +148,92 @@ def fetch(file: RemoteFile, url: str, folder: Path) -> None:
             os.replace(part, folder / file.name)
             return
         if have < arrived < file.size:
-            _say(f"{file.name} broke off at {arrived} bytes of {file.size} and is gone on with")
+            _say(f"{file.name} was interrupted at {arrived} of {file.size} bytes, resuming")
             continue
         damaged += 1
-        _say(f"{file.name} arrived damaged ({fault}) and is fetched again")
+        _say(f"{file.name} arrived damaged ({fault}), downloading it again")
         if arrived >= file.size:
             part.unlink()
-    raise DownloadError(f"{file.name} arrived damaged {ATTEMPTS} times: something on the way changes it; try later")
+    raise DownloadError(
+        f"{file.name} arrived damaged {ATTEMPTS} times: a proxy or the server changes it; try again later, or name a "
+        "mirror in the environment variable HF_ENDPOINT"
+    )
 
 
 class _WrongSize(Exception):
-    """Another number of bytes than was announced has arrived, without an error."""
+    """The number of bytes that arrived is not the number that was announced, and there was no error."""
 
 
-def _get(file: RemoteFile, url: str, stream: BinaryIO, have: int, headers: dict[str, str]) -> None:
-    options = {"resume_size": have, "headers": headers, "expected_size": file.size, "displayed_filename": file.name}
+def _get(file: RemoteFile, url: str, stream: BinaryIO, have: int, headers: dict[str, Any]) -> None:
     try:
-        http_get(url, stream, **options)
+        http_get(
+            url,
+            stream,
+            resume_size=have,
+            headers=headers,
+            expected_size=file.size,
+            displayed_filename=file.name,
+        )
     except (HTTPError, HfHubHTTPError):
         raise
     except OSError as error:
-        if error.errno is None:  # the hub's library says so with an OSError that no system call gave
+        if error.errno is None:  # huggingface_hub raises an OSError of its own for it, which no system call returned
             raise _WrongSize from error
         raise
 
 
-def _is_there(file: RemoteFile, folder: Path) -> bool:
-    """Whether the file is there and whole; a damaged one is named."""
+def _is_complete(file: RemoteFile, folder: Path) -> bool:
+    """Whether the file is there and complete. Says so if it is damaged."""
     path = folder / file.name
     if not path.is_file():
         return False
     if file.size > GB:
-        _say(f"checking {file.name} ...")
+        _say(f"verifying {file.name} ...")
     fault = file.fault(path)
     if fault is not None:
-        _say(f"{path} is damaged, or of another revision ({fault}), and is fetched again")
+        _say(f"{path} is damaged or from another revision ({fault}), downloading it again")
     return fault is None
 
 
-def _make_room(folder: Path, missing: list[RemoteFile]) -> None:
-    """Says what is about to be fetched, and makes the folder where the disk has room for it."""
-    here = sum(min(part.stat().st_size, f.size) for f in missing if (part := f.part(folder)).exists())
-    needed = sum(file.size for file in missing) - here
+def _make_folder(folder: Path, missing: list[RemoteFile]) -> None:
+    """Says how much is about to be downloaded, and makes the folder if the disk has room for it."""
+    arrived = sum(min(part.stat().st_size, f.size) for f in missing if (part := f.part(folder)).exists())
+    needed = sum(file.size for file in missing) - arrived
     existing = nearest_existing(folder)
     if existing is None:
-        raise Refused(f"there is no {folder.anchor} to make {folder} on: choose another folder with --to")
+        raise DownloadRefused(f"cannot make {folder}: {folder.anchor} does not exist; choose another folder with --to")
     free = shutil.disk_usage(existing).free
     _say(f"to download: {_size(needed)}; free on that disk: {_size(free)}")
     if needed > free:
-        raise Refused(
-            f"{_size(needed)} are to be downloaded, and {existing} has {_size(free)} free: make room for "
+        raise DownloadRefused(
+            f"the download takes {_size(needed)}, and the disk of {existing} has {_size(free)} free: free "
             f"{_size(needed - free)} more, or choose another disk with --to"
         )
     folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
-def _explained(endpoint: str, folder: Path) -> Iterator[None]:
-    """Network and disk errors as DownloadError, with what to do."""
-    again = "start the same command again and it goes on where it stopped"
+def _explain_errors(endpoint: str, folder: Path) -> Iterator[None]:
+    """Turns errors of the network and the disk into a DownloadError that says what to do."""
+    again = "then run the same command again to resume"
     if constants.HF_HUB_OFFLINE:
-        raise Refused("the environment variable HF_HUB_OFFLINE forbids downloads: unset it, and start again")
+        raise DownloadRefused("the environment variable HF_HUB_OFFLINE forbids downloads: unset it and try again")
     try:
         yield
     except RepositoryNotFoundError as error:
-        raise Refused(f"{endpoint} does not have this model, or not for you ({_line(error)})") from error
+        raise DownloadRefused(
+            f"{endpoint} does not have this model, or you have no access to it ({_one_line(error)})"
+        ) from error
     except (HTTPError, HfHubHTTPError) as error:
         raise DownloadError(
-            f"{endpoint} cannot be reached, or broke off ({_line(error)}): mend the network, or name a mirror in the "
-            f"environment variable HF_ENDPOINT; {again}"
+            f"{endpoint} cannot be reached, or the connection was lost ({_one_line(error)}): check your connection, or "
+            f"name a mirror in the environment variable HF_ENDPOINT, {again}"
         ) from error
     except OSError as error:
-        raise DownloadError(f"{folder} cannot be filled ({_line(error)}): mend that; {again}") from error
+        raise DownloadError(f"cannot write to {folder} ({_one_line(error)}): fix that, {again}") from error
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

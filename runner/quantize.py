@@ -1,54 +1,48 @@
-"""Quantise a checkpoint folder.
+"""Quantizes a checkpoint folder: `python quickstart.py quantize SOURCE TARGET [--format int4]`.
 
-    python -m ming_core.quantize Ming-UniVision-16B-A3B Ming-UniVision-16B-A3B-int4 --format int4
-
-The new folder loads like any other one, faster and into less memory, and has its original's fingerprint: conversations
-and features of either go on with the other. Making it takes as much memory as the quantised model, and some 3 GB more.
+The new folder loads like any other, faster and into less memory. It has the fingerprint of the original, so that
+conversations and features of one continue with the other.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..ming_core.checkpoint import load_univision, save_univision, tokenizer_files
 from ..ming_core.files import write_whole_folder
-from ..ming_core.quantization import FORMATS
-
-log = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    about, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m ming_core.quantize",
-        description=about,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", type=Path, help="folder of a Ming-UniVision checkpoint")
-    parser.add_argument("target", type=Path, help="folder to make; it must not be there yet")
-    parser.add_argument("--format", choices=FORMATS, default="int4", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.target.exists():
-        log.error("%s is there already: name a new folder", options.target)
-        return 1
+def main(source: str | Path, target: str | Path, format: str = "int4") -> int:
+    """Quantizes the checkpoint in `source` into the new folder `target`; returns the exit code of the process."""
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if target.exists():
+        print(f"Refused: {target} exists already. Choose the name of a new folder.")
+        return 2
     try:
-        log.info("reading %s", options.source)
-        model = load_univision(options.source, dtype=torch.bfloat16, quantization=options.format)
-        log.info("writing %s", options.target)
-        tokenizer = tokenizer_files(options.source)
-        write_whole_folder(lambda to: save_univision(model, to, tokenizer, dtype=torch.bfloat16), options.target)
-    except ValueError as error:  # CheckpointError and FileError among them
-        log.error("%s", error)
+        quantize(source, target, format)
+    except ValueError as error:  # CheckpointError and FileError are ValueErrors
+        print(f"Failed: {error}")
         return 1
+    print(f"Done: {target} is complete.")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def quantize(source: Path, target: Path, format: str) -> None:
+    """Writes the checkpoint in `source`, quantized to `format`, to the folder `target`, completely or not at all.
+
+    Raises CheckpointError and FileError.
+    """
+    print(f"Reading {source} ...", flush=True)
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:  # disable=None: no bar in a pipe
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model = load_univision(source, dtype=torch.bfloat16, quantization=format, on_progress=on_progress)
+    print(f"Writing {target} ...", flush=True)
+    tokenizer = tokenizer_files(source)
+    write_whole_folder(lambda folder: save_univision(model, folder, tokenizer, dtype=torch.bfloat16), target)

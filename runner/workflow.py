@@ -1,16 +1,16 @@
-"""Workflow files in ComfyUI's API format: read, changed and checked, before any node runs.
+"""Reads, changes and checks workflow files in ComfyUI's API format, before any node runs.
 
-The API format is what ComfyUI's "Export (API)" writes and what its queue takes: a JSON object that maps a node id to
+The API format is what ComfyUI's "Export (API)" writes and what its queue accepts: a JSON object that maps a node id to
 ``{"class_type": ..., "inputs": {...}, "_meta": {"title": ...}}``, where an input is either a widget value or a link
 ``[node id, output index]``.
 
-- `read_workflow` reads such a file, `with_settings` and `with_image` give a changed copy of it.
-- `plan` checks a workflow against node classes and gives the nodes to run, in order. It applies the rules of ComfyUI
-  0.33, but where that queue drops an output whose branch is broken and runs the others, everything that is wrong is
-  collected here into one `WorkflowError` and nothing runs. Widget values are converted as ComfyUI does, save where that
-  loses something: 2.5 for an INT, "no" for a BOOLEAN or NaN for a FLOAT is refused.
+- `read_workflow` reads such a file, `with_settings` and `with_image` return a changed copy of it.
+- `plan` checks a workflow against node classes and returns the nodes to run, in order. It follows the rules of ComfyUI
+  0.33, with two differences. ComfyUI's queue drops an output whose branch is broken and runs the others; here every
+  problem is collected into one `WorkflowError` and nothing runs. Widget values are converted as in ComfyUI unless that
+  would lose information: 2.5 for an INT, "no" for a BOOLEAN or NaN for a FLOAT is refused.
 
-Nothing here runs a node's work or needs PyTorch.
+Nothing here runs a node or needs PyTorch.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LOAD_IMAGE = "LoadImage"
 _ANY = "*"
 _COMBO = "COMBO"
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", _COMBO}
-_MOST_NAMED = 20  # a message quotes at most so many choices
+_MAX_CHOICES_SHOWN = 20  # in an error message
 
-NodeClasses = Mapping[str, type]
+NodeClasses = Mapping[str, Any]  # V1 node classes, which share no base class, by node type
 Workflow = dict[str, dict[str, Any]]
 
 
 class WorkflowError(ValueError):
-    """A workflow that was refused before any of it ran; `problems` has one sentence for each thing that is wrong."""
+    """A workflow was refused before any of it ran. `problems` has one sentence for each problem."""
 
     def __init__(self, problems: Iterable[str] | str):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -49,7 +49,7 @@ class WorkflowError(ValueError):
 
 @dataclass(frozen=True)
 class Socket:
-    """One declared input of a node class: a widget, or a socket that only takes a link."""
+    """A declared input of a node class: a widget, or a socket that only accepts a link."""
 
     name: str
     kind: str  # "INT", "IMAGE", "COMBO", "*", or a union such as "INT,FLOAT"
@@ -60,12 +60,12 @@ class Socket:
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a workflow together with its class. `inputs` has widget values and links [node id, output index]."""
+    """A node of a workflow with its class. `inputs` has widget values and links [node id, output index]."""
 
     id: str
     class_type: str
     title: str
-    node_class: type
+    node_class: Any
     inputs: dict[str, Any]
     sockets: Mapping[str, Socket]
     hidden: Mapping[str, str]  # name -> "UNIQUE_ID", "PROMPT", ...
@@ -75,27 +75,47 @@ class Node:
 
     @property
     def described(self) -> str:
-        """Id, title and class, as error messages name a node."""
+        """The id, title and class of the node, for error messages."""
         return f'node {self.id} "{self.title}" ({self.class_type})'
 
     @property
     def is_output(self) -> bool:
         return getattr(self.node_class, "OUTPUT_NODE", False) is True
 
+    @property
+    def function(self) -> str:
+        """The name of the method that runs the node."""
+        return self.node_class.FUNCTION
+
+    @property
+    def input_is_list(self) -> bool:
+        return bool(getattr(self.node_class, "INPUT_IS_LIST", False))
+
+    @property
+    def output_is_list(self) -> tuple[bool, ...]:
+        """Whether each output is a list; empty means that none is."""
+        return tuple(getattr(self.node_class, "OUTPUT_IS_LIST", None) or ())
+
+    def declared_inputs(self) -> Iterator[tuple[str, Any]]:
+        """Yields (name, value or link) of every input that is set and that the class declares, in declared order."""
+        for name in self.sockets:
+            if name in self.inputs:
+                yield name, self.inputs[name]
+
     def links(self) -> Iterator[tuple[str, str, int]]:
-        """(input name, node id, output index) of every linked input."""
+        """Yields (input name, node id, output index) of every linked input."""
         for name, value in self.inputs.items():
             if is_link(value):
                 yield name, value[0], value[1]
 
     def hidden_values(self, workflow: Workflow | None, extra_pnginfo: Any = None) -> dict[str, Any]:
-        """Values of the hidden inputs; those that only a ComfyUI server knows are None."""
+        """The values of the hidden inputs. What only a ComfyUI server knows is None."""
         values = {"UNIQUE_ID": self.id, "PROMPT": workflow, "EXTRA_PNGINFO": extra_pnginfo}
         return {name: values.get(kind) for name, kind in self.hidden.items()}
 
 
 def is_link(value: Any) -> bool:
-    """Whether an input's value is a link [node id, output index]."""
+    """Whether the value of an input is a link [node id, output index]."""
     return (
         isinstance(value, list)
         and len(value) == 2
@@ -112,36 +132,37 @@ def is_link(value: Any) -> bool:
 def read_workflow(path: str | Path) -> Workflow:
     """Reads an API-format workflow file, or the body of a queue request, ``{"prompt": workflow}``.
 
-    Raises WorkflowError when the file is absent, is no JSON, or is in the format that ComfyUI's "Save" writes.
+    Raises WorkflowError if the file is missing, is not valid JSON, or is in the format that ComfyUI's "Save" writes.
     """
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise WorkflowError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise WorkflowError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise WorkflowError(f"{path}: is not a workflow: not UTF-8 text") from error
+        raise WorkflowError(f"{path} is not a workflow: it is not UTF-8 text") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise WorkflowError(f"{path}: is not valid JSON: {error.msg} at {where}") from error
+        raise WorkflowError(f"{path} is not valid JSON: {error.msg} at {where}") from error
     if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
         data = data["prompt"]
     if isinstance(data, dict) and isinstance(data.get("nodes"), list):
         twin = path.parent / "api" / path.name
-        remedy = f"its API-format twin is {twin}" if twin.is_file() else 'export it with Workflow > "Export (API)"'
+        remedy = f"use {twin}" if twin.is_file() else 'export it with Workflow > "Export (API)"'
         raise WorkflowError(
-            f"{path}: was saved in the format of ComfyUI's editor, which does not run by itself; {remedy}"
+            f"{path} is in the format of ComfyUI's editor, and only the API format can be run here; {remedy}"
         )
     if not isinstance(data, dict) or not data:
-        raise WorkflowError(f"{path}: is not a workflow: expected a JSON object that maps node ids to nodes")
+        raise WorkflowError(f"{path} is not a workflow: expected a JSON object that maps node ids to nodes")
     return data
 
 
 def with_settings(workflow: Workflow, settings: Iterable[str], node_classes: NodeClasses) -> Workflow:
-    """A copy of `workflow` with inputs replaced; each setting reads NODE.INPUT=VALUE, with NODE a node id.
+    """Returns a copy of `workflow` with inputs replaced. Each setting is NODE.INPUT=VALUE, where NODE is a node id.
 
-    VALUE is JSON where it parses (so ["5", 0] is a link to output 0 of node 5), else a string; for a text widget
-    whatever is not a JSON string or a link is taken as it was typed. Raises WorkflowError for an unknown node or input.
+    VALUE is read as JSON if it is valid JSON (["5", 0] is a link to output 0 of node 5), otherwise as a string. For a
+    text widget, anything but a JSON string or a link is used as it was typed. Raises WorkflowError for an unknown node
+    or input.
     """
     _check_shape(workflow)
     workflow = copy.deepcopy(workflow)
@@ -162,14 +183,14 @@ def with_settings(workflow: Workflow, settings: Iterable[str], node_classes: Nod
 
 
 def with_image(workflow: Workflow, file: str | Path) -> Workflow:
-    """A copy of `workflow` that starts from the picture in `file`, which may lie anywhere.
+    """Returns a copy of `workflow` that starts from the image in `file`, which may be anywhere.
 
-    Every MingExampleScene that feeds another node becomes a LoadImage of that file (inputs that took the scene's
-    caption get an empty text); where there is none, the file of every LoadImage is replaced.
+    Every MingExampleScene that is linked to another node becomes a LoadImage of that file, and inputs that took the
+    scene's caption get an empty text. In a workflow without such a scene, the file of every LoadImage is replaced.
     """
     file = Path(file).expanduser().resolve()
     if not file.is_file():
-        raise WorkflowError(f"{file}: there is no such picture file")
+        raise WorkflowError(f"there is no picture file {file}")
     _check_shape(workflow)
     workflow = copy.deepcopy(workflow)
     links = [
@@ -182,7 +203,7 @@ def with_image(workflow: Workflow, file: str | Path) -> Workflow:
     loaders = {node_id for node_id, node in workflow.items() if node["class_type"] == LOAD_IMAGE}
     if not (scenes or loaders):
         raise WorkflowError(
-            f"this workflow has no place for a picture: neither {EXAMPLE_SCENE} nor {LOAD_IMAGE} is in it"
+            f"this workflow does not start from a picture: it has neither {EXAMPLE_SCENE} nor {LOAD_IMAGE}"
         )
     for node_id in scenes or loaders:
         workflow[node_id].update(class_type=LOAD_IMAGE, inputs={"image": str(file)}, _meta={"title": "Load Image"})
@@ -213,16 +234,16 @@ def _set_input(node_id: str, node: dict[str, Any], name: str, text: str, node_cl
 
 
 def plan(workflow: Workflow, node_classes: NodeClasses) -> list[Node]:
-    """The nodes that the output nodes need, checked, in an order in which they can run; results come early.
+    """Checks `workflow` and returns the nodes that the output nodes need, in running order, output nodes early.
 
-    The nodes' inputs are copies with values in their widgets' types. Raises WorkflowError with all that is wrong:
-    unknown node types, missing inputs, links that lead nowhere or do not fit, cycles, values that a widget does not
-    take, and what a node's own VALIDATE_INPUTS refuses.
+    The nodes' inputs are copies, with values converted to the types of their widgets. Raises WorkflowError with every
+    problem: unknown node types, missing inputs, links to nothing or to the wrong type, cycles, values that a widget
+    does not accept, and what a node's own VALIDATE_INPUTS refuses.
     """
     _check_shape(workflow)
     nodes, problems = _known_nodes(workflow, node_classes)
     if not problems and not any(node.is_output for node in nodes.values()):
-        problems.append("nothing to run: no node saves or shows a result; add SaveImage, PreviewImage or PreviewAny")
+        problems.append("there is nothing to run: no node saves or shows a result; add SaveImage or PreviewAny")
     needed = _needed(nodes)
     for node in needed.values():
         problems += _checked(node, nodes, known=workflow)
@@ -272,18 +293,18 @@ def _unknown_type(node_id: str, entry: Mapping[str, Any], node_classes: NodeClas
     if near:
         hint = f"did you mean {near[0]}?"
     elif class_type.startswith("Ming"):
-        hint = "this version of the Ming-UniVision pack does not have it; the workflow may be from a newer one"
+        hint = "this version of the Ming-UniVision pack does not have it; update the pack, the workflow may be newer"
     else:
         others = ", ".join(sorted(name for name in node_classes if not name.startswith("Ming")))
         hint = (
-            "it belongs to ComfyUI or to another node pack, so run this workflow in ComfyUI; "
-            f"without ComfyUI there are this pack's nodes and {others}"
+            "it belongs to ComfyUI or to another node pack; run this workflow in ComfyUI, "
+            f"because only this pack's nodes and {others} run without it"
         )
     return f'node {node_id} "{_title(entry)}": unknown node type {class_type}; {hint}'
 
 
 def _normal(value: Any) -> Any:
-    """A link with its id as text and its index as an integer; a value without the wrapping that keeps lists apart."""
+    """Returns a link as [text, integer], and a value without the {"__value__": ...} that tells lists from links."""
     if is_link(value):
         return [str(value[0]), int(value[1])]
     if isinstance(value, dict) and "__value__" in value:
@@ -298,7 +319,7 @@ def _title(entry: Mapping[str, Any]) -> str:
 
 
 def _kind(spec: Any) -> Any:
-    """The type of a declared input, which stands alone or before its options."""
+    """The type of a declared input, which may be followed by its options."""
     return spec[0] if isinstance(spec, (tuple, list)) else spec
 
 
@@ -317,14 +338,14 @@ def _sockets(declared: Mapping[str, Any]) -> dict[str, Socket]:
 
 
 def _needed(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """The output nodes and all that they are made from, in the order of the file."""
+    """The output nodes and all their ancestors, in the order of the file."""
     found: set[str] = set()
-    waiting = [node.id for node in nodes.values() if node.is_output]
-    while waiting:
-        node_id = waiting.pop()
+    pending = [node.id for node in nodes.values() if node.is_output]
+    while pending:
+        node_id = pending.pop()
         if node_id in nodes and node_id not in found:
             found.add(node_id)
-            waiting += [source for _, source, _ in nodes[node_id].links()]
+            pending += [source for _, source, _ in nodes[node_id].links()]
     return {node_id: node for node_id, node in nodes.items() if node_id in found}
 
 
@@ -335,12 +356,13 @@ def _running_order(nodes: Mapping[str, Node]) -> tuple[list[Node], list[str]]:
         sorter.prepare()
     except graphlib.CycleError as error:
         path = " -> ".join(str(nodes[node_id]) for node_id in error.args[1])
-        return [], [f"nodes that wait for each other in a cycle: {path}"]
+        return [], [f"these nodes depend on each other in a cycle: {path}"]
     place = {node_id: number for number, node_id in enumerate(nodes)}
-    order, ready = [], []
+    order: list[Node] = []
+    ready: list[str] = []
     while sorter.is_active():
         ready += sorter.get_ready()
-        # What shows a result goes first, so that an answer is read while the next round is still being drawn.
+        # Output nodes run as soon as they can, so that an answer can be read while the next image is being drawn.
         ready.sort(key=lambda node_id: (not nodes[node_id].is_output, place[node_id]))
         order.append(nodes[ready.pop(0)])
         sorter.done(order[-1].id)
@@ -348,14 +370,16 @@ def _running_order(nodes: Mapping[str, Node]) -> tuple[list[Node], list[str]]:
 
 
 def _checked(node: Node, nodes: Mapping[str, Node], known: Mapping[str, Any]) -> list[str]:
-    """Problems of one node's inputs; values in `node.inputs` are replaced by what their widgets make of them."""
+    """The problems of one node's inputs. Converts the values in `node.inputs` to the types of their widgets."""
     validate = getattr(node.node_class, "VALIDATE_INPUTS", None)
     asked = inspect.getfullargspec(validate) if validate else None
     own_types = asked is not None and "input_types" in asked.args
-    problems, received = [], {}
-    for socket in node.sockets.values():
-        if socket.name not in node.inputs and socket.required:
-            problems.append(f'{node.described}: the required input "{socket.name}" is missing')
+    problems = [
+        f'{node.described}: the required input "{socket.name}" is missing'
+        for socket in node.sockets.values()
+        if socket.required and socket.name not in node.inputs
+    ]
+    received: dict[str, Any] = {}
     for name, value in node.inputs.items():
         where = f'{node.described}, input "{name}"'
         socket = node.sockets.get(name)
@@ -364,53 +388,53 @@ def _checked(node: Node, nodes: Mapping[str, Node], known: Mapping[str, Any]) ->
                 received[name] = _linked_type(value, nodes, known)
                 _check_link(socket, None if own_types else received[name], value, nodes)
             elif socket is not None:
-                # As in ComfyUI, a node that validates an input itself sets its own bounds for it.
+                # As in ComfyUI, a node that validates an input itself also checks its bounds.
                 by_node = asked is not None and (asked.varkw is not None or name in asked.args)
                 node.inputs[name] = _widget_value(socket, value, check_bounds=not by_node)
         except ValueError as error:
             problems.append(f"{where}: {error}")
-    if validate and not problems:
+    if asked is not None and not problems:
         problems += _refused_by_node(node, validate, asked, received)
     return problems
 
 
 def _linked_type(link: list[Any], nodes: Mapping[str, Node], known: Mapping[str, Any]) -> str | None:
-    """The type that a link brings; None when the node it comes from is of a type that is not known."""
+    """The type of the output that a link comes from; None if the type of its node is unknown."""
     source, index = link
     if source not in nodes:
         if source in known:
             return None
-        raise ValueError(f"is linked to node {source}, which is not in the workflow")
+        raise ValueError(f"it is linked to node {source}, which is not in the workflow")
     types = nodes[source].node_class.RETURN_TYPES
     if not 0 <= index < len(types):
         has = f"only outputs 0 to {len(types) - 1}" if types else "no outputs"
-        raise ValueError(f"is linked to output {index} of {nodes[source].described}, which has {has}")
+        raise ValueError(f"it is linked to output {index} of {nodes[source].described}, which has {has}")
     return types[index]
 
 
 def _check_link(socket: Socket | None, received: Any, link: list[Any], nodes: Mapping[str, Node]) -> None:
     if socket is None:
-        raise ValueError(f"is linked to node {link[0]}, but the node has no such input")
+        raise ValueError(f"it is linked to node {link[0]}, but there is no such input")
     if received is not None and not _fits(received, socket.kind):
-        raise ValueError(f"takes {socket.kind}, but output {link[1]} of {nodes[link[0]].described} is {received}")
+        raise ValueError(f"expected {socket.kind}, but output {link[1]} of {nodes[link[0]].described} is {received}")
 
 
 def _fits(received: Any, expected: str) -> bool:
-    """ComfyUI's rule: types are equal, either is "*", or two comma-separated unions have a type in common."""
+    """ComfyUI's rule: the types are equal, one is "*", or two comma-separated unions have a type in common."""
     received = _COMBO if isinstance(received, (list, tuple)) else received
     have, want = ({part.strip() for part in kind.split(",")} for kind in (received, expected))
     return _ANY in have | want or bool(have & want)
 
 
 def _widget_value(socket: Socket, value: Any, check_bounds: bool) -> Any:
-    """`value` in the type of its widget; ValueError says what the widget takes."""
+    """Converts `value` to the type of its widget, or raises a ValueError that says what the widget accepts."""
     if isinstance(value, list):
-        raise ValueError(f"{value!r} is no value; a link is [node id, output index]")
+        raise ValueError(f"{value!r} is not a value; a link is [node id, output index]")
     kinds = {part.strip() for part in socket.kind.split(",")}
     if _ANY in kinds:
         return value
     if not kinds & _WIDGETS:
-        raise ValueError(f"takes a link to an output of type {socket.kind}, not the value {value!r}")
+        raise ValueError(f"expected a link to an output of type {socket.kind}, not the value {value!r}")
     if len(kinds) > 1:
         return value
     convert = {"INT": _as_int, "FLOAT": _as_float, "STRING": _as_text, "BOOLEAN": _as_bool}.get(socket.kind)
@@ -425,18 +449,16 @@ def _check_bounds(socket: Socket, value: Any) -> None:
     if socket.kind == _COMBO and value not in socket.choices:
         near = difflib.get_close_matches(str(value), map(str, socket.choices), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        named = ", ".join(repr(choice) for choice in socket.choices[:_MOST_NAMED]) or "there are none"
-        more = len(socket.choices) - _MOST_NAMED
-        raise ValueError(f"{value!r} is not one of: {named}{f' and {more} more' if more > 0 else ''}{hint}")
+        shown = ", ".join(repr(choice) for choice in socket.choices[:_MAX_CHOICES_SHOWN]) or "(no choices)"
+        more = len(socket.choices) - _MAX_CHOICES_SHOWN
+        raise ValueError(f"{value!r} is not one of: {shown}{f' and {more} more' if more > 0 else ''}{hint}")
     if socket.kind not in ("INT", "FLOAT"):
         return
     low, high = socket.options.get("min"), socket.options.get("max")
     below, above = low is not None and value < low, high is not None and value > high
     if below or above:
         allowed = f"{low} to {high}" if None not in (low, high) else f"{low} or more" if below else f"{high} or less"
-        raise ValueError(
-            f"{value} is {'below the smallest' if below else 'above the largest'} value; allowed: {allowed}"
-        )
+        raise ValueError(f"{value} is {'below the minimum' if below else 'above the maximum'}; it must be {allowed}")
 
 
 def _as_int(value: Any) -> int:
@@ -473,7 +495,7 @@ def _as_bool(value: Any) -> bool:
 
 
 def _refused_by_node(node: Node, validate: Any, asked: inspect.FullArgSpec, received: dict[str, Any]) -> list[str]:
-    """Calls VALIDATE_INPUTS as ComfyUI does: by name, with only the arguments it asks for, None for what is linked."""
+    """Calls VALIDATE_INPUTS as ComfyUI does: by name, with only the arguments that it declares, None for links."""
     values = {name: None if is_link(value) else value for name, value in node.inputs.items() if name in node.sockets}
     values.update(node.hidden_values(None))
     if asked.varkw is None:
@@ -488,4 +510,4 @@ def _refused_by_node(node: Node, validate: Any, asked: inspect.FullArgSpec, rece
         return []
     names = ", ".join(f'"{name}"' for name in values if name in node.inputs)
     where = f"{node.described}, input {names}" if names else node.described
-    return [f"{where}: {verdict if verdict else 'refused by the node'}"]
+    return [f"{where}: {verdict if verdict else 'the node refuses it'}"]

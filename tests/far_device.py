@@ -35,9 +35,10 @@ class FarTensor(torch.Tensor):
         return far.run(func, args, kwargs or {})
 
     def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, tuple):  # torch would make tensors of lists without asking the mode
-            index = tuple(FarTensor(torch.tensor(i), self.far) if isinstance(i, list) else i for i in index)
-        return super().__getitem__(index)
+        indices = index if isinstance(index, tuple) else (index,)
+        # torch would make tensors of lists without asking the mode
+        far = tuple(FarTensor(torch.tensor(i), self.far) if isinstance(i, list) else i for i in indices)
+        return super().__getitem__(far if isinstance(index, tuple) else far[0])
 
     is_cuda = True  # so that the ways for a GPU are taken, whatever the device is called
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from ming_univision.ming_core import UniVision, load_univision
 from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig, read_config
-from ming_univision.ming_core.quantize import main as quantize_folder
 from ming_univision.nodes.host import PACK
+from ming_univision.runner.quantize import main as quantize_folder
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_what_it_makes_is_a_checkpoint_and_what_it_runs_draws(full_size, folder,
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     model = load_univision(folder)
     assert model.chat.decode(model.chat.encode("A cat, ein Kätzchen.")) == "A cat, ein Kätzchen."
-    embeddings = model.language_model.model.word_embeddings.weight.detach()
+    embeddings = model.network.language_model.model.word_embeddings.weight.detach()
     assert float(embeddings.std()) == pytest.approx(64**-0.5, rel=0.05)
     capsys.readouterr()
     full_size.run_on_cpu(folder, "int4", 3)
@@ -94,7 +94,7 @@ def test_the_command_makes_a_quantised_folder_once(folder, tmp_path, caplog):
     target = tmp_path / "small"
     assert quantize_folder([str(folder), str(target)]) == 0
     small, whole = load_univision(target), load_univision(folder)
-    assert (small.quantization, small.fingerprint) == ("int4", whole.fingerprint)
+    assert (small.network.quantization, small.fingerprint) == ("int4", whole.fingerprint)
     assert quantize_folder([str(folder), str(target)]) == 1 and "is there already" in caplog.text
     assert quantize_folder([str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1 and "no such folder" in caplog.text
     assert not (tmp_path / "new").exists()

@@ -1,16 +1,16 @@
-"""quickstart.py: what it takes on the command line, what it decides about the environment, and what it says.
+"""quickstart.py: what it decides about the environment, what it hands over, and what it says.
 
-Nothing is installed here: pip and venv are stood in for.
+Nothing is installed here: pip and venv are replaced by doubles.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
-import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +27,9 @@ def quickstart(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     for name in (*module.REQUIREMENTS, module.CONSTRAINTS):
         (tmp_path / name).write_text((module.ROOT / name).read_text())
-    (tmp_path / "tests").mkdir()
+    for name in ("tests", "runner"):
+        (tmp_path / name).mkdir()
+    shutil.copy(module.ROOT / "runner" / "cli.py", tmp_path / "runner")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "quickstart.json")
@@ -36,16 +38,16 @@ def quickstart(tmp_path, monkeypatch):
 
 @pytest.fixture
 def finished(quickstart, monkeypatch):
-    """The stamp of a finished environment that was made here, with a Python 3.11 and one lent folder."""
+    """The stamp of a finished environment that was made here, with a Python 3.11 and one borrowed folder."""
     quickstart.VENV.mkdir()
-    (quickstart.ROOT / "lent" / "torch").mkdir(parents=True)
+    (quickstart.ROOT / "borrowed" / "torch").mkdir(parents=True)
     monkeypatch.setattr(quickstart, "python_version", lambda python: "3.11")
     stamp = {
         "made_here": True,
         "finished": True,
         "requirements": quickstart.requirements_digest(),
         "python": "3.11",
-        "lent_folders": [str(quickstart.ROOT / "lent")],
+        "borrowed_folders": [str(quickstart.ROOT / "borrowed")],
     }
     quickstart.write_stamp(stamp)
     return stamp
@@ -54,11 +56,20 @@ def finished(quickstart, monkeypatch):
 # --- The file itself ----------------------------------------------------------------------------------------------
 
 
+def imported(nodes) -> set[str]:
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
 def test_it_parses_on_a_python_that_is_too_old_and_imports_the_standard_library_only():
     tree = ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 7))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= set(sys.stdlib_module_names)
+    assert imported(ast.walk(tree)) <= set(sys.stdlib_module_names)
+
+
+def test_the_command_line_is_read_with_the_standard_library_only():
+    tree = ast.parse((FILE.parent / "runner" / "cli.py").read_text(encoding="utf-8"), feature_version=(3, 10))
+    assert imported(tree.body) <= set(sys.stdlib_module_names)  # inside its functions it imports more
 
 
 def test_the_pack_asks_for_no_versions_and_the_pinned_ones_leave_pytorch_alone():
@@ -72,43 +83,7 @@ def test_the_pack_asks_for_no_versions_and_the_pinned_ones_leave_pytorch_alone()
     assert wanted - pinned == {"torch"}
 
 
-# --- The command line ---------------------------------------------------------------------------------------------
-
-
-def test_demo_and_run_take_a_picture_an_output_folder_and_settings(quickstart, tmp_path):
-    for name in ("x.png", "x.json"):
-        (tmp_path / name).write_text("")
-    picture, workflow = str(tmp_path / "x.png"), str(tmp_path / "x.json")
-    demo = quickstart.parse(["demo", "--image", picture, "--output", "there"])
-    assert (demo.workflow, demo.image, demo.output) == (quickstart.DEMO, Path(picture), Path("there"))
-    run = quickstart.parse(["run", "--set", "1.a=1", "--set", "2.b=x y", workflow, "--set", "3.c=-1"])
-    assert (run.workflow, run.image, run.output) == (Path(workflow), None, None)
-    assert run.settings == ["1.a=1", "2.b=x y", "3.c=-1"]
-
-
-def test_download_takes_a_published_name_and_a_folder(quickstart, monkeypatch):
-    calls = []
-
-    class Download:
-        def main(self, name, **options):
-            calls.append((name, options))
-            return 4
-
-    monkeypatch.setattr(quickstart, "load_pack", lambda: None)
-    monkeypatch.setattr(quickstart.importlib, "import_module", {"ming_univision.runner.download": Download()}.get)
-    for argv in (["download"], ["download", "MingTok-Vision", "--to", "there"]):
-        options = quickstart.parse(argv)
-        assert options.command(options) == 4
-    assert calls == [("Ming-UniVision-16B-A3B", {"to": None}), ("MingTok-Vision", {"to": Path("there")})]
-    from ming_univision.nodes.loaders import PUBLISHED
-
-    assert {f"inclusionAI/{name}" for name in quickstart.MODELS} == {repository for repository, _ in PUBLISHED.values()}
-
-
-def test_everything_after_test_goes_to_pytest(quickstart):
-    options = quickstart.parse(["test", "-k", "a or b", "--golden", "there", "-x"])
-    assert options.command is quickstart.run_tests
-    assert options.pytest_arguments == ["-k", "a or b", "--golden", "there", "-x"]
+# --- Handing over -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,6 +92,8 @@ def test_everything_after_test_goes_to_pytest(quickstart):
         ([], "COMMAND"),
         (["fly"], "fly"),
         (["download", "GPT"], "Ming-UniVision-16B-A3B"),
+        (["quantize", ".", "there", "--format", "int2"], "int4"),
+        (["quantize", "absent", "there"], "there is no folder absent"),
         (["demo", "--imgae", "x"], "--imgae"),
         (["run"], "WORKFLOW.json"),
         (["run", "absent.json"], "there is no file absent.json"),
@@ -131,103 +108,53 @@ def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, 
     assert not quickstart.VENV.exists()
 
 
-class Child:
-    """Stands in for a process: notes how it was started, and gives these outcomes when it is waited for."""
-
-    def __init__(self, *outcomes) -> None:
-        self.started, self.outcomes = [], list(outcomes)
-
-    def __call__(self, command, **options) -> Child:
-        self.started.append((command, options))
-        return self
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def wait(self) -> int:
-        outcome = self.outcomes.pop(0)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+@pytest.mark.parametrize("command", ["demo", "run", "download", "quantize", "test", "comfyui"])
+def test_every_command_has_help_without_an_environment(quickstart, capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        quickstart.main([command, "--help"])
+    assert caught.value.code == 0 and f"usage: quickstart.py {command}" in capsys.readouterr().out
+    assert not quickstart.VENV.exists()
 
 
-def test_pytest_runs_in_the_project_with_what_follows_and_its_exit_code_is_kept(quickstart, monkeypatch):
-    child = Child(5, 0)
-    monkeypatch.setattr(quickstart.subprocess, "Popen", child)
-    base = [sys.executable, "-m", "pytest"]
-    assert quickstart.run_tests(quickstart.parse(["test", "-x"])) == 5
-    assert quickstart.run_tests(quickstart.parse(["test", "--golden=mine"])) == 0
-    assert [command for command, _ in child.started] == [[*base, "-x"], [*base, "--golden=mine"]]
-    assert all(options == {"cwd": str(quickstart.ROOT)} for _, options in child.started)
+def test_a_command_is_run_by_the_command_line_of_the_pack_whose_nodes_are_not_imported_for_it():
+    code = (
+        "import sys, quickstart; quickstart.load_pack(); import ming_univision.runner.cli as cli; "
+        "cli.COMMANDS = tuple(cli.replace(c, run=lambda o: print('ran', o.workflow.name) or 7) for c in cli.COMMANDS); "
+        "code = quickstart.importlib.import_module('ming_univision.runner.cli').main(['demo']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    ).replace("cli.replace", "__import__('dataclasses').replace")
+    done = subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, "ran multi_round_edit.json\n"), done.stderr
 
 
-def test_ctrl_c_lets_pytest_stop_what_it_has_started(quickstart, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    child = Child(KeyboardInterrupt(), KeyboardInterrupt(), 2)
-    monkeypatch.setattr(quickstart.subprocess, "Popen", child)
-    assert quickstart.run_tests(quickstart.parse(["test"])) == 2 and not child.outcomes
-    assert signal.getsignal(signal.SIGTERM) is before
+def test_only_quantize_runs_in_a_python_that_has_the_requirements_without_an_environment(quickstart, monkeypatch):
+    def prepare():
+        raise quickstart.SetupError("prepared")
+
+    monkeypatch.setattr(quickstart, "prepare_environment", prepare)
+    monkeypatch.setattr(quickstart, "hand_over", lambda argv: 4)
+    monkeypatch.setattr(quickstart, "has_requirements", lambda: True)
+    assert quickstart.main(["quantize", str(quickstart.ROOT), "there"]) == 4
+    assert quickstart.main(["demo"]) == 2
+    monkeypatch.setattr(quickstart, "has_requirements", lambda: False)
+    assert quickstart.main(["quantize", str(quickstart.ROOT), "there"]) == 2
 
 
-@pytest.fixture
-def finding(quickstart, monkeypatch):
-    """What looks for ComfyUI, on a machine that has one."""
-    module = importlib.import_module("ming_univision.tests.comfyui.finding")
-    monkeypatch.setattr(quickstart, "load_pack", lambda: None)
-    monkeypatch.setattr(module, "find_checkout", lambda given: Path(given or "found"))
-    monkeypatch.setattr(module, "find_python", lambda checkout, given: Path(given or checkout / "python"))
-    monkeypatch.setattr(module, "find_browser", lambda given: Path(given))
-    monkeypatch.setattr(module, "has_gpu", lambda python, checkout: False)
-    return module
+def test_a_python_has_the_requirements_if_it_has_every_package_and_a_torch_that_is_new_enough(quickstart, monkeypatch):
+    versions = dict.fromkeys((quickstart.ROOT / "requirements.txt").read_text().split("\n"), "1.0") | {"torch": "2.4.1"}
 
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        ([], [f"--comfyui={Path('found')}", f"--comfyui-python={Path('found/python')}"]),
-        (
-            ["--dir", "x", "--python", "p", "--browser", "b", "--keep", "--only", "page or memory"],
-            ["--comfyui=x", "--comfyui-python=p", "--comfyui-browser=b", "--comfyui-keep", "-k", "page or memory"],
-        ),
-    ],
-)
-def test_comfyui_runs_the_end_to_end_checks_on_what_was_named_or_found(quickstart, finding, monkeypatch, argv, said):
-    child = Child(1)
-    monkeypatch.setattr(quickstart.subprocess, "Popen", child)
-    assert quickstart.run_comfyui(quickstart.parse(["comfyui", *argv])) == 1
-    ((command, _),) = child.started
-    assert command == [sys.executable, "-m", "pytest", "tests/comfyui", "-rN", *said]
-
-
-def test_comfyui_without_a_checkout_or_with_a_broken_one_says_what_to_do(quickstart, finding, monkeypatch):
-    def broken(*_):
-        raise finding.NotFound("Install it with: that command")
-
-    monkeypatch.setattr(finding, "find_checkout", lambda given: None)
-    with pytest.raises(quickstart.SetupError, match="COMFYUI_DIR"):
-        quickstart.run_comfyui(quickstart.parse(["comfyui"]))
-    for name in ("has_gpu", "find_python", "find_checkout"):
-        monkeypatch.setattr(finding, "find_checkout", lambda given: Path("found"))
-        monkeypatch.setattr(finding, name, broken)
-        with pytest.raises(quickstart.SetupError, match="that command"):
-            quickstart.run_comfyui(quickstart.parse(["comfyui"]))
-
-
-def test_a_workflow_runs_in_the_loaded_pack(quickstart, monkeypatch):
-    calls = []
-
-    class Cli:
-        def main(self, workflow, **options):
-            calls.append((workflow, options))
-            return 3
-
-    monkeypatch.setattr(quickstart, "load_pack", lambda: calls.append("loaded"))
-    monkeypatch.setattr(quickstart.importlib, "import_module", lambda name: Cli())
-    assert quickstart.run_workflow(quickstart.parse(["demo", "--set", "1.a=1", "--set", "2.b=2"])) == 3
-    assert calls == ["loaded", (quickstart.DEMO, {"settings": ["1.a=1", "2.b=2"], "image": None, "output": None})]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert quickstart.has_requirements()
+    versions["torch"] = "2.3.1"
+    assert not quickstart.has_requirements()
+    versions["torch"] = "2.4.1"
+    del versions["pillow"]
+    assert not quickstart.has_requirements()
 
 
 # --- When the environment is ready --------------------------------------------------------------------------------
@@ -239,7 +166,7 @@ def test_a_finished_environment_is_known_by_its_stamp(quickstart, finished):
 
 
 @pytest.mark.parametrize(
-    "change", [{"finished": False}, {"python": "3.12"}, {"requirements": "other"}, {"lent_folders": ["/absent"]}]
+    "change", [{"finished": False}, {"python": "3.12"}, {"requirements": "other"}, {"borrowed_folders": ["/absent"]}]
 )
 def test_a_stamp_that_does_not_match_means_not_ready(quickstart, finished, change):
     quickstart.write_stamp({**finished, **change})
@@ -273,7 +200,7 @@ def test_a_copy_without_the_tests_says_where_they_are_before_it_prepares_anythin
     (quickstart.ROOT / "pyproject.toml").write_text(project, encoding="utf-8")
     assert quickstart.main([command]) == 2
     said = capsys.readouterr().err
-    assert "without its tests" in said and "/ComfyUI-Ming-UniVision\n" in said
+    assert "does not include the tests" in said and "/ComfyUI-Ming-UniVision\n" in said
 
 
 def test_outside_the_environment_it_is_prepared_and_this_file_started_again_in_it(quickstart, monkeypatch):
@@ -286,15 +213,15 @@ def test_outside_the_environment_it_is_prepared_and_this_file_started_again_in_i
 
 def test_inside_the_finished_environment_the_command_runs(quickstart, finished, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(quickstart.VENV))
-    monkeypatch.setattr(quickstart, "run_tests", lambda options: 4)
-    assert quickstart.main(["test"]) == 4
+    monkeypatch.setattr(quickstart, "hand_over", lambda argv: 4 if argv == ["test", "-x"] else None)
+    assert quickstart.main(["test", "-x"]) == 4
 
 
 def test_the_second_start_uses_the_environments_python(quickstart, monkeypatch):
     if os.name == "nt":
         pytest.skip("Windows cannot replace a process")
     calls = []
-    for name in ("QUICKSTART_CALLER", quickstart.RESTARTED):
+    for name in (quickstart.CALLER, quickstart.RESTARTED):
         monkeypatch.setenv(name, "")  # put back afterwards
     monkeypatch.setattr(quickstart.os, "execv", lambda file, command: calls.append((file, command)))
     monkeypatch.setattr(quickstart.subprocess, "Popen", None)
@@ -302,7 +229,7 @@ def test_the_second_start_uses_the_environments_python(quickstart, monkeypatch):
         quickstart.run_again(["test", "-x"])
     python = str(quickstart.VENV / "bin" / "python")
     assert calls == [(python, [python, str(FILE), "test", "-x"])]
-    assert os.environ["QUICKSTART_CALLER"] == sys.executable
+    assert os.environ[quickstart.CALLER] == sys.executable
 
 
 def test_ctrl_c_gives_130_and_says_so(quickstart, monkeypatch, capsys):
@@ -311,7 +238,7 @@ def test_ctrl_c_gives_130_and_says_so(quickstart, monkeypatch, capsys):
 
     monkeypatch.setattr(quickstart, "prepare_environment", stop)
     assert quickstart.main(["demo"]) == 130
-    assert "Stopped." in capsys.readouterr().err
+    assert "Interrupted." in capsys.readouterr().err
 
 
 # --- Making it ----------------------------------------------------------------------------------------------------
@@ -323,7 +250,7 @@ def preparing(quickstart, monkeypatch):
     done = []
 
     def make(stamp):
-        done.append(("make", stamp["lent_folders"]))
+        done.append(("make", stamp["borrowed_folders"]))
         quickstart.clear_environment()
         quickstart.VENV.mkdir()
 
@@ -354,22 +281,22 @@ def test_a_new_environment_is_announced_before_it_is_installed_and_stamped_after
     assert quickstart.is_finished() and quickstart.read_stamp()["made_here"]
 
 
-def test_a_torch_of_the_calling_python_is_lent_and_not_installed(quickstart, preparing, tmp_path):
+def test_a_torch_of_the_calling_python_is_borrowed_and_not_installed(quickstart, preparing, tmp_path):
     torch = {"version": "2.5.1", "folders": [str(tmp_path)]}
     preparing.torch_of.update(caller=torch, environment=torch)
     quickstart.prepare_environment()
     assert ("make", [str(tmp_path)]) in preparing.done and ("install", torch) in preparing.done
-    assert quickstart.read_stamp()["lent_folders"] == [str(tmp_path)]
+    assert quickstart.read_stamp()["borrowed_folders"] == [str(tmp_path)]
 
 
-def test_a_lent_torch_that_does_not_work_in_the_environment_is_installed(quickstart, preparing, tmp_path):
+def test_a_borrowed_torch_that_does_not_work_in_the_environment_is_installed(quickstart, preparing, tmp_path):
     preparing.torch_of.update(caller={"version": "2.5.1", "folders": [str(tmp_path)]})
     quickstart.prepare_environment()
     assert ("install", None) in preparing.done
 
 
-@pytest.mark.parametrize("gone", ["lent", "lent/torch"])
-def test_an_environment_whose_lent_torch_is_gone_gets_its_own_even_where_it_runs_this_script(
+@pytest.mark.parametrize("gone", ["borrowed", "borrowed/torch"])
+def test_an_environment_whose_borrowed_torch_is_gone_gets_its_own_even_where_it_runs_this_script(
     quickstart, finished, preparing, monkeypatch, gone
 ):
     shutil.rmtree(quickstart.ROOT / gone)
@@ -379,7 +306,7 @@ def test_an_environment_whose_lent_torch_is_gone_gets_its_own_even_where_it_runs
     assert ("install", None) in preparing.done and quickstart.is_finished()
 
 
-def test_an_interrupted_installation_is_made_anew(quickstart, preparing, monkeypatch):
+def test_an_interrupted_installation_is_made_again(quickstart, preparing, monkeypatch):
     def interrupted(python, torch):
         (quickstart.VENV / "half").write_text("")
         raise KeyboardInterrupt
@@ -421,36 +348,36 @@ def test_a_python_that_does_not_belong_to_the_environment_is_named_and_not_start
     monkeypatch.setenv(quickstart.RESTARTED, str(quickstart.VENV))
     monkeypatch.setattr(quickstart, "run_again", lambda argv: pytest.fail("started once more"))
     assert quickstart.main(["demo"]) == 2
-    assert "belongs to another one" in capsys.readouterr().err
+    assert "belongs to another environment" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(quickstart):
     (quickstart.VENV / "letters").mkdir(parents=True)
-    with pytest.raises(quickstart.SetupError, match="is no environment"):
+    with pytest.raises(quickstart.SetupError, match="is not an environment"):
         quickstart.clear_environment()
     assert (quickstart.VENV / "letters").exists()
 
 
-def test_lent_packages_come_behind_the_environments_own(quickstart, monkeypatch, tmp_path):
+def test_borrowed_packages_come_behind_the_environments_own(quickstart, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(quickstart, "output_of", lambda command: asked.append(command) or f"{tmp_path}\n")
-    quickstart.lend(["/one", "/two"])
-    assert (tmp_path / "lent_packages.pth").read_text() == "/one\n/two\n"
+    quickstart.borrow(["/one", "/two"])
+    assert (tmp_path / "borrowed_packages.pth").read_text() == "/one\n/two\n"
     assert asked[0][1:] == ["-m", "pip", "uninstall", "--yes", "setuptools"]
 
 
-def test_an_environment_whose_python_does_not_run_is_said_to_be_broken(quickstart, monkeypatch):
+def test_an_environment_whose_python_does_not_run_is_named(quickstart, monkeypatch):
     monkeypatch.setattr(quickstart, "output_of", lambda command: None)
     with pytest.raises(quickstart.SetupError, match="Remove the folder"):
-        quickstart.lend(["/one"])
+        quickstart.borrow(["/one"])
 
 
-def test_folders_that_a_pth_file_cannot_name_are_not_lent(quickstart, monkeypatch, tmp_path):
+def test_folders_that_a_pth_file_cannot_name_are_not_borrowed(quickstart, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(quickstart, "output_of", lambda command: asked.append(command) or f"{tmp_path}\n")
     monkeypatch.setattr(sys, "version_info", (3, 12, 0))
     monkeypatch.setattr(quickstart.locale, "getpreferredencoding", lambda _: "cp1252")
-    quickstart.lend(["C:/\u041e\u043b\u044f/site-packages"])
+    quickstart.borrow(["C:/\u041e\u043b\u044f/site-packages"])
     assert not asked
 
 
@@ -520,7 +447,7 @@ def test_what_cannot_be_installed_is_an_error_with_a_remedy(quickstart, pips):
         quickstart.install(Path("python"), None)
     pips.calls.clear()
     quickstart.VENV.mkdir()
-    with pytest.raises(quickstart.SetupError, match="start again"):
+    with pytest.raises(quickstart.SetupError, match="try again"):
         quickstart.install(Path("python"), {"version": "2.5.1", "folders": ["x"]})
 
 
@@ -538,7 +465,7 @@ def test_settings_that_send_pip_elsewhere_are_overruled(quickstart, monkeypatch)
 def test_the_announcement_tells_the_size_of_what_is_fetched(quickstart, monkeypatch, capsys):
     quickstart.announce({"version": "2.5.1", "folders": ["/caller"]})
     said = capsys.readouterr().out
-    assert "PyTorch: nothing, version 2.5.1" in said and "/caller" in said and "50 MB" in said
+    assert "PyTorch: nothing, version 2.5.1" in said and "/caller" in said and "60 MB" in said
     monkeypatch.setattr(sys, "platform", "win32")
     quickstart.announce(None)
     assert "PyTorch 2.13.0: about 125 MB" in capsys.readouterr().out

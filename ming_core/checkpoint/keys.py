@@ -1,8 +1,8 @@
-"""The published names of tensors, and where in our models each of them goes.
+"""The keys of a checkpoint's tensors, and the parameter that each of them belongs to.
 
-Module names are the published keys but for a few prefixes (`PUBLISHED_PREFIXES`) and the experts, whose weights are
-stacked here and published one by one. A quantised folder has the same keys with whole numbers in them, and a
-`weight_scale` beside each (see few_bits.py).
+Names of modules are the published keys but for a few prefixes (`PREFIXES`) and the weights of the experts, which are
+stacked here and published one by one. A quantized folder has the same keys with whole numbers in them, and beside each
+of these a `weight_scale` (quantization/formats.py).
 """
 
 from __future__ import annotations
@@ -14,59 +14,73 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..quantization import SCALE
+from ..experts import StackedWeight
+from ..quantization import QuantizedWeight
 from ..univision import UniVision
 
+SCALE = "_scale"  # ends the keys of scales
 SAFETENSORS_DTYPES = ("F32", "F16", "BF16")
 QUANTIZED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 
-# ours -> published
-PUBLISHED_PREFIXES = {
+PREFIXES = {  # names of modules -> keys, in a Ming-UniVision
     "mingtok.": "vision.",
     "language_model.": "model.",
     "flow_head.vis_head.": "model.vis_head.",
     "flow_head.net.": "model.diffloss.net.",
 }
-# In published checkpoints without a use here: the router for audio, and a buffer that is computed from the config.
+# Keys of published checkpoints without a use here: the router for audio, and a buffer that is computed from the config.
 IGNORED = re.compile(r"(^|\.)(audio_gate\.weight|rotary_emb\.inv_freq)$")
 
 
-class Slot(NamedTuple):
-    """Where a published tensor goes: a parameter, or a slice of one."""
+class ParamSlice(NamedTuple):
+    """Where a tensor of a checkpoint belongs: in a parameter, or in a slice of one."""
 
+    module: str  # the name of the module, and of its parameter
     parameter: str
-    index: tuple  # () for the whole parameter
+    place: tuple  # its index in the parameter; () for the whole
     shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = SAFETENSORS_DTYPES  # that it may be stored in
+    dtypes: tuple[str, ...] = SAFETENSORS_DTYPES  # that a file may hold it in
 
 
-def published_slots(model: nn.Module) -> dict[str, Slot]:
-    """For every published key that this model needs, the place it goes to."""
-    slots = {}
-    for name, parameter in model.named_parameters():
-        published = name
-        for ours, theirs in PUBLISHED_PREFIXES.items():
-            if isinstance(model, UniVision) and name.startswith(ours):
-                published = theirs + name.removeprefix(ours)
-        stem, experts, last = published.rpartition("experts.")
-        dtypes = (QUANTIZED_DTYPES[parameter.dtype],) if parameter.dtype in QUANTIZED_DTYPES else SAFETENSORS_DTYPES
-        if experts and last.removesuffix(SCALE) in ("gate_up", "down"):
-            for expert in range(parameter.shape[0]):
-                for key, index in _expert_slots(f"{stem}experts.{expert}.", last, parameter.shape[1:]):
-                    shape = tuple(parameter[expert][index].shape)
-                    slots[key] = Slot(name, (expert, *index), shape, dtypes)
-        else:
-            slots[published] = Slot(name, (), tuple(parameter.shape), dtypes)
-    return slots
+def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
+    """Every key that this model needs, with the place in the model that it belongs to."""
+    keys = {}
+    for path, module in model.named_modules():
+        published = _published(path) if isinstance(model, UniVision) else path
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype = QUANTIZED_DTYPES.get(parameter.dtype)
+            dtypes = (dtype,) if dtype else SAFETENSORS_DTYPES
+            last = name
+            if isinstance(module, (QuantizedWeight, StackedWeight)):
+                last = {"values": "weight", "scale": "weight" + SCALE}.get(name, name)
+            if isinstance(module, StackedWeight):
+                for key, index in _expert_keys(published, last, tuple(parameter.shape)):
+                    shape = tuple(parameter[index].shape)
+                    keys[key] = ParamSlice(path, name, index, shape, dtypes)
+            else:
+                key = f"{published}.{last}".removeprefix(".")
+                keys[key] = ParamSlice(path, name, (), tuple(parameter.shape), dtypes)
+    return keys
 
 
-def _expert_slots(prefix: str, last: str, shape: tuple[int, ...]) -> Iterable[tuple[str, tuple]]:
-    """Published keys of one expert, and where in its part (of this shape) of a stacked parameter they go."""
-    suffix = SCALE if last.endswith(SCALE) else ""
-    if last.removesuffix(SCALE) == "down":
-        yield f"{prefix}down_proj.weight{suffix}", ()
-        return
-    before = (slice(None),) if len(shape) == 3 else ()  # the groups of int4 scales come before the rows
-    half = shape[len(before)] // 2
-    yield f"{prefix}gate_proj.weight{suffix}", (*before, slice(0, half))
-    yield f"{prefix}up_proj.weight{suffix}", (*before, slice(half, 2 * half))
+def _published(path: str) -> str:
+    for ours, theirs in PREFIXES.items():
+        if path.startswith(ours):
+            return theirs + path.removeprefix(ours)
+    return path
+
+
+def _expert_keys(stacked: str, last: str, shape: tuple[int, ...]) -> Iterable[tuple[str, tuple]]:
+    """The keys of all experts that a stacked parameter holds, and where in it they belong.
+
+    stacked: the path of the module, ....experts.gate_up or ....experts.down
+    """
+    experts, _, name = stacked.rpartition(".")
+    for expert in range(shape[0]):
+        if name == "down":
+            yield f"{experts}.{expert}.down_proj.{last}", (expert,)
+            continue
+        before = (slice(None),) if len(shape) == 4 else ()  # the groups of int4 scales come before the rows
+        half = shape[1 + len(before)] // 2
+        yield f"{experts}.{expert}.gate_proj.{last}", (expert, *before, slice(0, half))
+        yield f"{experts}.{expert}.up_proj.{last}", (expert, *before, slice(half, 2 * half))

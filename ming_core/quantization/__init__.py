@@ -1,5 +1,23 @@
-"""Weight-only quantization of the language model and the flow head: formats, layers, kernels."""
+"""Weight-only quantization of the language model and the flow head: formats, kernels, layers."""
 
-from .layers import FORMATS, SCALE, Quantized, arrange_plainly, quantize
+from .formats import FORMATS
+from .layers import (
+    QuantizedLinear,
+    QuantizedStackedLinear,
+    QuantizedWeight,
+    check_format,
+    packed_state_dict,
+    quantize,
+    unpack_weights,
+)
 
-__all__ = ["FORMATS", "SCALE", "Quantized", "arrange_plainly", "quantize"]
+__all__ = [
+    "FORMATS",
+    "QuantizedLinear",
+    "QuantizedStackedLinear",
+    "QuantizedWeight",
+    "check_format",
+    "packed_state_dict",
+    "quantize",
+    "unpack_weights",
+]

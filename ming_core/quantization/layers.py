@@ -1,190 +1,205 @@
-"""Weight-only quantisation: int8 a row, int4 a group, for the language model and the flow head.
+"""Layers with quantized weights: int8 with a scale per row, int4 with a scale per group (formats.py).
 
-Drawing is bound by how many bytes of weights are read, so fewer bits are less time as well as less memory.
+Drawing is bound by how many bytes of weights are read, so fewer bits take less time as well as less memory.
 
-The linear layers of the language model (its output layer too) and of the flow head are quantised, and the experts in
-their stacked weights. MingTok, embeddings, routers, norms and what is a thousandth of the head but touches the latent
-or the time itself (`KEPT`) stay as they are. few_bits.py has the numbers and the products.
+The linear layers of the language model (its output layer too) and of the flow head are quantized, and so are the
+stacked weights of the experts. MingTok, embeddings, routers and norms stay as they are, and so do layers that are a
+thousandth of the head but act on the latent or the time itself (`KEPT`).
 
-The int4 kernels want the values in an order of their own: a layer brings its weights into it, in place, when it first
-runs, and back when they are saved or used elsewhere.
+An int4 kernel wants its values in an order of its own. A layer packs them when it first runs, into new memory that
+takes the place of the old, so an error on the way changes nothing. `state_dict` always gives the plain order and
+`load_state_dict` always takes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..experts import GATHER_LIMIT, Experts
+from ..experts import GATHER_LIMIT, ExpertPerRow, OneExpert, Route, StackedLinear, StackedWeight
 from ..offload import all_on
-from .kernels import (
-    BLOCK,
-    CHUNK,
-    can_pack,
-    group_of,
-    joined,
-    kernel_product,
-    kernel_serves,
-    packed_for_kernel,
-    product,
-    quantize_int4,
-    quantize_int8,
-    unpacked,
-)
+from ..univision import UniVision
+from .formats import CHUNK, FORMATS, ROW_BLOCK, group_of, quantize_int4, quantize_int8
+from .kernels import can_pack, join_halves, kernel_product, kernel_serves, pack, quantized_product, unpack
 
-FORMATS = ("int8", "int4")
-SCALE = "_scale"  # ends the names of the scales of quantised weights
 QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
-LOST = "lost"  # an order that nothing can be computed in
+PLAIN = "plain"  # the order of formats.py
 
 
-class Quantized(nn.Module):
-    """A module with quantised weights: the parameter `name` and its `name` + SCALE, for each name of `NAMES`."""
+class QuantizedWeight(nn.Module):
+    """A weight [N, K], or several stacked as [E, N, K], in a format of formats.py.
 
-    NAMES: tuple[str, ...] = ()
-    order = "plain"  # or the type of the device for whose int4 kernel the weights lie ready
+    values  int8 [.., N, K] or uint8 [.., N, K/2]
+    scale   [.., N] or [.., K/g, N, 2], in the dtype that is computed in
+    order   of the values: PLAIN, or the type of the device for whose int4 kernel they are packed
+    """
 
-    def _register(self, name: str, weight: Tensor, kind: str) -> None:
-        """Room for a weight [.., N, K], on its device; filled from it unless it is on the meta device."""
+    def __init__(self, weight: Tensor, kind: str) -> None:
+        """Quantize `weight`; on the meta device, only make room. kind: one of FORMATS."""
+        super().__init__()
         *stack, n, k = weight.shape
         group = group_of(n, k) if kind == "int4" else None
         shape, dtype = ((*stack, n, k // 2), torch.uint8) if group else ((*stack, n, k), torch.int8)
         scales = (*stack, k // group, n, 2) if group else (*stack, n)
-        self.register_parameter(name, _frozen(torch.empty(shape, dtype=dtype, device=weight.device)))
-        self.register_parameter(name + SCALE, _frozen(weight.new_empty(scales)))
+        self.values = _frozen(torch.empty(shape, dtype=dtype, device=weight.device))
+        self.scale = _frozen(weight.new_empty(scales))
+        self.order = PLAIN
         if not weight.is_meta:
             for index in itertools.product(*map(range, stack)):
-                self.store(name, index, weight.detach()[index])
+                self.fill(index, weight.detach()[index])
 
     @torch.no_grad()
-    def store(self, name: str, index: tuple, weight: Tensor) -> None:
-        """Quantise rows [n, K] into the place that `index` (experts, rows) says."""
-        values, scale = getattr(self, name), getattr(self, name + SCALE)
-        if values.dtype == torch.int8:
-            values[index], scale[index] = quantize_int8(weight)
+    def fill(self, index: tuple, weight: Tensor) -> None:
+        """Quantize rows [n, K] into the slice of the weights that `index` (expert, rows) selects."""
+        if self.values.dtype == torch.int8:
+            self.values[index], self.scale[index] = quantize_int8(weight)
             return
-        group = weight.shape[1] // scale.shape[-3]
-        experts, rows = index[: values.ndim - 2], index[values.ndim - 2 :]
-        values[index], scale[(*experts, slice(None), *rows)] = quantize_int4(weight, group)
+        group = weight.shape[1] // self.scale.shape[-3]
+        # in a scale, the groups of columns come before the rows
+        stack = self.values.ndim - 2
+        in_scale = (*index[:stack], slice(None), *index[stack:])
+        self.values[index], self.scale[in_scale] = quantize_int4(weight, group)
 
-    @torch.no_grad()
-    def arrange(self, order: str) -> None:
-        """Bring the weights into another order, in place."""
-        if order == self.order:
-            return
-        if self.order == LOST:
-            raise RuntimeError("an error stopped the weights half-way between two orders: load the model again")
-        before, self.order = self.order, LOST
-        for name in self.NAMES:
-            values = getattr(self, name)
-            for piece in values.data.view(-1, *values.shape[-2:]):
-                for rows in piece.split(max(BLOCK, CHUNK // piece.shape[1] // BLOCK * BLOCK)):
-                    plain = rows if before == "plain" else unpacked(rows, before)
-                    rows.copy_(plain if order == "plain" else packed_for_kernel(plain))
-        self.order = order
+    # --- Order of the values --------------------------------------------------------------------------------------
 
-    def ready(self, x: Tensor) -> bool:
-        """Arrange the weights for a product with x; True: they are in the order of its device's int4 kernel."""
-        packed = self.served(x)
-        self.arrange(x.device.type if packed else "plain")
+    def kernel_serves(self, x: Tensor) -> bool:
+        """Whether the int4 kernel of x's device can multiply x with these weights.
+
+        Once packed for it they may be offloaded, and are copied.
+        """
+        kind = "int4" if self.values.dtype == torch.uint8 else "int8 halves"
+        if not kernel_serves(kind, x, self.scale):
+            return False
+        return self.order == x.device.type or can_pack(self.values, x.device)
+
+    def prepare(self, x: Tensor) -> bool:
+        """Bring the values into the order for a product with x. True: they are packed for its device's int4 kernel."""
+        packed = self.kernel_serves(x)
+        self.arrange(x.device.type if packed else PLAIN)
         return packed
 
-    def served(self, x: Tensor) -> bool:
-        """Whether the int4 kernel of its device can multiply x with all the weights.
+    def arrange(self, order: str) -> None:
+        """Bring the values into another order."""
+        if order != self.order:
+            arranged = self._arranged(order)
+            # Nothing has changed until here: when memory runs out on the way, the weights stay as they were.
+            self.values, self.order = arranged, order
 
-        Once they are in its order they may rest elsewhere, and are copied.
-        """
-        every = [getattr(self, name) for name in self.NAMES]
-        scale = getattr(self, self.NAMES[0] + SCALE)
-        kinds = {"int4" if values.dtype == torch.uint8 else "int8 halves" for values in every}
-        if not all(kernel_serves(kind, x, scale) for kind in kinds):
-            return False
-        return self.order == x.device.type or all(can_pack(values, x.device) for values in every)
+    @torch.inference_mode(False)  # what is made under inference mode could not be used outside
+    @torch.no_grad()
+    def _arranged(self, order: str) -> nn.Parameter:
+        """A copy of the values in another order."""
+        out = torch.empty_like(self.values)
+        rows = max(ROW_BLOCK, CHUNK // out.shape[-1] // ROW_BLOCK * ROW_BLOCK)
+        for matrix, target in zip(self.values.view(-1, *out.shape[-2:]), out.view(-1, *out.shape[-2:]), strict=True):
+            for part, place in zip(matrix.split(rows), target.split(rows), strict=True):
+                plain = part if self.order == PLAIN else unpack(part, self.order)
+                place.copy_(plain if order == PLAIN else pack(plain))
+        return _frozen(out)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order != PLAIN and not _keep_packed.get():
+            destination[prefix + "values"] = self._arranged(PLAIN).detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix + "values" in state_dict:
+            self.arrange(PLAIN)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class QuantizedLinear(Quantized):
-    """x W^T + b."""
-
-    NAMES = ("weight",)
+class QuantizedLinear(QuantizedWeight):
+    """A linear layer with a quantized weight, x [.., K] -> [.., N]."""
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
-        super().__init__()
-        self._register("weight", linear.weight, kind)
+        super().__init__(linear.weight, kind)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.ready(x)
-        out = product(x, self.weight.to(x.device), self.weight_scale.to(x.device), packed)
+        packed = self.prepare(x)
+        out = quantized_product(x, self.values.to(x.device), self.scale.to(x.device), packed)
         return out if self.bias is None else out + self.bias.to(x.device)
 
 
-class QuantizedExperts(Quantized, Experts):
-    """Experts whose stacked weights are quantised; only those of the chosen ones are read."""
+class QuantizedStackedLinear(QuantizedWeight, StackedWeight):
+    """A StackedLinear with quantized weights; only those of the chosen experts are read."""
 
-    NAMES = ("gate_up", "down")
     gather_limit = 2 * GATHER_LIMIT  # copies take half as much as in 16 bit, or less
 
-    def __init__(self, experts: Experts, kind: str) -> None:
-        nn.Module.__init__(self)
-        self.count = experts.count
-        for name in self.NAMES:
-            self._register(name, getattr(experts, name), kind)
+    def __init__(self, stacked: StackedLinear, kind: str) -> None:
+        super().__init__(stacked.values, kind)
 
-    def _way(self, x: Tensor, pairs: int) -> Callable[[Tensor, Tensor], Tensor]:
-        if x.is_cuda and pairs <= self.gather_limit and all_on(x.device, self) and self.served(x):
-            return self._gathered
-        return self._sorted
+    def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
+        if kind is OneExpert:
+            return True
+        few = x.is_cuda and pairs <= self.gather_limit
+        return kind is ExpertPerRow and few and all_on(x.device, self) and self.kernel_serves(x)
 
-    def _gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Copies the chosen experts in their few bits, and reads each in a product of its own; never waits."""
-        self.arrange(x.device.type)
-        experts = chosen.flatten()
-        gate, up = self._products("gate_up", experts, x.repeat_interleave(chosen.shape[1], 0)).chunk(2, dim=-1)
-        return self._products("down", experts, F.silu(gate) * up).unflatten(0, chosen.shape)
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        packed = self.prepare(x)
+        if isinstance(route, OneExpert):
+            values, scale = (p[route.expert].to(x.device) for p in (self.values, self.scale))
+            return quantized_product(x, values, scale, packed)
+        if isinstance(route, ExpertPerRow) and packed:
+            return self._row_by_row(x, route.experts)
+        raise TypeError(f"quantized experts cannot be multiplied by {type(route).__name__} here: check `serves` first")
 
-    def _products(self, name: str, experts: Tensor, x: Tensor) -> Tensor:
-        """Row by row, x [P, K] through experts [P] -> [P, N]."""
-        whole, scale = getattr(self, name), getattr(self, name + SCALE)[experts]
-        values = whole.view(torch.int64)[experts].view(whole.dtype)  # copied eight bytes at a time
+    def _row_by_row(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Copy the weights of each row's expert, and multiply each row by the kernel on its own."""
+        scale = self.scale[experts]
+        values = self.values.view(torch.int64)[experts].view(self.values.dtype)  # copied eight bytes at a time
         rows = torch.cat([kernel_product(*of_one) for of_one in zip(x[:, None], values, scale, strict=True)])
-        return joined(rows, scale) if values.dtype == torch.int8 else rows
-
-    def apply_expert(self, expert: int, x: Tensor) -> Tensor:
-        packed = self.ready(x)
-        gate, up = self._product("gate_up", expert, x, packed).chunk(2, dim=-1)
-        return self._product("down", expert, F.silu(gate) * up, packed)
-
-    def _product(self, name: str, expert: int, x: Tensor, packed: bool) -> Tensor:
-        values, scale = (getattr(self, n)[expert].to(x.device) for n in (name, name + SCALE))
-        return product(x, values, scale, packed)
+        return join_halves(rows, scale) if values.dtype == torch.int8 else rows
 
 
-def quantize(model: nn.Module, kind: str) -> None:
-    """Replace the layers of a UniVision that are quantised by their quantised selves; on the meta device, by room
-    for them. Raises ValueError for a kind that is not one of FORMATS."""
-    if kind not in FORMATS:
-        raise ValueError(f"quantization {kind!r} is unknown: give None or one of {', '.join(FORMATS)}")
+def quantize(model: UniVision, kind: str) -> None:
+    """Replace the layers of a UniVision that are quantized by quantized ones; on the meta device, by room for them.
+
+    Raises ValueError for a kind that is not one of FORMATS.
+    """
+    check_format(kind)
     for name, module in list(model.named_modules()):
         if name.startswith(QUANTIZED) and not KEPT.search(name):
             parent, _, attribute = name.rpartition(".")
-            if isinstance(module, Experts):
-                setattr(model.get_submodule(parent), attribute, QuantizedExperts(module, kind))
+            if isinstance(module, StackedLinear):
+                setattr(model.get_submodule(parent), attribute, QuantizedStackedLinear(module, kind))
             elif isinstance(module, nn.Linear):
                 setattr(model.get_submodule(parent), attribute, QuantizedLinear(module, kind))
     model.quantization = kind
 
 
-def arrange_plainly(model: nn.Module) -> None:
-    """Bring all quantised weights into the order in which they are stored."""
+def check_format(kind: str) -> None:
+    """Raises ValueError for a kind that is not one of FORMATS."""
+    if kind not in FORMATS:
+        raise ValueError(f"quantization {kind!r} is unknown: give None or one of {', '.join(FORMATS)}")
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Bring all quantized weights of a model into the order in which they are stored."""
     for module in model.modules():
-        if isinstance(module, Quantized):
-            module.arrange("plain")
+        if isinstance(module, QuantizedWeight):
+            module.arrange(PLAIN)
+
+
+@contextlib.contextmanager
+def packed_state_dict() -> Iterator[None]:
+    """Within it, `state_dict` copies nothing and gives packed values as they are, for callers that count bytes."""
+    token = _keep_packed.set(True)
+    try:
+        yield
+    finally:
+        _keep_packed.reset(token)
+
+
+_keep_packed: ContextVar[bool] = ContextVar("keep_packed", default=False)
 
 
 def _frozen(value: Tensor) -> nn.Parameter:

@@ -14,10 +14,10 @@ import websocket
 
 from .server import fetched, free_port
 
-LIMIT = 60  # seconds until something that is waited for must have happened
+LIMIT = 60  # seconds to wait for anything
 FLAGS = (
     "--headless=new",
-    "--no-sandbox",  # which is not to be had in many containers; only this machine's server is opened
+    "--no-sandbox",  # unavailable in many containers; only a local server is opened
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--no-first-run",
@@ -26,16 +26,16 @@ FLAGS = (
     "--disable-sync",
     "--force-device-scale-factor=1",
     "--window-size=1600,1000",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # the page is to work without the internet
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # the page must work without the internet
 )
 
 
 class PageError(Exception):
-    """A script failed in the page, or what was waited for did not happen."""
+    """A script failed in the page, or a wait timed out."""
 
 
 class Page:
-    """Opens with `with`. `errors` are the exceptions and the console's errors since it was last cleared."""
+    """Opens with `with`. `errors` holds exceptions and console errors since it was last cleared."""
 
     def __init__(self, program: Path, profile: Path) -> None:
         self.errors: list[str] = []
@@ -47,7 +47,7 @@ class Page:
 
     def __enter__(self) -> Page:
         try:
-            self.heard = websocket.create_connection(self.address(), timeout=LIMIT, suppress_origin=True)
+            self.connection = websocket.create_connection(self.address(), timeout=LIMIT, suppress_origin=True)
             for part in ("Runtime", "Log", "Page"):
                 self.call(f"{part}.enable")
         except BaseException:
@@ -56,7 +56,7 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):  # the polite way, in which its helpers end and its profile is left alone
+        with contextlib.suppress(Exception):  # shut down cleanly, so that its helper processes release the profile
             self.call("Browser.close")
         try:
             self.process.wait(10)
@@ -65,12 +65,12 @@ class Page:
             self.process.wait()
 
     def address(self) -> str:
-        """Of the one page that the browser opened, as soon as there is one."""
+        """The address of the one page that the browser opens, once it is open."""
         limit = time.monotonic() + LIMIT
         while time.monotonic() < limit and self.process.poll() is None:
             with contextlib.suppress(OSError):
-                told = json.loads(fetched(f"http://127.0.0.1:{self.port}/json/list"))
-                pages = [target for target in told if target["type"] == "page"]
+                targets = json.loads(fetched(f"http://127.0.0.1:{self.port}/json/list"))
+                pages = [target for target in targets if target["type"] == "page"]
                 if pages:
                     return pages[0]["webSocketDebuggerUrl"]
             time.sleep(0.2)
@@ -81,27 +81,27 @@ class Page:
         return self.call("Browser.getVersion")["product"]
 
     def call(self, method: str, **parameters: Any) -> dict:
-        """One command of the protocol; what the page says meanwhile is noted."""
+        """Send one command of the protocol; collects the page's errors meanwhile."""
         self.calls += 1
-        self.heard.send(json.dumps({"id": self.calls, "method": method, "params": parameters}))
+        self.connection.send(json.dumps({"id": self.calls, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self.heard.recv())
+            message = json.loads(self.connection.recv())
             if message.get("id") == self.calls:
                 if "error" in message:
                     raise PageError(f"{method}: {message['error']['message']}")
                 return message["result"]
             self.note(message.get("method"), message.get("params"))
 
-    def note(self, method: str, said: dict) -> None:
+    def note(self, method: str, params: dict) -> None:
         if method == "Runtime.exceptionThrown":
-            self.errors.append(described(said["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and said["type"] in ("error", "assert"):
-            self.errors.append(" ".join(str(a.get("value", a.get("description", ""))) for a in said["args"]))
-        elif method == "Log.entryAdded" and said["entry"]["level"] == "error":
-            self.errors.append(f"{said['entry']['text']} {said['entry'].get('url', '')}")
+            self.errors.append(described(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+            self.errors.append(" ".join(str(a.get("value", a.get("description", ""))) for a in params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
     def evaluate(self, script: str, **values: Any) -> Any:
-        """Runs the body of an async function that sees `values`; gives what it returns."""
+        """Run the body of an async function that sees `values`, and return its result."""
         names = ", ".join(values)
         source = f"(async ({{{names}}}) => {{ {script} }})({json.dumps(values)})"
         done = self.call("Runtime.evaluate", expression=source, awaitPromise=True, returnByValue=True)
@@ -110,27 +110,27 @@ class Page:
         return done["result"].get("value")
 
     def wait_for(self, condition: str, **values: Any) -> None:
-        """Until a JavaScript expression is true."""
+        """Wait until a JavaScript expression is true."""
         limit, last = time.monotonic() + LIMIT, ""
         while time.monotonic() < limit:
             try:
                 if self.evaluate(f"return Boolean({condition})", **values):
                     return
                 last = ""
-            except PageError as error:  # what is waited for may not even have a name yet
+            except PageError as error:  # a name in the condition may not exist yet
                 last = f": {error}"
             time.sleep(0.2)
-        raise PageError(f"after {LIMIT} s there was still no: {condition} {values or ''}{last}")
+        raise PageError(f"not true after {LIMIT} s: {condition} {values or ''}{last}")
 
     def wait_until_quiet(self) -> None:
-        """Until nothing more is said for three seconds; then forgets what was said."""
+        """Wait until the page reports no error for three seconds; older errors are dropped."""
         for _ in range(LIMIT // 3):
             self.errors.clear()
             time.sleep(3)
-            self.evaluate("return 0")  # fetches what was said meanwhile
+            self.evaluate("return 0")  # collects the errors since
             if not self.errors:
                 return
-        raise PageError(f"the page does not come to rest: {self.errors}")
+        raise PageError(f"the page keeps reporting errors: {self.errors}")
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)

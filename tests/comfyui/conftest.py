@@ -1,6 +1,6 @@
-"""What the end-to-end checks share: servers and pages that are started once, and the table at the end.
+"""Fixtures of the end-to-end checks: servers and pages that are started once, and the table at the end.
 
-Without a ComfyUI checkout there is nothing to collect here, and the run's last line says so.
+Without a ComfyUI checkout nothing is collected here, and the last line of the run says so.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def ended_politely() -> Iterator[None]:
-    """A request to terminate stops servers and browsers as Ctrl-C does."""
+    """SIGTERM stops servers and browsers as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
     yield
     signal.signal(signal.SIGTERM, before)
@@ -62,7 +62,7 @@ def ended_politely() -> Iterator[None]:
 
 @contextmanager
 def folder(config: pytest.Config, name: str) -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, unless it is to be kept."""
+    """A temporary folder, removed afterwards unless --comfyui-keep is given."""
     path = Path(tempfile.mkdtemp(prefix=f"ming-{name}-"))
     try:
         yield path
@@ -102,11 +102,11 @@ def server_without_previews(pytestconfig: pytest.Config) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def page(pytestconfig: pytest.Config, server: Server) -> Iterator[Page]:
-    """ComfyUI's page, with nothing left to load and nothing over the graph."""
+    """ComfyUI's page, fully loaded, with no dialog over the graph."""
     browser = find_browser(pytestconfig.getoption("comfyui_browser"))
     if browser is None:
         pytest.skip(NO_BROWSER)
-    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or a first visit begins with a dialog
+    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the first visit starts with a dialog
     with folder(pytestconfig, "browser") as profile, Page(browser, profile) as page:
         page.open(server.url)
         page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
@@ -118,13 +118,13 @@ def page(pytestconfig: pytest.Config, server: Server) -> Iterator[Page]:
 
 @pytest.fixture(params=API_WORKFLOWS)
 def name(request: pytest.FixtureRequest) -> str:
-    """Each shipped workflow's."""
+    """The name of each shipped workflow."""
     return request.param
 
 
 @pytest.fixture
 def workflow():
-    """workflow(name, {"3.seed": 5}) -> a shipped workflow in the API format, with inputs changed."""
+    """workflow(name, {"3.seed": 5}) reads a shipped workflow in the API format and changes inputs."""
 
     def read(name: str, changes: dict | None = None) -> dict:
         prompt = json.loads(API_WORKFLOWS[name].read_text(encoding="utf-8"))
@@ -157,13 +157,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def table_line(nodeid: str, phases: list[pytest.TestReport]) -> str:
-    """The phases are setting up, the check itself and tidying up, as far as it came."""
-    said = nodeid.split("::")[-1].removeprefix("test_").replace("_", " ").replace("[", ": ").rstrip("]")
+    """One line of the table. The phases are setup, call and teardown, as far as the check got."""
+    check = nodeid.split("::")[-1].removeprefix("test_").replace("_", " ").replace("[", ": ").rstrip("]")
     seconds = sum(phase.duration for phase in phases)
     if any(phase.failed for phase in phases):
         result = "FAILED"
     elif skipped := [phase for phase in phases if phase.skipped]:
-        result, said = "left out", f"{said}: {skipped[0].longrepr[2].removeprefix('Skipped: ')}"
+        result, check = "left out", f"{check}: {skipped[0].longrepr[2].removeprefix('Skipped: ')}"
     else:
         result = "passed"
-    return f"{result:9}{seconds:8.1f}  {said}"
+    return f"{result:9}{seconds:8.1f}  {check}"

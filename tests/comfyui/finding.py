@@ -1,6 +1,6 @@
 """Finds what the end-to-end checks need on this machine: a ComfyUI checkout, its Python, a browser.
 
-Standard library only. Nothing is installed: what is missing is named, with what to do about it.
+It needs the standard library only. It installs nothing, and says what to do about what is missing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent.parent
@@ -48,16 +48,16 @@ BROWSER_PLACES = (
 
 
 class NotFound(Exception):
-    """Something that was named is not there; the message says what was expected."""
+    """Something that was named does not exist. The message says what was expected."""
 
 
 def find_checkout(given: str | None = None) -> Path | None:
-    """The one given, else that of COMFYUI_DIR, the one whose custom_nodes this pack lies in, comfy-cli's; or None."""
+    """The ComfyUI checkout that is given, of COMFYUI_DIR, around this pack, or of comfy-cli, in this order; or None."""
     named = given or os.environ.get("COMFYUI_DIR")
     if named:
         folder = Path(named).expanduser().resolve()
         if not is_checkout(folder):
-            raise NotFound(f"{folder} is no ComfyUI checkout: it has no main.py beside a folder comfy")
+            raise NotFound(f"{folder} is not a ComfyUI checkout: it has no main.py beside a folder comfy")
         return folder
     likely = [PACK.parent.parent] if PACK.parent.name == "custom_nodes" else []
     return first([*likely, *(Path.home() / place for place in COMFY_CLI)], is_checkout)
@@ -68,20 +68,20 @@ def is_checkout(folder: Path) -> bool:
 
 
 def find_python(checkout: Path, given: str | None = None) -> Path:
-    """The Python that runs the server: the one given, else of COMFYUI_PYTHON, the checkout's own, the calling one."""
+    """The server's Python: one that is given, of COMFYUI_PYTHON, of the checkout, or the calling one, in this order."""
     named = given or os.environ.get("COMFYUI_PYTHON")
     if named:
         return program(named, "--python")
     inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     beside = [folder / name / inside for folder in (checkout, checkout.parent) for name in ("venv", ".venv")]
     portable = [checkout.parent / "python_embeded" / "python.exe"]  # ComfyUI's own spelling
-    # quickstart.py goes on in this pack's environment, and leaves word of the Python that it was called with.
+    # quickstart.py starts again in this pack's environment, and this variable has the Python that started it first.
     calling = Path(os.environ.get("QUICKSTART_CALLER") or sys.executable)
     return first([*beside, *portable], Path.is_file) or calling
 
 
 def find_browser(given: str | None = None) -> Path | None:
-    """The one given, else that of CHROME_PATH, one on the PATH, one in a usual place; or None."""
+    """The browser that is given, of CHROME_PATH, on the PATH, or in a usual place, in this order; or None."""
     named = given or os.environ.get("CHROME_PATH")
     if named:
         return program(named, "--browser")
@@ -93,10 +93,10 @@ def program(named: str, option: str) -> Path:
     found = shutil.which(os.path.expanduser(named))
     if not found:
         raise NotFound(f"{option} {named}: there is no such program")
-    return Path(found).absolute()  # not resolved: an environment's Python is a link that must stay one
+    return Path(found).absolute()  # not resolved: the Python of an environment is a link, and only works as one
 
 
-def first(paths: Iterable[Path], fits) -> Path | None:
+def first(paths: Iterable[Path], fits: Callable[[Path], bool]) -> Path | None:
     return next((path for path in paths if fits(path)), None)
 
 

@@ -1,4 +1,4 @@
-"""A real ComfyUI server with a base directory of its own, and what a client of its queue does."""
+"""A real ComfyUI server with its own base directory, and a client of its queue."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ import websocket
 
 from .finding import PACK, has_gpu, remedy
 
-START_LIMIT = 600  # seconds until a server must answer; a cold disk can take minutes
-SILENCE_LIMIT = 300  # seconds in which a server must say something while a prompt runs
+START_LIMIT = 600  # seconds for a server to start; a cold disk can take minutes
+SILENCE_LIMIT = 300  # seconds without any event while a prompt runs
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 # Types of binary events, their first 4 bytes: 4 bytes format and a picture; 4 bytes length, a node's id and a text.
 PREVIEW, TEXT = 1, 3
@@ -34,16 +34,16 @@ LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(Exception):
-    """The server did not start, or stopped; the message has the end of its log."""
+    """The server did not start, or stopped; the message ends with its log."""
 
 
 class Event(NamedTuple):
-    kind: str  # "executing", "progress", ... as the server calls it; "preview": a picture file; "text": (node, text)
+    kind: str  # "executing", "progress", ... as the server names it; "preview": a picture file; "text": (node, text)
     data: Any
 
 
 class Run(NamedTuple):
-    """What one prompt did: the events of the websocket in order, and its entry in the history."""
+    """The result of one prompt: its websocket events in order, and its history entry."""
 
     prompt_id: str
     events: list[Event]
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
     @property
     def ran(self) -> set[str]:
-        """Ids of the nodes that were executed, rather than taken from the cache."""
+        """Ids of the nodes that were executed, not taken from the cache."""
         return {e.data["node"] for e in self.events if e.kind == "executing" and e.data["node"]}
 
     @property
@@ -63,16 +63,16 @@ class Run(NamedTuple):
         return {node for e in self.events if e.kind == "execution_cached" for node in e.data["nodes"]}
 
     def progress(self, node: str) -> list[tuple[int, int]]:
-        """(value, maximum) as the node's bar moved."""
-        told = [e.data for e in self.events if e.kind == "progress"]
-        return [(d["value"], d["max"]) for d in told if d["node"] == node]
+        """(value, maximum) of every update of the node's bar."""
+        updates = [e.data for e in self.events if e.kind == "progress"]
+        return [(d["value"], d["max"]) for d in updates if d["node"] == node]
 
     @property
     def previews(self) -> list[bytes]:
         return [e.data for e in self.events if e.kind == "preview"]
 
     def texts(self, node: str) -> list[str]:
-        """What was shown on a node."""
+        """The texts shown on a node."""
         return [text for shown_on, text in (e.data for e in self.events if e.kind == "text") if shown_on == node]
 
     @property
@@ -80,13 +80,13 @@ class Run(NamedTuple):
         return self.history["outputs"]
 
     @property
-    def pictures(self) -> list[dict]:
-        """{"filename", "subfolder", "type"} of every picture that was saved or previewed."""
-        return [picture for output in self.outputs.values() for picture in output.get("images", ())]
+    def images(self) -> list[dict]:
+        """{"filename", "subfolder", "type"} of every image that was saved or previewed."""
+        return [image for output in self.outputs.values() for image in output.get("images", ())]
 
 
 class Server:
-    """Starts with `with`, with this pack as the only custom node, and is stopped in every case."""
+    """A context manager: starts ComfyUI with this pack as the only custom node, and always stops it."""
 
     def __init__(self, checkout: Path, python: Path, base: Path, *flags: str) -> None:
         self.checkout, self.python, self.base, self.flags = checkout, python, base, flags
@@ -105,7 +105,7 @@ class Server:
             )
         try:
             self.wait_until_it_answers()
-            self.said_at_start = self.log
+            self.startup_log = self.log
         except BaseException:
             self.stop()
             raise
@@ -125,7 +125,7 @@ class Server:
         limit = time.monotonic() + START_LIMIT
         while True:
             if self.process.poll() is not None:
-                raise ServerError(f"ComfyUI stopped while it started. {self.what_to_do()}\n{self.log[-3000:]}")
+                raise ServerError(f"ComfyUI stopped while it started. {self.advice()}\n{self.log[-3000:]}")
             with contextlib.suppress(OSError):
                 self.get("/object_info")
                 return
@@ -133,8 +133,8 @@ class Server:
                 raise ServerError(f"ComfyUI does not answer after {START_LIMIT} s.\n{self.log[-3000:]}")
             time.sleep(0.3)
 
-    def what_to_do(self) -> str:
-        """About a module that is missing: among ComfyUI's requirements, or once brought by one of them."""
+    def advice(self) -> str:
+        """Advice about a missing module, if the log names one."""
         missing = re.search(r"No module named '(\w+)", self.log)
         if not missing:
             return ""
@@ -170,27 +170,27 @@ class Server:
         return json.loads(self.fetch(path))
 
     def post(self, path: str, body: dict) -> tuple[int, Any]:
-        """(status, answer), also of a request that is refused."""
+        """Return (status, answer), also for a rejected request."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            status, said = 200, fetched(request)
+            status, answer = 200, fetched(request)
         except urllib.error.HTTPError as error:
-            status, said = error.code, error.read()
-        return status, json.loads(said) if said else None
+            status, answer = error.code, error.read()
+        return status, json.loads(answer) if answer else None
 
     @contextlib.contextmanager
     def client(self, name: str | None = None) -> Iterator[Client]:
-        """A connection which hears of the prompts that are queued under its name."""
+        """A connection that receives the events of the prompts queued under its name."""
         name = name or uuid.uuid4().hex
-        heard = websocket.create_connection(
+        connection = websocket.create_connection(
             f"ws://127.0.0.1:{self.port}/ws?clientId={name}", timeout=SILENCE_LIMIT, http_no_proxy=["127.0.0.1"]
         )
         try:
-            yield Client(self, name, heard)
+            yield Client(self, name, connection)
         finally:
-            heard.close()
+            connection.close()
 
     def run(self, prompt: dict) -> Run:
         with self.client() as client:
@@ -202,36 +202,36 @@ class Server:
         return done
 
     def stopped(self, why: object) -> ServerError:
-        """What to raise when it goes away in the middle of a prompt."""
+        """The error to raise when the server goes away during a prompt."""
         return ServerError(f"ComfyUI stopped while it ran a prompt ({why}).\n{self.log[-3000:]}")
 
     def finished(self, prompt_id: str) -> dict:
-        """The prompt's entry in the history, which is written just after its last event."""
+        """Wait for the prompt's history entry, which is written just after its last event."""
         limit = time.monotonic() + SILENCE_LIMIT
         while time.monotonic() < limit:
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
             if entry:
                 return entry
             time.sleep(0.05)
-        raise ServerError(f"The prompt {prompt_id} never came into the history.\n{self.log[-3000:]}")
+        raise ServerError(f"The prompt {prompt_id} never appeared in the history.\n{self.log[-3000:]}")
 
 
 class Client(NamedTuple):
     server: Server
     name: str
-    heard: websocket.WebSocket
+    connection: websocket.WebSocket
 
     def queue(self, prompt: dict) -> str:
-        """Its prompt_id."""
+        """Queue a prompt; returns its prompt_id."""
         status, answer = self.server.post("/prompt", {"prompt": prompt, "client_id": self.name})
         assert status == 200, answer
         return answer["prompt_id"]
 
     def events(self, prompt_id: str) -> Iterator[Event]:
-        """What the server says of this prompt, its end included."""
+        """The events of this prompt, up to its end."""
         while True:
             try:
-                code, data = self.heard.recv_data()
+                code, data = self.connection.recv_data()
             except websocket.WebSocketException as error:
                 raise self.server.stopped(error) from error
             if code == websocket.ABNF.OPCODE_CLOSE:
@@ -255,11 +255,17 @@ class Client(NamedTuple):
 
 
 def install_pack(place: Path) -> None:
-    """As users do it: a link where the system allows one, else a copy."""
+    """Install the pack as users do: a link where the system allows one, else a copy."""
     try:
         place.symlink_to(PACK, target_is_directory=True)
     except OSError:
-        ignored = ("__pycache__", "output", "input", "runs", "checkpoints")  # and downloaded models, of many GB
+        ignored = (
+            "__pycache__",
+            "output",
+            "input",
+            "runs",
+            "checkpoints",
+        )  # and many GB of downloaded models
         others = (path.name for path in (PACK / "models").iterdir() if path.name != "tiny-shapes")
         shutil.copytree(PACK, place, ignore=shutil.ignore_patterns(".*", *ignored, *others))
 

@@ -1,4 +1,4 @@
-"""ComfyUI's page in a real browser: the workflows open as they were saved, run, and are among the templates."""
+"""ComfyUI's page in a real browser: templates are listed, open as saved, and run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPEN_DIALOGS = "[...document.querySelectorAll('[role=dialog]')].filter(d => d.ge
 def rendering(request, page):
     modern = request.param == "Nodes 2.0"
     kind = page.evaluate("return app.ui.settings.settingsLookup[key]?.type", key=NODES_2)
-    if kind != "boolean":  # absent or hidden: not offered to users yet
+    if kind != "boolean":  # absent or hidden: not yet available to users
         if modern:
             pytest.skip("this ComfyUI has no Nodes 2.0 rendering")
         return request.param
@@ -31,7 +31,7 @@ def open_workflow(page, name: str) -> dict:
 
 
 def without_cores_own_display(prompt: dict) -> dict:
-    """Some versions export what PreviewAny shows as if it were an input; no version reads it."""
+    """Drop what PreviewAny shows: some versions export it as an input, which no version reads."""
     for node in prompt.values():
         if node["class_type"] == "PreviewAny":
             node["inputs"] = {"source": node["inputs"]["source"]}
@@ -55,7 +55,7 @@ def test_the_workflow_opens_whole_and_exports_the_one_for_the_queue(page, render
 def test_a_workflow_runs_from_the_page_and_its_answer_is_seen_on_the_node(page, rendering, server):
     open_workflow(page, "describe")
     seed = "app.graph.getNodeById(6).widgets.find(w => w.name === 'seed')"
-    page.evaluate(f"{seed}.value = value", value=201 + len(rendering))  # another one in each, or the cache would answer
+    page.evaluate(f"{seed}.value = value", value=201 + len(rendering))  # differs per rendering, or the cache answers
     known = set(server.get("/history"))
     page.evaluate("await app.queuePrompt(0, 1)")
     finished = "Object.keys(await (await fetch('/history')).json()).some(i => !known.includes(i))"

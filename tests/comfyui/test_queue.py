@@ -1,4 +1,4 @@
-"""What a client of the queue sees while prompts run: progress, previews, the cache, interruption, errors, memory."""
+"""What a client of the queue sees: progress, previews, caching, interruption, errors, memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DRAW = "3"  # the node of text_to_image that draws
 
 
 def picture(server: Server, done: Run) -> np.ndarray:
-    """The one picture that a run saved, 0 to 255."""
-    (saved,) = done.pictures
+    """The only image that a run saved, 0 to 255."""
+    (saved,) = done.images
     with Image.open(io.BytesIO(server.fetch("/view", **saved))) as image:
         return np.asarray(image).astype(int)
 
 
 def sources(node: dict) -> set[str]:
-    """Ids of the nodes that it is linked to."""
+    """Ids of the nodes that its inputs are linked to."""
     return {value[0] for value in node["inputs"].values() if isinstance(value, list)}
 
 
@@ -43,10 +43,10 @@ def node_and_what_follows(prompt: dict, changed: str) -> set[str]:
 
 def test_the_bar_moves_with_the_tokens_of_a_picture_and_of_an_answer(server, workflow):
     done = server.succeed(workflow(ROUNDS, {"6.max_new_tokens": 8}))
-    # Newer versions tell of the first token, of the last that the bar has room for, and of ten a second between.
-    for node, told in {"6": 2, "9": 4, "11": 4, "13": 4}.items():
+    # Newer versions report the first token, the last one that the bar has room for, and ten a second in between.
+    for node, updates in {"6": 2, "9": 4, "11": 4, "13": 4}.items():
         values = [value for value, _ in done.progress(node)]
-        assert values == sorted(values) and values[0] == 1 and len(set(values)) >= told
+        assert values == sorted(values) and values[0] == 1 and len(set(values)) >= updates
     value, whole = done.progress("13")[-1]
     assert 64 <= value <= whole  # the tokens of a picture
 
@@ -55,7 +55,7 @@ def test_the_answer_is_shown_on_the_node_while_it_is_written(server, workflow):
     done = server.succeed(workflow("describe", {"6.seed": 2, "6.temperature": 0.1}))
     (answer,) = done.outputs["7"]["text"]
     assert done.texts("6")[-1] == answer
-    written = [text for text in done.texts("6") if text != " "]  # which takes off an earlier answer
+    written = [text for text in done.texts("6") if text != " "]  # clears an earlier answer
     assert all(answer.startswith(text) for text in written)
 
 
@@ -76,7 +76,7 @@ def test_no_preview_is_sent_where_they_are_switched_off(server_without_previews,
 def test_an_interrupt_stops_within_a_token_and_the_queue_goes_on(server, workflow):
     slow = workflow("text_to_image", {f"{DRAW}.seed": 102, f"{DRAW}.batch_size": 16, f"{DRAW}.steps": 64})
     quick = workflow("text_to_image", {f"{DRAW}.seed": 103})
-    said_before = len(server.log)
+    log_before = len(server.log)
     with server.client() as client:
         stopped, next_one = client.queue(slow), client.queue(quick)
         events = client.events(stopped)
@@ -86,10 +86,10 @@ def test_an_interrupt_stops_within_a_token_and_the_queue_goes_on(server, workflo
         assert server.post("/interrupt", {})[0] == 200
         rest = list(events)
         assert rest[-1].kind == "execution_interrupted" and rest[-1].data["node_id"] == DRAW
-        # The token that was in the making may still be told of.
+        # The token that was being computed may still be reported.
         assert len({e.data["value"] for e in rest if e.kind == "progress"}) <= 1
         assert client.follow(next_one).end.kind == "execution_success"
-    assert "Traceback" not in server.log[said_before:]
+    assert "Traceback" not in server.log[log_before:]
 
 
 def test_what_was_interrupted_leaves_nothing_behind_that_changes_a_later_result(server, workflow):
@@ -103,7 +103,7 @@ def test_what_was_interrupted_leaves_nothing_behind_that_changes_a_later_result(
     after_interrupt = picture(server, server.succeed(prompt))
     free(server)
     from_nothing = picture(server, server.succeed(prompt))
-    assert np.abs(after_interrupt - from_nothing).max() <= 2  # of 255: rounding, not another picture
+    assert np.abs(after_interrupt - from_nothing).max() <= 2  # of 255: rounding, not a different image
 
 
 # --- The cache ----------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ BAD = {
 
 
 def refused(server: Server, prompt: dict, node: str) -> dict:
-    """The one error of that node. What ends elsewhere is left out: ComfyUI would run it, and answer with 200."""
+    """The only error of a node. Branches that do not involve it are removed: ComfyUI would run them and answer 200."""
     kept = node_and_what_follows(prompt, node).union(*map(sources, prompt.values()))
     prompt = {node_id: prompt[node_id] for node_id in prompt if node_id in kept}
     status, answer = server.post("/prompt", {"prompt": prompt})
@@ -193,7 +193,7 @@ def test_an_error_of_a_node_reaches_the_client_in_our_words_and_the_next_prompt_
     assert done.end.data["exception_message"].strip() == (
         "there is no picture 7: this conversation has 1 picture (0 to 0, or -1 to -1 from the end)"
     )
-    assert len(str(done.end.data["current_inputs"])) < 500  # what travels is shown in short
+    assert len(str(done.end.data["current_inputs"])) < 500  # values have a short repr
     server.succeed(workflow("draw_then_ask"))
 
 
@@ -201,9 +201,9 @@ def test_an_error_of_a_node_reaches_the_client_in_our_words_and_the_next_prompt_
 
 
 def free(server: Server) -> None:
-    """As the page's button does it, and again: a server that is just tidying up after a prompt misses the first call.
+    """Free memory as the page's button does, several times: a server busy cleaning up after a prompt misses a call.
 
-    There is no answer that says when it is done; idle, it takes a moment.
+    Nothing reports when it is done; an idle server takes a moment.
     """
     for _ in range(3):
         assert server.post("/free", {"unload_models": True, "free_memory": True})[0] == 200
@@ -249,8 +249,16 @@ def test_the_readmes_example_edits_an_uploaded_picture_with_the_standard_library
         history = server.get("/history")
         (prompt_id,) = [i for i, entry in history.items() if entry["prompt"][3].get("client_id") == name]
         events = list(client.events(prompt_id))
-    told = {e.data["node"] for e in events if e.kind == "progress"}
-    assert told - {"1"} == {"3", "4", "6", "9", "11", "13", "14"}  # all that compute; 1: the loader, if it had to load
+    reported = {e.data["node"] for e in events if e.kind == "progress"}
+    assert reported - {"1"} == {
+        "3",
+        "4",
+        "6",
+        "9",
+        "11",
+        "13",
+        "14",
+    }  # "1": the loader, if it loads
     assert events[-1].kind == "execution_success"
     (answer,) = history[prompt_id]["outputs"]["7"]["text"]
     assert answer in done.stdout

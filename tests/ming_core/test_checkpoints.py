@@ -20,8 +20,8 @@ from ming_univision.ming_core import (
     save_mingtok,
     save_univision,
 )
-from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind
-from ming_univision.ming_core.checkpoint.keys import published_slots
+from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind, save
+from ming_univision.ming_core.checkpoint.keys import checkpoint_keys
 from ming_univision.ming_core.config import ConfigError, MingTokConfig, UniVisionConfig, read_config
 from ming_univision.ming_core.files import write_whole
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ PUBLISHED_VALUES = 18_804_506_432
 
 @pytest.fixture
 def folder(checkpoint_folder, tmp_path):
-    """A copy of the small checkpoint, to be spoilt."""
+    """A copy of the small checkpoint, to be damaged."""
     return shutil.copytree(checkpoint_folder, tmp_path / "model", ignore=shutil.ignore_patterns("io.safetensors"))
 
 
@@ -147,15 +147,15 @@ def published_keys(config: UniVisionConfig) -> dict[str, tuple]:
 def test_the_published_keys_map_one_to_one_onto_the_model_but_for_the_audio_gates():
     keys = published_keys(UniVisionConfig())
     assert sum(torch.Size(shape).numel() for shape in keys.values()) == PUBLISHED_VALUES
-    slots = published_slots(UniVision(device="meta"))
-    assert {key: slot.shape for key, slot in slots.items()} == {k: s for k, s in keys.items() if "audio_gate" not in k}
-    places = [(slot.parameter, str(slot.index)) for slot in slots.values()]
+    parts = checkpoint_keys(UniVision(device="meta"))
+    assert {key: part.shape for key, part in parts.items()} == {k: s for k, s in keys.items() if "audio_gate" not in k}
+    places = [(part.module, part.parameter, str(part.place)) for part in parts.values()]
     assert len(set(places)) == len(places)
 
 
 def test_every_value_of_the_model_has_its_place_in_the_published_keys():
     model = UniVision(device="meta")
-    filled = sum(torch.Size(slot.shape).numel() for slot in published_slots(model).values())
+    filled = sum(torch.Size(part.shape).numel() for part in checkpoint_keys(model).values())
     assert filled == sum(p.numel() for p in model.parameters())
 
 
@@ -185,7 +185,7 @@ def test_every_16_bit_kind_of_file_and_of_model_draws_and_answers(folder, dtype)
     rewrite(folder, {k: t.to(dtype) for k, t in tensors_of(folder).items()})
     for precision in (dtype, torch.float32):
         model = load_univision(folder, dtype=precision)
-        assert {p.dtype for p in model.parameters()} == {precision}
+        assert {p.dtype for p in model.network.parameters()} == {precision}
         features = draw(model)
         assert torch.isfinite(features.latents).all() and features.latents.dtype == torch.float32
         assert model.understand(Conversation(), "What is it?", features=features, max_new_tokens=2).token_ids
@@ -285,7 +285,7 @@ def test_a_saved_model_is_a_published_folder_that_loads_the_same(folder, tmp_pat
     assert set(stored) - set(saved) == {k for k in stored if "audio_gate" in k or "inv_freq" in k}
     assert all(torch.equal(saved[k], stored[k]) for k in saved)
     assert torch.equal(draw(load_univision(tmp_path / "saved")).latents, draw(model).latents)
-    values = sum(p.numel() for p in model.parameters())
+    values = sum(p.numel() for p in model.network.parameters())
     assert checkpoint_bytes(tmp_path / "saved", "univision", torch.bfloat16) == 2 * values
 
 
@@ -301,7 +301,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_that_was_there_whole(folder, mo
         write_whole(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(FileError):
-        patch.setattr(checkpoint, "write_whole", until_the_disk_is_full)
+        patch.setattr(save, "write_whole", until_the_disk_is_full)
         save_univision(model, folder, tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -428,23 +428,23 @@ def test_a_folder_without_weights_or_tokenizer_or_config_is_refused(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"llm_config__hidden_act": "gelu"}, ["hidden_act 'gelu'", "'silu'"]),
-        ({"llm_config__num_experts_per_tok": 99}, ["num_experts_per_tok 99"]),
+        ({"llm_config__hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
+        ({"llm_config__num_experts_per_tok": 99}, ["num_experts_per_tok is 99"]),
         ({"llm_config__hidden_size": "wide"}, ["llm_config.hidden_size is 'wide'"]),
         ({"llm_config__hidden_size": float("inf")}, ["llm_config.hidden_size is inf"]),
         ({"mingtok_config__mean": float("nan")}, ["mingtok_config.mean is nan", "finite"]),
         ({"llm_config__rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn"]),
         ({"llm_config__eos_token_id": 12}, ["eos_token_id is 12", "tokenizer.json says 90"]),
-        ({"llm_config__num_image_tokens_for_gen": 15}, ["15 is not a square number"]),
-        ({"llm_config__num_image_tokens_for_gen": -4}, ["num_image_tokens_for_gen -4 is not 1 or more"]),
-        ({"llm_config__num_key_value_heads": 0}, ["num_key_value_heads 0 is not 1 or more"]),
-        ({"llm_config__hidden_size": -8}, ["hidden_size -8 is not 1 or more"]),
-        ({"mlp_depth": 0}, ["mlp_depth 0 is not 1 or more"]),
-        ({"llm_config__num_hidden_layers": 10**30}, ["num_hidden_layers 1", "is more than 1000"]),
-        ({"llm_config__hidden_size": 1e12}, ["hidden_size 1000000000000 is more than"]),
-        ({"mingtok_config__scaling_factor": 0}, ["scaling_factor 0"]),
-        ({"vishead_diffloss_config__num_sampling_steps": "many"}, ["num_sampling_steps 'many'"]),
-        ({"vishead_diffloss_config__num_sampling_steps": "1" + 20 * "0"}, ["is not a whole number from 1 to 1000"]),
+        ({"llm_config__num_image_tokens_for_gen": 15}, ["is 15: it must be a square number"]),
+        ({"llm_config__num_image_tokens_for_gen": -4}, ["num_image_tokens_for_gen is -4: it must be at least 1"]),
+        ({"llm_config__num_key_value_heads": 0}, ["num_key_value_heads is 0: it must be at least 1"]),
+        ({"llm_config__hidden_size": -8}, ["hidden_size is -8: it must be at least 1"]),
+        ({"mlp_depth": 0}, ["mlp_depth is 0: it must be at least 1"]),
+        ({"llm_config__num_hidden_layers": 10**30}, ["num_hidden_layers is 1", "must be at most 1000"]),
+        ({"llm_config__hidden_size": 1e12}, ["hidden_size is 1000000000000: it must be at most"]),
+        ({"mingtok_config__scaling_factor": 0}, ["scaling_factor is 0"]),
+        ({"vishead_diffloss_config__num_sampling_steps": "many"}, ["num_sampling_steps is 'many'"]),
+        ({"vishead_diffloss_config__num_sampling_steps": "1" + 20 * "0"}, ["must be a whole number from 1 to 1000"]),
         ({"llm_config__hidden_size": 32}, ["expected [", "by config.json"]),
         ({"llm_config": ...}, ["no llm_config"]),
     ],
@@ -458,14 +458,14 @@ def test_a_wrong_config_value_is_named(folder, change, words):
 def test_a_config_that_is_no_json_is_named(folder, content):
     (folder / "config.json").write_text(content)
     assert checkpoint_kind(folder) is None
-    refused(folder, "config.json is no JSON")
+    refused(folder, "config.json is not valid JSON")
 
 
 def test_a_flow_head_of_more_blocks_than_can_be_meant_is_refused_at_once(folder):
     tensors = tensors_of(folder)
     tensors["model.diffloss.net.res_blocks.99999999.mlp.w12.weight"] = torch.zeros(1)
     rewrite(folder, tensors)
-    refused(folder, "diffloss_d 100000000 is more than 1000")
+    refused(folder, "diffloss_d is 100000000: it must be at most 1000")
 
 
 def test_a_failed_load_leaves_nothing_and_the_folder_loads_once_it_is_mended(folder):

@@ -1,5 +1,6 @@
 """Quantised weights: how exact, how small, made while loading, saved and loaded again, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,31 +10,31 @@ import torch
 from ming_univision.ming_core import (
     CheckpointError,
     Conversation,
+    Engine,
     UniVision,
-    checkpoint,
-    few_bits,
     load_mingtok,
     load_univision,
-    quantization,
     save_univision,
 )
 from ming_univision.ming_core.checkpoint import checkpoint_bytes, stored_quantization
+from ming_univision.ming_core.checkpoint import save as saving
 from ming_univision.ming_core.config import MingTokConfig, UniVisionConfig
-from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.experts import ExpertPerRow, Experts, OneExpert, SortedRows
 from ming_univision.ming_core.prompts import ChatFormat
 from ming_univision.ming_core.quantization import (
     FORMATS,
-    Quantized,
-    QuantizedExperts,
     QuantizedLinear,
-    arrange_plainly,
+    QuantizedStackedLinear,
+    QuantizedWeight,
+    kernels,
+    layers,
+    packed_state_dict,
     quantize,
+    unpack_weights,
 )
-from ming_univision.ming_core.quantization.kernels import dequantize, quantize_int4, quantize_int8
+from ming_univision.ming_core.quantization.formats import dequantize, quantize_int4, quantize_int8, split_nibbles
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-from tiny_shapes.training.objectives import initialise
 
 both = pytest.mark.parametrize("kind", FORMATS)
 
@@ -48,7 +49,7 @@ def linear(kind, rows=192, width=256, dtype=torch.bfloat16):
     with torch.no_grad():
         plain.weight.copy_(normal(rows, width) * width**-0.5), plain.bias.copy_(normal(rows, seed=1))
     layer = QuantizedLinear(plain, kind)
-    plain.weight.data = dequantize(layer.weight, layer.weight_scale)
+    plain.weight.data = dequantize(layer.values, layer.scale)
     return layer, plain
 
 
@@ -92,10 +93,10 @@ def test_the_integers_are_the_same_whatever_the_dtype(kind):
 
 def test_the_order_of_a_kernel_is_undone_exactly():
     values, _ = quantize_int4(normal(192, 320), 64)
-    packed = few_bits.packed_for_kernel(values)
-    official = torch._convert_weight_to_int4pack_for_cpu(few_bits._split(values).int(), 1)
+    packed = kernels.pack(values)
+    official = torch._convert_weight_to_int4pack_for_cpu(split_nibbles(values).int(), 1)
     assert torch.equal(packed.flatten(), official.flatten()) and not torch.equal(packed, values)
-    assert torch.equal(few_bits.unpacked(packed, "cpu"), values)
+    assert torch.equal(kernels.unpack(packed, "cpu"), values)
 
 
 # --- products -----------------------------------------------------------------------------------------------------
@@ -126,24 +127,24 @@ def test_inputs_that_are_slices_of_others_are_taken(kind):
 @pytest.mark.parametrize(("wide", "packed"), [(64, True), (192, True), (96, False)])
 def test_int8_through_the_kernel_of_int4_is_the_same(quantised_as_on_a_gpu, rows, wide, packed):
     layer, plain = linear("int8", wide)
-    values = layer.weight.clone()
+    values = layer.values.clone()
     x = normal(rows, 256, seed=2, dtype=torch.bfloat16) + 1  # whose mean must not cost exactness
     with torch.no_grad():
         found = layer(x)
-        assert (layer.order == "cpu") == packed and torch.equal(layer.weight, values) == (not packed)
+        assert (layer.order == "cpu") == packed and torch.equal(layer.values, values) == (not packed)
         assert (found.float() - plain(x).float()).norm() / plain(x).float().norm() < 5e-3
     layer.arrange("plain")
-    assert torch.equal(layer.weight, values)
+    assert torch.equal(layer.values, values)
 
 
 def test_every_int8_value_has_its_two_halves():
     values = torch.arange(-128, 128).to(torch.int8).repeat(64, 1)
-    halves = few_bits._nibbles(values)
-    assert halves.max() == 15 and torch.equal(few_bits._from_nibbles(halves, torch.int8), values)
+    halves = kernels._nibbles(values)
+    assert halves.max() == 15 and torch.equal(kernels._from_nibbles(halves, torch.int8), values)
     high, low = halves.view(2, 64, 256).int()
     assert torch.equal(16 * high + low - 128, values.int())
-    packed, one_each = few_bits.packed_for_kernel(values), torch.eye(256, dtype=torch.bfloat16)
-    found = few_bits._packed_product(one_each, packed, torch.ones(64, dtype=torch.bfloat16))
+    packed, one_each = kernels.pack(values), torch.eye(256, dtype=torch.bfloat16)
+    found = kernels._packed_product(one_each, packed, torch.ones(64, dtype=torch.bfloat16))
     assert torch.equal(found, values.T.bfloat16())
 
 
@@ -152,10 +153,10 @@ def test_weights_in_the_order_of_a_kernel_keep_it_while_they_rest_elsewhere(quan
     x = normal(3, 256, seed=2, dtype=torch.bfloat16)
     with torch.no_grad():
         layer(x)
-        monkeypatch.setattr(quantization, "can_pack", lambda values, device: False)  # as of weights on another device
-        packed = layer.weight.clone()
+        monkeypatch.setattr(layers, "can_pack", lambda values, device: False)  # as of weights on another device
+        packed = layer.values.clone()
         layer(x)
-    assert layer.order == "cpu" and torch.equal(layer.weight, packed)
+    assert layer.order == "cpu" and torch.equal(layer.values, packed)
 
 
 @both
@@ -164,7 +165,7 @@ def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
     x = normal(3, 256, seed=2, dtype=torch.bfloat16)
     with torch.no_grad():
         fast = layer(x)
-        monkeypatch.setattr(few_bits, "kernel_works", lambda *_: False)
+        monkeypatch.setattr(kernels, "kernel_works", lambda *_: False)
         slow = layer(x)
     assert layer.order == "plain"
     assert (fast.float() - slow.float()).norm() / slow.float().norm() < 1e-2
@@ -174,7 +175,7 @@ def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
 def test_a_kernel_that_gives_wrong_numbers_is_not_used(kind, monkeypatch):
     for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"):
         monkeypatch.setattr(torch, name, lambda x, *_: x.new_zeros(len(x), 128))
-    assert not few_bits.kernel_works.__wrapped__(kind, torch.device("cpu"), torch.bfloat16)
+    assert not kernels.kernel_works.__wrapped__(kind, torch.device("cpu"), torch.bfloat16)
 
 
 @both
@@ -189,21 +190,41 @@ def test_gradients_pass_through_to_the_input_also_after_a_kernel_has_run(kind):
     assert torch.allclose(a.grad, b.grad, rtol=0.02, atol=0.02)
 
 
-def test_weights_that_an_error_left_between_two_orders_are_not_used(monkeypatch):
-    layer, _ = linear("int4", rows=256, width=64)
-    x = normal(3, 64, seed=2, dtype=torch.bfloat16)
-    assert few_bits.kernel_works("int4", x.device, x.dtype)
+@both
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_weights_stay_usable_when_packing_or_unpacking_them_fails_on_the_way(
+    kind, error, quantised_as_on_a_gpu, monkeypatch
+):
+    monkeypatch.setattr(layers, "CHUNK", 64 * 64)  # four pieces
+    layer, plain = linear(kind, rows=256, width=128)
+    values, x = layer.values.clone(), normal(3, 128, seed=2, dtype=torch.bfloat16)
 
-    def stopped(*_):
-        raise KeyboardInterrupt
+    def failing_at_the_third(function):
+        calls = iter(range(10))
+
+        def attempt(*args):
+            if next(calls) == 2:
+                raise error
+            return function(*args)
+
+        return attempt
 
     with torch.no_grad():
+        assert layer.kernel_serves(x)  # which packs a small weight to see whether the kernel works
         with monkeypatch.context() as patched:
-            patched.setattr(quantization, "packed_for_kernel", stopped)
-            with pytest.raises(KeyboardInterrupt):
+            patched.setattr(layers, "pack", failing_at_the_third(layers.pack))
+            with pytest.raises(error):
                 layer(x)
-        with pytest.raises(RuntimeError, match="load the model again"):
-            layer(x)
+        assert torch.equal(layer.values, values) and layer.order == "plain"
+        found = layer(x)
+        assert layer.order == "cpu" and (found - plain(x)).norm() / plain(x).norm() < 5e-3
+        with monkeypatch.context() as patched:
+            patched.setattr(layers, "unpack", failing_at_the_third(layers.unpack))
+            with pytest.raises(error):
+                layer.arrange("plain")
+        assert torch.equal(layer(x), found)
+        layer.arrange("plain")
+    assert torch.equal(layer.values, values)
 
 
 # --- experts ------------------------------------------------------------------------------------------------------
@@ -217,35 +238,63 @@ def experts(dtype=torch.bfloat16):
     return plain, normal(5, 128, seed=1, dtype=dtype), chosen
 
 
-def test_experts_give_the_same_sorted_gathered_and_in_one_grouped_product():
+def quantised(plain, kind):
+    """A copy of the experts with quantised weights."""
+    mixed = copy.deepcopy(plain)
+    mixed.gate_up, mixed.down = (QuantizedStackedLinear(weight, kind) for weight in (plain.gate_up, plain.down))
+    return mixed
+
+
+def forget(mixed, *experts):
+    """Make the weights of some experts unusable."""
+    for expert in experts:
+        mixed.gate_up.scale[expert] = mixed.down.scale[expert] = float("nan")
+
+
+def test_experts_give_the_same_on_every_route():
     plain, x, chosen = experts()
-    expected = plain._sorted(x, chosen).float()
-    for found in (plain._gathered(x, chosen), plain._grouped(x, chosen)):
-        assert torch.allclose(found.float(), expected, rtol=0.02, atol=0.02)
+    expected = plain.outputs(x, chosen, OneExpert).float()
+    for route in (ExpertPerRow, SortedRows):
+        assert torch.allclose(plain.outputs(x, chosen, route).float(), expected, rtol=0.02, atol=0.02)
     assert expected.abs().max() > 0.5
 
 
 @both
 def test_quantised_experts_are_experts_of_the_dequantised_weights(kind):
     plain, x, chosen = experts()
-    mixed = QuantizedExperts(plain, kind)
+    mixed = quantised(plain, kind)
     for name in ("gate_up", "down"):
-        getattr(plain, name).copy_(dequantize(getattr(mixed, name), getattr(mixed, f"{name}_scale")))
-    expected = plain.outputs(x, chosen).float()
-    found = mixed.outputs(x, chosen).float()
+        weight = getattr(mixed, name)
+        getattr(plain, name).values.copy_(dequantize(weight.values, weight.scale))
+    expected = plain.outputs(x, chosen, OneExpert).float()
+    found = mixed.outputs(x, chosen, OneExpert).float()
     assert (found - expected).norm() / expected.norm() < 0.02
 
 
 @both
 def test_quantised_experts_give_the_same_sorted_and_gathered(kind, quantised_as_on_a_gpu):
     plain, x, chosen = experts()
-    mixed = QuantizedExperts(plain, kind)
-    gathered = mixed.outputs(x, chosen)
-    assert mixed.order == "cpu" and not mixed.waits(x, chosen.numel())
-    torch.testing.assert_close(gathered, mixed._sorted(x, chosen), rtol=0.02, atol=0.02)
-    for expert in (1, 3):  # not chosen
-        mixed.gate_up_scale[expert] = mixed.down_scale[expert] = float("nan")
-    assert torch.equal(mixed.outputs(x, chosen), gathered)
+    mixed = quantised(plain, kind)
+    assert mixed.dispatch(x, chosen.numel()) is ExpertPerRow and not mixed.synchronizes(x, chosen.numel())
+    gathered = mixed.outputs(x, chosen, ExpertPerRow)
+    assert mixed.gate_up.order == mixed.down.order == "cpu"
+    torch.testing.assert_close(gathered, mixed.outputs(x, chosen, OneExpert), rtol=0.02, atol=0.02)
+    forget(mixed, 1, 3)  # not chosen
+    assert torch.equal(mixed.outputs(x, chosen, ExpertPerRow), gathered)
+
+
+def test_a_route_that_quantised_experts_have_no_product_for_is_refused():
+    plain, x, _ = experts()
+    weight = QuantizedStackedLinear(plain.gate_up, "int8")
+    with pytest.raises(TypeError, match="SortedRows"):
+        weight(x, SortedRows(torch.tensor([1, 2, 3, 4, 5, 5])))
+
+
+@pytest.mark.parametrize("kind", [None, *FORMATS])
+def test_on_a_cpu_experts_are_multiplied_one_after_the_other(kind):
+    plain, x, chosen = experts()
+    mixed = quantised(plain, kind) if kind else plain
+    assert mixed.dispatch(x, chosen.numel()) is OneExpert and mixed.synchronizes(x, chosen.numel())
 
 
 @both
@@ -253,20 +302,19 @@ def test_quantised_experts_give_the_same_sorted_and_gathered(kind, quantised_as_
 def test_a_product_without_a_kernel_goes_piece_by_piece(kind, dtype, monkeypatch):
     layer = nn.Linear(64, 192, bias=False, dtype=dtype)
     mixed, x = QuantizedLinear(layer, kind), torch.randn(3, 64).to(dtype)
-    whole, pieces, exact = mixed(x), [], few_bits.F.linear
-    monkeypatch.setattr(few_bits, "PIECE", 64 * 64)
-    monkeypatch.setattr(few_bits.F, "linear", lambda x, w: pieces.append(w.shape) or exact(x, w))
+    whole, pieces, exact = mixed(x), [], kernels.F.linear
+    monkeypatch.setattr(kernels, "PRODUCT_CHUNK", 64 * 64)
+    monkeypatch.setattr(kernels.F, "linear", lambda x, w: pieces.append(w.shape) or exact(x, w))
     torch.testing.assert_close(mixed(x), whole)
     assert len(pieces) > 1 and sum(shape[0] for shape in pieces) == 192
 
 
 def test_only_the_chosen_experts_are_read():
     plain, x, chosen = experts()
-    mixed = QuantizedExperts(plain, "int8")
-    whole = mixed.outputs(x, chosen)
-    for expert in (1, 3):
-        mixed.gate_up_scale[expert] = mixed.down_scale[expert] = float("nan")
-    assert torch.equal(mixed.outputs(x, chosen), whole)
+    mixed = quantised(plain, "int8")
+    whole = mixed.outputs(x, chosen, OneExpert)
+    forget(mixed, 1, 3)
+    assert torch.equal(mixed.outputs(x, chosen, OneExpert), whole)
 
 
 @both
@@ -302,7 +350,7 @@ def test_the_published_size_takes_at_most(kind, most):
     quantize(model, kind)
     parameters = dict(model.named_parameters())
     assert 0.97 * most < sum(p.nbytes for p in parameters.values()) <= most
-    kept = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16 and not name.endswith("_scale")}
+    kept = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16 and not name.endswith(".scale")}
     large = {
         name.split(".")[-2] for name, p in kept.items() if p.ndim > 1 and not name.startswith(("mingtok", "linear"))
     }
@@ -316,13 +364,13 @@ def test_the_published_size_takes_at_most(kind, most):
 def test_loading_quantised_is_quantising_what_was_loaded(kind, folder):
     loaded, made = load_univision(folder, quantization=kind), load_univision(folder)
     original = made.fingerprint
-    quantize(made, kind)
-    theirs = dict(made.named_parameters())
-    for name, parameter in loaded.named_parameters():
+    quantize(made.network, kind)
+    theirs = dict(made.network.named_parameters())
+    for name, parameter in loaded.network.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
-    assert any(isinstance(m, QuantizedExperts) for m in loaded.modules())
-    assert loaded.fingerprint == original and loaded.quantization == kind
-    assert not any(p.is_meta for p in loaded.parameters())
+    assert any(isinstance(m, QuantizedStackedLinear) for m in loaded.network.modules())
+    assert loaded.fingerprint == original and loaded.network.quantization == kind
+    assert not any(p.is_meta for p in loaded.network.parameters())
 
 
 @both
@@ -340,7 +388,8 @@ def test_hidden_states_stay_close_to_those_of_the_whole_weights(kind, closest, f
 
     def hidden(model):
         with torch.no_grad():
-            return model.language_model.prefill(model.language_model.embed(ids), model.language_model.prefix(40))
+            language_model = model.network.language_model
+            return language_model.prefill(language_model.embed(ids), language_model.new_cache(40))
 
     assert torch.cosine_similarity(hidden(mixed), hidden(whole), dim=0) > closest
 
@@ -352,13 +401,23 @@ def test_a_quantised_folder_loads_the_same_and_keeps_its_originals_fingerprint(k
     drawn = draw(model)  # the weights are in a kernel's order now
     saved = save(model, folder, tmp_path / "saved", dtype=dtype)
     again = load_univision(saved, dtype=dtype)
-    assert torch.equal(draw(again), drawn) and again.quantization == kind
+    assert torch.equal(draw(again), drawn) and again.network.quantization == kind
     assert torch.equal(draw(load_univision(saved, dtype=dtype, quantization=kind)), drawn)
     whole = load_univision(folder)
     for other in (again, load_univision(save(again, folder, tmp_path / "once more", dtype=dtype))):
         assert (other.fingerprint, other.mingtok.fingerprint) == (whole.fingerprint, whole.mingtok.fingerprint)
     assert load_mingtok(saved).fingerprint == whole.mingtok.fingerprint
     assert stored_quantization(saved) == kind and stored_quantization(folder) is None
+
+
+@torch.no_grad()
+def random_weights(network):
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+        else:
+            parameter.fill_(float(name.endswith("weight")))
 
 
 @both
@@ -368,11 +427,11 @@ def test_a_flow_head_of_whole_groups_throughout_as_the_published_one_comes_back_
     chat = ChatFormat.from_folder(folder)
     config = load_univision(folder).config
     head = dataclasses.replace(config.vishead_diffloss_config, diffloss_w=64)
-    wide = UniVision(dataclasses.replace(config, vishead_diffloss_config=head), chat, flow_hidden=128)
-    initialise(wide, torch.Generator().manual_seed(0))
-    model = load_univision(save(wide, folder, tmp_path / "wide"), quantization=kind)
+    wide = UniVision(dataclasses.replace(config, vishead_diffloss_config=head), flow_hidden=128)
+    random_weights(wide)
+    model = load_univision(save(Engine(wide, chat), folder, tmp_path / "wide"), quantization=kind)
     again = load_univision(save(model, folder, tmp_path / "saved"))
-    inner = again.flow_head.net.res_blocks[0].mlp.w3.weight
+    inner = again.network.flow_head.net.res_blocks[0].mlp.w3.values
     assert inner.dtype == (torch.uint8 if kind == "int4" else torch.int8)
     assert torch.equal(draw(again), draw(model))
 
@@ -380,7 +439,7 @@ def test_a_flow_head_of_whole_groups_throughout_as_the_published_one_comes_back_
 @both
 def test_what_a_folder_will_take_is_known_before_it_is_loaded(kind, folder, tmp_path):
     model = load_univision(folder, dtype=torch.bfloat16, quantization=kind)
-    size = sum(p.nbytes for p in model.parameters())
+    size = sum(p.nbytes for p in model.network.parameters())
     assert checkpoint_bytes(folder, "univision", torch.bfloat16, kind) == size
     assert checkpoint_bytes(save(model, folder, tmp_path / "saved"), "univision", torch.bfloat16) == size
     assert size < checkpoint_bytes(folder, "univision", torch.bfloat16)
@@ -390,13 +449,13 @@ def test_what_a_folder_will_take_is_known_before_it_is_loaded(kind, folder, tmp_
 
 def test_a_large_model_is_saved_in_shards(folder, tmp_path, monkeypatch):
     model = load_univision(folder, quantization="int4")
-    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
+    monkeypatch.setattr(saving, "SHARD", 100_000)
     saved = save(model, folder, tmp_path / "saved")
     files = sorted(saved.glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     drawn = draw(model)
     assert torch.equal(draw(load_univision(saved)), drawn)
-    monkeypatch.setattr(checkpoint, "SHARD", 200_000)
+    monkeypatch.setattr(saving, "SHARD", 200_000)
     (saved / "mine.safetensors").write_bytes(b"")
     save(model, folder, saved)  # over the shards, in fewer
     assert 1 < len(list(saved.glob("model-*.safetensors"))) < len(files)
@@ -410,21 +469,84 @@ def test_a_large_model_is_saved_in_shards(folder, tmp_path, monkeypatch):
 def test_a_model_that_nothing_identifies_is_not_saved_quantised(folder, tmp_path):
     model = load_univision(folder)
     model.fingerprint = ""
-    quantize(model, "int8")
-    with pytest.raises(ValueError, match="save it, load and quantise"):
+    quantize(model.network, "int8")
+    with pytest.raises(ValueError, match="save it, load it and quantize it"):
         save(model, folder, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
 def test_arranging_back_and_forth_changes_nothing(folder):
     model = load_univision(folder, dtype=torch.bfloat16, quantization="int4")
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    before = {name: p.clone() for name, p in model.network.named_parameters()}
     drawn = draw(model)
-    assert any(m.order == "cpu" for m in model.modules() if isinstance(m, Quantized))
-    arrange_plainly(model)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert any(m.order == "cpu" for m in model.network.modules() if isinstance(m, QuantizedWeight))
+    unpack_weights(model.network)
+    assert all(torch.equal(p, before[name]) for name, p in model.network.named_parameters())
     model.prefix_cache.clear()
     assert torch.equal(draw(model), drawn)
+
+
+def all_features(model):
+    model.prefix_cache.clear()
+    return model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.tokens
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@both
+def test_a_twin_loaded_from_a_state_dict_gives_the_same_features(kind, assign, folder, quantised_as_on_a_gpu):
+    model, twin, third = (load_univision(folder, dtype=torch.bfloat16, quantization=kind) for _ in range(3))
+    fresh = model.network.state_dict()
+    before = {name: tensor.clone() for name, tensor in fresh.items()}
+    drawn = all_features(model)  # the weights are packed now
+    packed = {m for m in model.network.modules() if isinstance(m, QuantizedWeight) and m.order == "cpu"}
+    assert packed
+    used = model.network.state_dict()
+    for state in (fresh, used):
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    for other in (twin, third):  # one has not computed yet, one has
+        spoil_weights(other.network)
+        if other is third:
+            all_features(other)
+        other.network.load_state_dict(used, assign=assign)
+        assert torch.equal(all_features(other), drawn)
+        assert torch.equal(all_features(model), drawn)
+    assert all(torch.equal(used[name], tensor) for name, tensor in before.items())  # also what a twin has taken over
+
+
+@torch.no_grad()
+def spoil_weights(network):
+    for module in network.modules():
+        if isinstance(module, QuantizedWeight):
+            module.values.zero_()
+
+
+@both
+def test_a_deep_copy_of_a_model_that_has_computed_gives_the_same_features(kind, folder, quantised_as_on_a_gpu):
+    model = load_univision(folder, dtype=torch.bfloat16, quantization=kind)
+    drawn = all_features(model)
+    other = Engine(copy.deepcopy(model.network), model.chat, model.fingerprint)
+    assert torch.equal(all_features(other), drawn)
+    unpack_weights(other.network)
+    assert torch.equal(all_features(other), drawn) and torch.equal(all_features(model), drawn)
+
+
+def test_a_state_dict_of_the_wrong_shapes_changes_nothing(quantised_as_on_a_gpu):
+    layer, _ = linear("int8")
+    x = normal(3, 256, seed=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = layer(x)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            layer.load_state_dict({**layer.state_dict(), "values": torch.zeros(1, 1, dtype=torch.int8)})
+        assert torch.equal(layer(x), found)
+
+
+def test_who_only_counts_bytes_gets_packed_values_without_a_copy(quantised_as_on_a_gpu):
+    layer, _ = linear("int8")
+    with torch.no_grad():
+        layer(normal(3, 256, seed=2, dtype=torch.bfloat16))
+    with packed_state_dict():
+        assert layer.state_dict()["values"].data_ptr() == layer.values.data_ptr()
+    assert not torch.equal(layer.state_dict()["values"], layer.values)
 
 
 @both
@@ -434,7 +556,7 @@ def test_it_does_not_matter_what_is_done_under_inference_mode(kind, folder):
     drawn = draw(model)
     model.prefix_cache.clear()
     with torch.inference_mode():
-        arrange_plainly(model)
+        unpack_weights(model.network)
         assert torch.equal(draw(model), drawn)
     model.prefix_cache.clear()
     assert torch.equal(draw(model), drawn)
@@ -465,7 +587,7 @@ def spoil(folder, change):
 
 
 def test_another_format_than_the_folders_is_refused(quantised_folder):
-    refused(quantised_folder, "quantised to int4 already", "int8", "original", quantization="int8")
+    refused(quantised_folder, "quantized to int4 already", "int8", "original", quantization="int8")
 
 
 def test_a_missing_scale_is_named_with_its_shape(quantised_folder):
@@ -480,7 +602,7 @@ def test_a_misshapen_scale_is_named_with_both_shapes(quantised_folder):
 
 def test_a_scale_that_is_no_number_is_named(quantised_folder):
     spoil(quantised_folder, lambda t: t[KEY + "_scale"].fill_(float("nan")))
-    refused(quantised_folder, f"{KEY}_scale holds values that are no numbers", "download")
+    refused(quantised_folder, f"{KEY}_scale holds NaN or infinite values", "download")
 
 
 def test_whole_numbers_of_another_kind_are_named(quantised_folder):

@@ -1,9 +1,9 @@
 """The model in ComfyUI's own memory management: loaded whole, in part, not at all, and unloaded.
 
 Runs where ComfyUI can be imported, that is, with its Python and from its folder:
-`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. There is a GPU in none of it, but a far device.
-The memory functions of newer versions' dynamic VRAM need a GPU too and are replaced; what its patcher and its layers do
-with them is the real thing.
+`PYTHONPATH=. python -m pytest PACK/tests/nodes/test_comfy_memory.py`. It needs no GPU: a far device is faked.
+The memory functions of newer versions' dynamic VRAM need a GPU and are replaced; its patcher and layers are the real
+ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Sampling, Solver, load_mingtok, load_univision
+from ming_univision.ming_core import Conversation, ImageOptions, Sampling, Solver, load_mingtok, load_univision
 from ming_univision.ming_core.experts import Experts
 from ming_univision.nodes import host
 from ming_univision.tests.far_device import FarDevice, near_first
@@ -59,11 +59,16 @@ def far(monkeypatch):
 
 
 def load(folder, loader=load_univision) -> host.Loaded:
-    return host.managed(loader(folder, device=host.resting_device(), operations=host.operations()), "small")
+    return host.managed(loader(folder, device=host.offload_device(), operations=host.operations()), "small")
 
 
 def size(loaded: host.Loaded) -> int:
-    return sum(p.nbytes for p in loaded.model.parameters())
+    return sum(p.nbytes for p in network(loaded).parameters())
+
+
+def network(loaded: host.Loaded) -> torch.nn.Module:
+    """What holds the weights: of a Ming-UniVision the network of its engine."""
+    return getattr(loaded.model, "network", loaded.model)
 
 
 def a_round(model):
@@ -91,10 +96,10 @@ def check(found, expected):
 
 def test_comfyuis_layers_give_the_very_same_numbers(checkpoint_folder, expected):
     loaded = load(checkpoint_folder)
-    found = a_round(host.ready(loaded))
+    found = a_round(host.load_to_gpu(loaded))
     assert all(torch.equal(one, other) for one, other in zip(found[:3], expected[:3], strict=True))
     assert found[3:] == expected[3:]
-    assert any(type(m).__module__.endswith("host") for m in loaded.model.modules())
+    assert any(type(m).__module__.endswith("host") for m in network(loaded).modules())
 
 
 def test_dynamic_vram_leaves_the_layers_for_the_loader_to_fill(checkpoint_folder, expected, monkeypatch):
@@ -179,7 +184,7 @@ def test_a_mingtok_alone_computes_the_same_under_dynamic_vram(dynamic, checkpoin
     assert loaded.patcher.is_dynamic()
     monkeypatch.setattr(dynamic, "room", int(room * 2 * size(loaded)))
     for _ in range(2):  # what has found memory is found again
-        tok = host.ready(loaded)
+        tok = host.load_to_gpu(loaded)
         pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
         with torch.no_grad():
             latents = tok.encode(pixels)
@@ -192,12 +197,12 @@ def test_a_mingtok_alone_computes_the_same_under_dynamic_vram(dynamic, checkpoin
 def test_a_model_with_experts_is_loaded_in_part_beside_dynamic_vram(dynamic, far, checkpoint_folder, expected):
     tok, loaded = load(checkpoint_folder, load_mingtok), load(checkpoint_folder)
     assert tok.patcher.is_dynamic() and not loaded.patcher.is_dynamic()
-    host.ready(tok)
+    host.load_to_gpu(tok)
     far.free = size(loaded) // 2
-    check(a_round(host.ready(loaded)), expected)
+    check(a_round(host.load_to_gpu(loaded)), expected)
     assert 0 < loaded.patcher.loaded_size() < size(loaded)
     with torch.no_grad():
-        tok = host.ready(tok)
+        tok = host.load_to_gpu(tok)
         assert torch.isfinite(tok.decode(tok.semantic_features(expected[0])).cpu()).all()
 
 
@@ -205,21 +210,21 @@ def test_a_model_with_experts_is_loaded_in_part_beside_dynamic_vram(dynamic, far
 def test_a_model_that_fits_in_part_computes_the_same(far, checkpoint_folder, expected, part):
     loaded = load(checkpoint_folder)
     far.free = int(part * size(loaded))
-    model = host.ready(loaded)
-    on_far = {name for name, p in model.named_parameters() if p.device == FAR}
-    everything = {name for name, _ in model.named_parameters()}
+    model = host.load_to_gpu(loaded)
+    on_far = {name for name, p in model.network.named_parameters() if p.device == FAR}
+    everything = {name for name, _ in model.network.named_parameters()}
     assert (on_far == everything) == (part > 1) and bool(on_far) == (part > 0)
-    assert sum(dict(model.named_parameters())[name].nbytes for name in on_far) <= far.free
+    assert sum(dict(model.network.named_parameters())[name].nbytes for name in on_far) <= far.free
     assert model.device == model.mingtok.device == FAR and model.dtype == torch.float32
     check(a_round(model), expected)
 
 
 def test_the_experts_are_what_is_left_behind_and_only_the_routed_ones_travel(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
-    stacks = [p for m in loaded.model.modules() if isinstance(m, Experts) for p in (m.gate_up, m.down)]
+    stacks = [p for m in network(loaded).modules() if isinstance(m, Experts) for p in (m.gate_up, m.down)]
     far.free = size(loaded) - sum(p.nbytes for p in stacks) // 2
-    model = host.ready(loaded)
-    left = [m for m in model.modules() if any(p.device != FAR for p in m.parameters(recurse=False))]
+    model = host.load_to_gpu(loaded)
+    left = [m for m in model.network.modules() if any(p.device != FAR for p in m.parameters(recurse=False))]
     assert any(isinstance(m, Experts) for m in left)
     assert all(isinstance(m, Experts) or not hasattr(m, "comfy_cast_weights") for m in left)
     far.brought.clear()
@@ -232,10 +237,10 @@ def test_the_experts_are_what_is_left_behind_and_only_the_routed_ones_travel(far
 def test_more_is_loaded_when_there_is_room_and_some_given_back_when_there_is_not(far, checkpoint_folder, expected):
     loaded = load(checkpoint_folder)
     far.free = size(loaded) // 2
-    host.ready(loaded)
+    host.load_to_gpu(loaded)
     half = loaded.patcher.loaded_size()
     far.free = 10 * size(loaded)
-    host.ready(loaded)
+    host.load_to_gpu(loaded)
     assert loaded.patcher.loaded_size() > half
     far.free = size(loaded)
     management.free_memory(size(loaded) // 2, FAR)
@@ -245,39 +250,39 @@ def test_more_is_loaded_when_there_is_room_and_some_given_back_when_there_is_not
 
 def test_the_memory_that_a_round_asks_for_is_left_free(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
-    needed = loaded.model.working_memory(Conversation(), "Hello", None, 64, pictures=2)
+    needed = loaded.model.plan(Conversation(), "Hello", ImageOptions(seeds=(0, 1))).working_memory
     far.free = needed + size(loaded) // 2
-    host.ready(loaded, needed)
+    host.load_to_gpu(loaded, needed)
     assert 0 < loaded.patcher.loaded_size() <= size(loaded) // 2
-    host.ready(loaded)
+    host.load_to_gpu(loaded)
     assert loaded.patcher.loaded_size() > size(loaded) // 2
 
 
 def test_unloading_brings_all_back_and_frees_what_was_remembered(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
-    a_round(host.ready(loaded))
+    a_round(host.load_to_gpu(loaded))
     remembered = loaded.model.prefix_cache.bytes
     assert remembered > 0
-    host.ready(loaded)
+    host.load_to_gpu(loaded)
     assert loaded.model.prefix_cache.bytes == remembered
     management.unload_all_models()
     assert loaded.model.prefix_cache.bytes == 0
-    assert all(p.device.type == "cpu" for p in loaded.model.parameters())
+    assert all(p.device.type == "cpu" for p in network(loaded).parameters())
     assert not management.current_loaded_models
 
 
 def test_the_tokenizer_inside_a_model_is_not_counted_twice(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
     tok = host.Loaded(loaded.model.mingtok, loaded.patcher, "tok", owner=loaded)
-    host.ready(tok)
-    host.ready(loaded)
+    host.load_to_gpu(tok)
+    host.load_to_gpu(loaded)
     assert [m.model_loaded_memory() for m in management.current_loaded_models] == [size(loaded)]
 
 
 def test_a_mingtok_alone_is_moved_and_encodes(far, checkpoint_folder, expected):
     loaded = load(checkpoint_folder, load_mingtok)
     far.free = size(loaded) // 2
-    tok = host.ready(loaded)
+    tok = host.load_to_gpu(loaded)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(tok.encode(pixels).cpu(), expected[0], rtol=0, atol=TOLERANCE)
@@ -285,7 +290,7 @@ def test_a_mingtok_alone_is_moved_and_encodes(far, checkpoint_folder, expected):
 
 def test_the_model_that_ran_last_is_held_until_comfyui_unloads_it(checkpoint_folder):
     loaded = load(checkpoint_folder)
-    a_round(host.ready(loaded))
+    a_round(host.load_to_gpu(loaded))
     model = weakref.ref(loaded.model)
     del loaded
     gc.collect()
@@ -299,11 +304,11 @@ def test_the_model_that_ran_last_is_held_until_comfyui_unloads_it(checkpoint_fol
 def test_the_models_that_ran_last_are_held_as_far_as_a_share_of_the_ram_goes(checkpoint_folder, monkeypatch, models):
     loaded = load(checkpoint_folder)
     share = int((models + 0.5) * size(loaded))
-    monkeypatch.setattr(host, "host_memory", lambda: share / host.KEPT_SHARE)
-    host.ready(loaded)
+    monkeypatch.setattr(host, "host_memory", lambda: share / host.RETAINED_SHARE)
+    host.load_to_gpu(loaded)
     first = weakref.ref(loaded.model)
     loaded = load(checkpoint_folder)
-    host.ready(loaded)
+    host.load_to_gpu(loaded)
     second = weakref.ref(loaded.model)
     del loaded
     gc.collect()

@@ -1,4 +1,4 @@
-"""What users see while a node runs: the bar, the picture as it is drawn, the answer as it is written; and stopping."""
+"""What users see while a node runs: the bar, the picture being drawn, the answer being written; and interrupting."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ class Interrupted(BaseException):
 
 
 class FakeComfy:
-    """The parts of ComfyUI that a running node speaks to, and what they were told."""
+    """The parts of ComfyUI that a running node calls, with a record of the calls."""
 
     def __init__(self):
         self.bars, self.texts = [], []  # (value, total, preview) a call; (text, node id, client)
@@ -57,7 +57,7 @@ def comfy(monkeypatch):
     fake = FakeComfy()
     context = SimpleNamespace(get_executing_context=lambda: SimpleNamespace(node_id="7"))
     monkeypatch.setattr(host, "comfy", fake)
-    monkeypatch.setattr(host, "_has_text", set())
+    monkeypatch.setattr(host, "_nodes_with_text", set())
     monkeypatch.setattr(host, "comfy_execution", SimpleNamespace(utils=context))
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=fake))
     monkeypatch.setitem(sys.modules, "server", server)
@@ -112,7 +112,7 @@ def test_the_text_of_an_earlier_run_is_taken_off_the_node(comfy):
 
 
 def test_a_text_that_grows_is_sent_now_and_then_and_whole_at_the_end(comfy, loaded, monkeypatch):
-    monkeypatch.setattr(host, "TEXT_EVERY", 3600)
+    monkeypatch.setattr(host, "TEXT_INTERVAL", 3600)
     text, _ = run("MingUnderstand", model=loaded, prompt="Hello.", max_new_tokens=9)
     sent = [sent for sent, _, _ in comfy.texts]
     assert len(sent) == 2 and sent[-1] == text
@@ -125,8 +125,8 @@ def test_a_text_that_grows_is_sent_now_and_then_and_whole_at_the_end(comfy, load
 def test_a_gpu_computes_in_the_16_bits_that_comfyui_finds_good_for_it_or_in_32(comfy, bf16, fp16, chosen):
     comfy.model_management.should_use_bf16 = lambda on: bf16
     comfy.model_management.should_use_fp16 = lambda on: fp16
-    assert host.half(torch.device("cuda")) == chosen
-    assert host.half(torch.device("cpu")) == torch.bfloat16
+    assert host.half_dtype(torch.device("cuda")) == chosen
+    assert host.half_dtype(torch.device("cpu")) == torch.bfloat16
 
 
 def test_loading_a_conversation_moves_a_bar_and_can_be_stopped(comfy, loaded, tmp_path):
@@ -169,8 +169,8 @@ def test_a_batch_is_computed_a_few_pictures_at_a_time_and_is_what_it_would_be_on
     for i in (0, 7, 8, 19):
         (single,) = run("MingTokEncode", mingtok=mingtok, image=pictures[i : i + 1])
         (one,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=single)
-        torch.testing.assert_close(features.pictures()[i].latents, one.latents, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(features.pictures()[i].tokens, one.tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features.split()[i].latents, one.latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features.split()[i].tokens, one.tokens, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(images[i : i + 1], run("MingTokDecode", mingtok=mingtok, features=one)[0])
 
 
@@ -190,14 +190,15 @@ def test_a_large_batch_can_be_stopped_in_between(comfy, batch, node):
 def test_the_bar_moves_with_every_token_when_the_model_decides(comfy, loaded, monkeypatch):
     scripted = iter([4, 9, loaded.model.config.llm_config.image_start_token])
     end = loaded.model.config.llm_config.eos_token_id
-    logits = type(loaded.model.language_model).logits
+    language_model = type(loaded.model.network.language_model)
+    logits = language_model.logits
 
     def scripted_logits(self, hidden):
         out = torch.zeros_like(logits(self, hidden))
         out[:, next(scripted, end)] = 1
         return out
 
-    monkeypatch.setattr(type(loaded.model.language_model), "logits", scripted_logits)
+    monkeypatch.setattr(language_model, "logits", scripted_logits)
     run("MingGenerate", model=loaded, prompt="A cat.", start="model decides", max_new_tokens=8)
     assert moves(comfy.bars[0]) == (3 + PICTURE_TOKENS + 1,) * 2
 

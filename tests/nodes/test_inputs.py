@@ -1,4 +1,4 @@
-"""What the nodes take without complaint, and what gives one clear error and leaves everything usable."""
+"""What the nodes accept, and what gives one clear error and leaves everything usable."""
 
 import json
 import os
@@ -10,9 +10,10 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, files, load_univision
 from ming_univision.ming_core.images import to_images, to_pixels
-from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, headless_core, host, loaders, mingtok
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, host, mingtok, models
 from ming_univision.nodes import saved_files as saved_files_module
 from ming_univision.nodes.saved_files import new_file, saved_files, saved_path
+from ming_univision.runner import core_nodes
 from ming_univision.runner.run import NodeError, known_node_classes, run_workflow
 from ming_univision.runner.workflow import WorkflowError, plan, read_workflow
 
@@ -118,12 +119,12 @@ def test_resizing_is_the_published_one(golden, name):
 def test_a_batch_of_pictures_goes_into_one_message(small):
     batch = features_of(small, image(batch=3))
     _, talk = node("MingUnderstand", model=small[0], prompt="Compare.", features=batch)
-    assert len(talk.pictures) == 3 and talk.rounds == 1
+    assert len(talk.images) == 3 and talk.rounds == 1
 
 
 def test_latents_come_back_through_cores_blend_and_through_a_file(small, tmp_path):
     a, b = (node("MingTokEncode", mingtok=small[1], image=image(seed=s))[0] for s in (1, 2))
-    blend = headless_core.NODE_CLASS_MAPPINGS["LatentBlend"]
+    blend = core_nodes.NODE_CLASS_MAPPINGS["LatentBlend"]
     (mixed,) = getattr(blend(), blend.FUNCTION)(samples1=a, samples2=b, blend_factor=0.5)
     (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=mixed)
     torch.testing.assert_close(features.latents, (a["samples"] + b["samples"]) / 2)
@@ -136,14 +137,14 @@ def test_latents_come_back_through_cores_blend_and_through_a_file(small, tmp_pat
 def test_a_drawing_that_travelled_as_latents_still_has_new_noise_for_its_next_round(small):
     features, *_ = node("MingGenerate", model=small[0], prompt="A cat.")
     (latent,) = node("MingFeaturesToLatent", features=features[0])
-    (blended,) = headless_core.LatentBlend().blend(latent, latent, 0.5)
+    (blended,) = core_nodes.LatentBlend().blend(latent, latent, 0.5)
     (again,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=blended)
     assert again.depth == features[0].depth == 1
 
 
 def test_pictures_go_where_comfyui_wants_them(small, monkeypatch):
     features = features_of(small, image())
-    monkeypatch.setattr(host, "pictures_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(host, "images_device", lambda: torch.device("meta"))
     for name, inputs, pictures in (
         ("MingTokDecode", {"mingtok": small[1], "features": features}, 1),
         ("MingFeaturesPreview", {"features": features}, 1),
@@ -174,7 +175,7 @@ def test_a_prompt_full_of_special_tokens_is_plain_text(small):
     prompt = "<image></image><role>HUMAN</role><|endoftext|><imagePatch>" * 3
     _, talk = node("MingUnderstand", model=small[0], prompt=prompt)
     ids = talk.parts[0].segments[1].ids
-    assert len(ids) == len(prompt) and not talk.pictures  # this tokenizer takes a character a token
+    assert len(ids) == len(prompt) and not talk.images  # this tokenizer takes a character a token
 
 
 def test_a_scene_is_drawn_as_its_words_say_and_says_it():
@@ -325,7 +326,7 @@ def test_a_save_node_tells_the_name_that_loads_the_file(small):
     assert node("MingLoadFeatures", file=name)[0] == features
 
 
-def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, monkeypatch, checkpoint_folder):
+def test_a_loader_finds_the_live_model_again_and_reloads_a_changed_file(tmp_path, monkeypatch, checkpoint_folder):
     import shutil
 
     folder = shutil.copytree(checkpoint_folder, tmp_path / "models" / "sub" / "mine")
@@ -337,58 +338,67 @@ def test_a_loader_finds_the_live_model_again_and_a_changed_file_anew(tmp_path, m
     os.utime(folder / "model.safetensors", (1, 1))
     assert NODE_CLASS_MAPPINGS["MingUniVisionLoader"].IS_CHANGED(**options) != state
     assert node("MingUniVisionLoader", **options)[0] is not first
-    assert list(loaders.found("univision")) == [loaders.BUILT_IN, "sub/mine"]
+    assert list(models.find_checkpoints("univision")) == [models.BUILT_IN, "sub/mine"]
 
 
 @pytest.fixture
 def published(monkeypatch):
     """A folder that is said to hold the published model."""
-    monkeypatch.setattr(loaders, "checkpoint_bytes", lambda folder, kind, dtype, *_: 18_800_000_000 * dtype.itemsize)
+    monkeypatch.setattr(models, "checkpoint_bytes", lambda folder, kind, dtype, *_: 18_800_000_000 * dtype.itemsize)
     return host.PACK / "tests" / "golden" / "edit_round"
 
 
 def test_a_model_that_cannot_fit_is_refused_with_the_figures(monkeypatch, published):
     monkeypatch.setattr(host, "total_memory", lambda on: 30e9)
     with pytest.raises(ValueError, match=r"37\.6 GB at bfloat16, and this machine has 30\.0 GB: choose a smaller"):
-        loaders.choose_precision("bf16", "univision", published)
+        models.choose_precision("bf16", "univision", published)
 
 
 def test_a_model_larger_than_the_gpu_is_taken_where_the_ram_holds_it(monkeypatch, published):
     sizes = {"cuda": 24e9, "cpu": 64e9}
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(host, "half", lambda on: torch.bfloat16)
+    monkeypatch.setattr(host, "half_dtype", lambda on: torch.bfloat16)
     monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
     with pytest.raises(ValueError, match=r"the GPU \(cuda\) has 24\.0 GB"):  # without ComfyUI it all lies there
-        loaders.choose_precision("auto", "univision", published)
-    monkeypatch.setattr(host, "resting_device", lambda: torch.device("cpu"))
-    assert loaders.choose_precision("auto", "univision", published) == (torch.bfloat16, None)
+        models.choose_precision("auto", "univision", published)
+    monkeypatch.setattr(host, "offload_device", lambda: torch.device("cpu"))
+    assert models.choose_precision("auto", "univision", published) == (torch.bfloat16, None)
 
 
 def test_a_gpu_that_is_slow_in_16_bits_computes_in_them_where_32_do_not_fit(monkeypatch, published):
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(host, "half", lambda on: torch.float32)
+    monkeypatch.setattr(host, "half_dtype", lambda on: torch.float32)
     for memory, chosen in ((80e9, torch.float32), (64e9, torch.float16)):
         monkeypatch.setattr(host, "total_memory", lambda on, memory=memory: memory)
-        assert loaders.choose_precision("auto", "univision", published) == (chosen, None)
+        assert models.choose_precision("auto", "univision", published) == (chosen, None)
     with pytest.raises(ValueError, match="choose a smaller precision"):
-        loaders.choose_precision("fp32", "univision", published)
+        models.choose_precision("fp32", "univision", published)
 
 
 def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published):
     sizes = {"cuda": 80e9, "cpu": 32e9}
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(host, "resting_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(host, "half", lambda on: torch.bfloat16)
+    monkeypatch.setattr(host, "offload_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(host, "half_dtype", lambda on: torch.bfloat16)
     monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
     with pytest.raises(ValueError, match=r"this machine has 32\.0 GB: .* or start ComfyUI with --highvram"):
-        loaders.choose_precision("auto", "univision", published)
+        models.choose_precision("auto", "univision", published)
 
 
-def test_unloading_a_model_frees_what_it_remembers_of_past_rounds(small):
+def test_unloading_a_model_frees_what_it_remembers_of_past_rounds(small, monkeypatch):
     model = small[0].model
     node("MingUnderstand", model=small[0], prompt="Hello.")
     assert model.prefix_cache.bytes > 0
-    host.forget(SimpleNamespace(model=host.ManagedModel(model, torch.device("cpu"))), True)  # as a patcher calls it
+    callbacks = []
+    patcher = SimpleNamespace(add_callback=lambda kind, callback: callbacks.append((kind, callback)))
+    extension = SimpleNamespace(CallbacksMP=SimpleNamespace(ON_DETACH="on_detach"))
+    monkeypatch.setattr(host, "comfy", SimpleNamespace(patcher_extension=extension))
+    host._clear_cache_on_unload(patcher, model)
+    ((kind, on_detach),) = callbacks
+    assert kind == "on_detach"
+    on_detach(patcher, False)  # as ComfyUI calls it when it loads the model again
+    assert model.prefix_cache.bytes > 0
+    on_detach(patcher, True)
     assert model.prefix_cache.bytes == 0 and len(model.prefix_cache) == 0
 
 
@@ -477,7 +487,7 @@ def test_features_of_another_tokenizer_or_grid_or_number_are_not_compared(small,
     for b, word in (
         (a._replace(tokenizer="f" * 64), "tokenizer"),
         (node("MingTokSemanticFeatures", mingtok=small[1], latent=high)[0], "grid"),
-        (features_of(small, image(batch=2)), "number of pictures"),
+        (features_of(small, image(batch=2)), "number of images"),
     ):
         with pytest.raises(ValueError, match=f"their {word} differs"):
             node("MingFeaturesCompare", features_a=a, features_b=b)
@@ -489,11 +499,11 @@ def test_features_of_another_tokenizer_or_grid_or_number_are_not_compared(small,
         ({"samples": torch.zeros(1, 4, 4, 4)}, "8 channels"),
         ({"samples": torch.zeros(1, 8, 4, 4), "type": "audio"}, "of type 'audio'"),
         ({"samples": SimpleNamespace(is_nested=True), "type": "audio"}, "of type 'audio'"),
-        ({"samples": SimpleNamespace(is_nested=True)}, "holds SimpleNamespace, not pictures"),
-        ({"samples": torch.zeros(1, 8, 3, 4, 4)}, r"holds \[1, 8, 3, 4, 4\], not pictures .* from MingTok Encode"),
+        ({"samples": SimpleNamespace(is_nested=True)}, "holds SimpleNamespace, not images"),
+        ({"samples": torch.zeros(1, 8, 3, 4, 4)}, r"holds \[1, 8, 3, 4, 4\], not images .* from MingTok Encode"),
         ({"samples": torch.zeros(1, 8, 9, 4)}, "from 1 to 8"),
         ({"samples": torch.full((1, 8, 4, 4), float("nan"))}, "NaN"),
-        ({"samples": torch.zeros(0, 8, 4, 4)}, "B of 1 or more"),
+        ({"samples": torch.zeros(0, 8, 4, 4)}, "B at least 1"),
     ],
 )
 def test_latents_of_another_tokenizer(small, unharmed, latent, words):
@@ -504,13 +514,13 @@ def test_latents_of_another_tokenizer(small, unharmed, latent, words):
 def test_a_conversation_of_another_model(small, unharmed):
     _, talk = node("MingUnderstand", model=small[0], prompt="Hello.")
     for name, inputs in (("MingUnderstand", {"prompt": "On."}), ("MingGenerate", {"prompt": "On."})):
-        with pytest.raises(ValueError, match="held with another model"):
+        with pytest.raises(ValueError, match="belongs to another model"):
             node(name, model=small[0], conversation=talk._replace(model="f" * 64), **inputs)
 
 
 def test_what_cannot_be_is_refused_before_the_model_is_brought_to_the_gpu(small, monkeypatch):
     features, (_, talk) = features_of(small, image()), node("MingUnderstand", model=small[0], prompt="Hello.")
-    monkeypatch.setattr(host, "ready", lambda *_: pytest.fail("the model was made ready"))
+    monkeypatch.setattr(host, "load_to_gpu", lambda *_: pytest.fail("the model was loaded to the GPU"))
     strange, strangers = features._replace(tokenizer="f" * 64), talk._replace(model="f" * 64)
     for name, inputs in (
         ("MingUnderstand", {"prompt": "On.", "conversation": strangers}),
@@ -542,7 +552,7 @@ def test_a_list_of_saved_files_offers_what_its_node_loads(small, tmp_path):
     assert offered("MingLoadConversation") == ["ming/a talk_00001_.safetensors [output]"]
     assert offered("MingLoadFeatures") == ["ming/b picture_00001_.safetensors [output]"]
     path = saved_path(*offered("MingLoadFeatures"))
-    path.write_bytes(b"spoilt since")
+    path.write_bytes(b"damaged since")
     assert offered("MingLoadFeatures") == []
 
 
@@ -557,14 +567,14 @@ def test_a_saved_file_that_could_not_be_read_for_a_moment_is_listed_again(small,
 
 @pytest.mark.parametrize("name", [5, ["x"], "x\0y.safetensors [output]"])
 def test_a_linked_file_name_that_is_none_is_refused(small, name):
-    with pytest.raises(ValueError, match=r"is no file name: choose a file from the list"):
+    with pytest.raises(ValueError, match=r"is not a file name: choose a file from the list"):
         node("MingLoadFeatures", file=name)
 
 
 def test_a_linked_choice_that_is_not_offered_is_named(small):
-    with pytest.raises(ValueError, match=r"detail is 'ultra': give one of \('standard', 'high'\)"):
+    with pytest.raises(ValueError, match=r"detail is 'ultra': choose one of \('standard', 'high'\)"):
         node("MingTokEncode", mingtok=small[1], image=image(), detail="ultra")
-    with pytest.raises(ValueError, match=r"degrade is 'blurred': give one of \('none', "):
+    with pytest.raises(ValueError, match=r"degrade is 'blurred': choose one of \('none', "):
         node("MingExampleScene", degrade="blurred")
 
 
@@ -585,8 +595,8 @@ def test_a_file_of_another_kind_or_model_is_refused_before_the_model_is_brought_
     node("MingSaveConversation", conversation=talk._replace(model="f" * 64), filename_prefix="strange")
     node("MingSaveFeatures", features=features, filename_prefix="picture")
     own, picture, strange = saved_files()
-    asked, ready = [], host.ready
-    monkeypatch.setattr(host, "ready", lambda *given: asked.append(given) or ready(*given))
+    asked, load_to_gpu = [], host.load_to_gpu
+    monkeypatch.setattr(host, "load_to_gpu", lambda *given: asked.append(given) or load_to_gpu(*given))
     for name, right, wrong in (
         ("MingLoadConversation", own, picture),
         ("MingLoadFeatures", picture, own),
@@ -620,7 +630,7 @@ def test_a_picture_that_the_conversation_does_not_have(small, unharmed):
 def test_words_that_are_no_scene_and_pictures_of_two_sizes(unharmed):
     with pytest.raises(ValueError, match="elephant"):
         node("MingExampleScene", scene="a large red elephant at the top left")
-    with pytest.raises(ValueError, match="bring them to one size"):
+    with pytest.raises(ValueError, match="resize them to one size"):
         node("MingImageMetrics", image_a=image(), image_b=image(20, 20))
 
 
@@ -634,7 +644,7 @@ def test_an_absent_model_is_named_with_where_to_get_it_and_where_to_put_it():
             str(host.model_folders()[0]),
         ):
             assert word in message
-        assert NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(loaders.BUILT_IN) is True
+        assert NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS(models.BUILT_IN) is True
 
 
 @pytest.mark.parametrize("prefix", ["../out", "a/../../../b", "/etc/x", "", "..", "C:\\x", "\\\\server\\x"])
@@ -650,7 +660,7 @@ def test_a_file_name_that_windows_cannot_have_is_refused_there_before_the_run(mo
     monkeypatch.setattr(filenames, "FORBIDDEN", set('<>:"|?*'))
     validate = NODE_CLASS_MAPPINGS["MingSaveConversation"].VALIDATE_INPUTS
     assert validate("chats/%year%-%month%") is True
-    assert "holds : ?, which" in validate("what?/%date:yyyy%")
+    assert "contains : ?, which Windows" in validate("what?/%date:yyyy%")
 
 
 @pytest.mark.parametrize(
@@ -767,10 +777,10 @@ def test_a_node_that_fails_is_named_and_what_was_saved_before_stays(small, tmp_p
         if n["class_type"] == "MingUniVisionLoader":
             n["inputs"]["model_name"] = "edit_round"
         n["inputs"] |= {k: 4 for k in ("max_new_tokens",) if k in n["inputs"]}
-        if n["_meta"]["title"] == "Branch B":
+        if n["_meta"]["title"] == "Ming Edit: branch B":
             n["inputs"]["instruction"] = ["blank", 0]
     workflow["blank"] = {"class_type": "MingInstruction", "inputs": {"task": "edit", "text": " "}}
-    with pytest.raises(NodeError, match=r"Branch B.*the prompt is empty"):
+    with pytest.raises(NodeError, match=r"branch B.*the prompt is empty"):
         run_workflow(workflow, output_dir=tmp_path / "output")
 
 

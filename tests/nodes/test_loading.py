@@ -1,4 +1,4 @@
-"""Checkpoint folders: where they are found, by which names, and what is seen and can be stopped while one is loaded."""
+"""Checkpoint folders: where they are found, under which names; progress and interruption while one is loaded."""
 
 import gc
 import os
@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from ming_univision.ming_core import MingTok, UniVision, load_mingtok, save_mingtok
-from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
-from ming_univision.nodes.loaders import BUILT_IN
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, models
+from ming_univision.nodes.models import BUILT_IN
 
 needs_links = pytest.mark.skipif(os.name == "nt", reason="making links takes a right that few users have there")
 
@@ -22,7 +22,7 @@ def put(tmp_path, monkeypatch, checkpoint_folder):
 
 
 def names() -> list[str]:
-    first, *others = loaders.found("univision")
+    first, *others = models.find_checkpoints("univision")
     assert first == BUILT_IN
     return others
 
@@ -66,8 +66,8 @@ def test_two_checkpoints_of_one_name_are_told_apart_and_one_that_is_reached_twic
     for name in ("models/mine", "more/mine", "other/mine"):
         put(name)
     monkeypatch.setattr(host, "model_folders", lambda: roots)
-    assert loaders.found("univision") == {
-        BUILT_IN: loaders.BUILT_IN_FOLDER,
+    assert models.find_checkpoints("univision") == {
+        BUILT_IN: models.BUILT_IN_FOLDER,
         "mine": roots[0] / "mine",
         "more/mine": roots[1] / "mine",
         "other/mine": roots[2],
@@ -76,7 +76,7 @@ def test_two_checkpoints_of_one_name_are_told_apart_and_one_that_is_reached_twic
 
 def test_a_checkpoint_in_the_packs_own_models_folder_is_found_too(put, tmp_path, monkeypatch):
     put("pack/models/fetched before the pack lay in ComfyUI")
-    monkeypatch.setattr(loaders, "BUILT_IN_FOLDER", tmp_path / "pack" / "models" / "tiny-shapes")
+    monkeypatch.setattr(models, "BUILT_IN_FOLDER", tmp_path / "pack" / "models" / "tiny-shapes")
     assert names() == ["fetched before the pack lay in ComfyUI"]
 
 
@@ -84,7 +84,7 @@ def test_the_mingtok_of_a_whole_model_can_be_loaded_alone(put):
     put("models/b whole")
     folder = put("models/a whole")
     save_mingtok(load_mingtok(folder), folder.with_name("c alone"))
-    assert list(loaders.found("mingtok")) == [BUILT_IN, "c alone", "a whole", "b whole"]
+    assert list(models.find_checkpoints("mingtok")) == [BUILT_IN, "c alone", "a whole", "b whole"]
     assert names() == ["a whole", "b whole"]
     (loaded,) = NODE_CLASS_MAPPINGS["MingTokLoader"]().load(model_name="a whole", precision="fp32")
     (alone,) = NODE_CLASS_MAPPINGS["MingTokLoader"]().load(model_name="c alone", precision="fp32")
@@ -93,20 +93,20 @@ def test_the_mingtok_of_a_whole_model_can_be_loaded_alone(put):
 
 def test_the_mingtok_of_a_quantised_model_is_as_exact_as_any(put, monkeypatch):
     folder = put("models/quantised")
-    monkeypatch.setattr(loaders, "stored_quantization", lambda folder: "int4")
-    assert loaders.choose_precision("auto", "mingtok", folder) == (torch.float32, None)
-    assert loaders.choose_precision("auto", "univision", folder) == (torch.bfloat16, None)
+    monkeypatch.setattr(models, "stored_quantization", lambda folder: "int4")
+    assert models.choose_precision("auto", "mingtok", folder) == (torch.float32, None)
+    assert models.choose_precision("auto", "univision", folder) == (torch.bfloat16, None)
 
 
 def test_a_precision_that_is_not_offered_is_refused(put):
     put("models/x")
     for precision in ("int2", "BF16", None):
-        with pytest.raises(ValueError, match=r"precision is .*: give one of .*'int4'"):
+        with pytest.raises(ValueError, match=r"precision is .*: choose one of .*'int4'"):
             load("x", precision)
 
 
 def test_the_command_for_an_absent_model_names_the_python_that_runs():
-    assert f'"{sys.executable}" "{host.PACK / "quickstart.py"}" download' in loaders.absent("x", "univision")
+    assert f'"{sys.executable}" "{host.PACK / "quickstart.py"}" download' in models.missing_message("x", "univision")
 
 
 @pytest.mark.parametrize("node", ["MingTokLoader", "MingUniVisionLoader"])
@@ -154,15 +154,15 @@ def test_an_interrupt_while_a_model_is_loaded_leaves_nothing_behind(put, monkeyp
         if value > 50:
             raise Interrupted
 
-    def models() -> int:
+    def networks() -> int:
         return sum(type(o) is UniVision for o in gc.get_objects())
 
     put("models/mine")
     gc.collect()  # what other tests have left
-    before, live = models(), dict(loaders._live)
+    before, live = networks(), dict(models._live)
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
         patch.setattr(host, "progress", lambda total: stop)
         load("mine")
     del caught
-    assert models() == before and dict(loaders._live) == live
+    assert networks() == before and dict(models._live) == live
     assert load("mine").model.fingerprint

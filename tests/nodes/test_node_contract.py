@@ -4,7 +4,7 @@ import re
 
 import pytest
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
-from ming_univision.nodes.loaders import BUILT_IN
+from ming_univision.nodes.models import BUILT_IN
 
 MAX_SEED = 2**64 - 1
 DRAWING = {

@@ -1,4 +1,4 @@
-"""The precision widget of the loaders: what it loads, and what it says about a machine that is too small."""
+"""The precision widget of the loaders: what it loads, and the error when the machine is too small."""
 
 import shutil
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, load_univision, save_univision
 from ming_univision.ming_core.checkpoint import checkpoint_bytes
-from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, loaders
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, models
 from ming_univision.runner import quantize as quantize_command
 
 
@@ -33,14 +33,14 @@ def load(name, precision):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_quantised_precision_loads_and_draws(folder, precision):
     model = load("mine", precision)
-    assert (model.quantization, model.dtype) == (precision, torch.bfloat16)
+    assert (model.network.quantization, model.dtype) == (precision, torch.bfloat16)
     assert model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.latents.isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32", "int4"])
 def test_a_quantised_folder_is_taken_as_it_is(quantised, precision):
     model = load("small", precision)
-    assert model.quantization == "int4"
+    assert model.network.quantization == "int4"
     assert model.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
@@ -50,7 +50,7 @@ def test_a_quantised_folder_is_not_quantised_to_another_format(quantised):
 
 
 def test_a_quantised_folder_is_loaded_once_whatever_the_precision_is_called(quantised):
-    loaded = {loaders.load("univision", "small", name, load_univision) for name in ("auto", "int4", "bf16", "auto")}
+    loaded = {models.load("univision", "small", name, load_univision) for name in ("auto", "int4", "bf16", "auto")}
     assert len(loaded) == 1
 
 
@@ -59,30 +59,30 @@ def test_a_cpu_in_comfyui_computes_in_bf16_what_is_not_exact(folder, monkeypatch
     cpu = torch.device("cpu")
     management = SimpleNamespace(should_use_bf16=lambda on: False, unet_offload_device=lambda: cpu, total_ram=1 << 20)
     monkeypatch.setattr(host, "comfy", SimpleNamespace(model_management=management))
-    monkeypatch.setattr(loaders, "checkpoint_bytes", lambda folder, kind, dtype, *_: 1 << 39)  # half the memory
+    monkeypatch.setattr(models, "checkpoint_bytes", lambda folder, kind, dtype, *_: 1 << 39)  # half the memory
     quantization = precision if precision != "auto" else None
-    assert loaders.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
+    assert models.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
 
 
 def test_auto_is_exact_only_where_the_real_size_is_under_a_quarter_of_the_memory(folder, monkeypatch):
     size = checkpoint_bytes(folder, "univision", torch.float32)
     for memory, dtype in ((4 * size + 4, torch.float32), (4 * size, torch.bfloat16)):
         monkeypatch.setattr(host, "total_memory", lambda on, memory=memory: memory)
-        assert loaders.choose_precision("auto", "univision", folder) == (dtype, None)
+        assert models.choose_precision("auto", "univision", folder) == (dtype, None)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_what_does_not_fit_is_refused_by_its_real_size(folder, monkeypatch, precision):
     quantization = precision if precision.startswith("int") else None
     needed = checkpoint_bytes(folder, "univision", torch.bfloat16, quantization)
-    monkeypatch.setattr(loaders, "GB", 1e5)
+    monkeypatch.setattr(models, "GB", 1e5)
     for memory in (needed, needed - 1):
         monkeypatch.setattr(host, "total_memory", lambda on, memory=memory: memory)
         if memory == needed:
-            assert loaders.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
+            assert models.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
             continue
         with pytest.raises(ValueError, match="choose a smaller precision") as error:
-            loaders.choose_precision(precision, "univision", folder)
+            models.choose_precision(precision, "univision", folder)
         assert f"takes {needed / 1e5:.1f} GB at {quantization or 'bfloat16'}" in str(error.value)
 
 
@@ -104,5 +104,5 @@ def test_a_quantised_folder_appears_whole_or_not_at_all_and_what_a_killed_run_le
     left.mkdir()
     (left / "model-00001-of-00009.safetensors").touch()
     assert quantize_command.main(command) == 0 and not left.exists()
-    assert load("small", "auto").quantization == "int4"
+    assert load("small", "auto").network.quantization == "int4"
     assert not list(target.glob("*-of-*"))

@@ -1,4 +1,4 @@
-"""Every shipped workflow runs on the built-in model, and makes no detour through pixels."""
+"""Every shipped workflow runs on the built-in model, and decodes no more than it has to."""
 
 import json
 import math
@@ -46,16 +46,16 @@ def test_all_workflows_are_here():
 @pytest.mark.parametrize("name", CALLS)
 def test_the_workflow_runs_and_encodes_and_decodes_exactly_as_often_as_it_must(name, tmp_path, monkeypatch):
     at_first_use = {}
-    ready = host.ready
+    load_to_gpu = host.load_to_gpu
 
     def watched(handle, memory=0):
         assert torch.is_inference_mode_enabled()
-        model = ready(handle, memory)
+        model = load_to_gpu(handle, memory)
         tok = model if isinstance(model, MingTok) else model.mingtok
         at_first_use.setdefault(tok, tok.calls.copy())
         return model
 
-    monkeypatch.setattr(host, "ready", watched)
+    monkeypatch.setattr(host, "load_to_gpu", watched)
     results = run_workflow(shortened(read_workflow(FOLDER / f"{name}.json")), output_dir=tmp_path)
     ((tok, before),) = at_first_use.items()
     encodes, decodes, semantic = CALLS[name]

@@ -1,4 +1,4 @@
-"""Fetching a published checkpoint, from a hub on this machine that speaks what huggingface_hub asks for."""
+"""Downloading a published checkpoint, from a local server that answers huggingface_hub as the hub does."""
 
 import hashlib
 import http.server
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from ming_univision.ming_core import load_univision
-from ming_univision.nodes import download, host, loaders
+from ming_univision.nodes import host, loaders
+from ming_univision.runner import cli, download
 from safetensors.torch import load_file, save_file
 
 NAME = "Ming-UniVision-16B-A3B"
@@ -165,7 +166,7 @@ def test_a_damaged_file_is_named_and_only_that_one_is_fetched_again(hub, run, fo
     assert (folder / name).read_bytes() == hub.files[name]
 
 
-def test_a_download_goes_on_in_the_middle_of_a_file(hub, run, folder):
+def test_a_download_resumes_in_the_middle_of_a_file(hub, run, folder):
     run()
     (file,) = (f for f in download.remote_files(REPOSITORY, hub.endpoint)[1] if f.name == SHARDS[0])
     whole = (folder / SHARDS[0]).read_bytes()
@@ -177,7 +178,7 @@ def test_a_download_goes_on_in_the_middle_of_a_file(hub, run, folder):
     assert (folder / SHARDS[0]).read_bytes() == whole and not list(folder.glob("*.part"))
 
 
-def test_a_part_of_another_revision_or_with_too_many_bytes_is_not_gone_on_with(hub, run, folder):
+def test_a_part_of_another_revision_or_with_too_many_bytes_is_not_resumed(hub, run, folder):
     folder.mkdir(parents=True)
     (folder / f"{SHARDS[0]}.0123456789ab.part").write_bytes(b"of another revision")
     (file,) = (f for f in download.remote_files(REPOSITORY, hub.endpoint)[1] if f.name == SHARDS[1])
@@ -199,7 +200,7 @@ def test_ctrl_c_keeps_what_has_arrived_and_the_next_run_goes_on_there(hub, run, 
         "spec = importlib.util.spec_from_file_location('p', root + '/__init__.py', submodule_search_locations=[root])\n"
         "sys.modules['p'] = module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        f"importlib.import_module('p.nodes.download').main('{NAME}', to=to)\n"
+        f"importlib.import_module('p.runner.download').main('{NAME}', to=to)\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(host.PACK), str(folder.parent)],
@@ -232,10 +233,10 @@ def test_a_file_that_arrives_damaged_is_named_and_fetched_again(hub, run, folder
     assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
 
 
-def test_a_file_of_which_only_parts_arrive_is_gone_on_with(hub, run, folder):
+def test_a_file_of_which_only_parts_arrive_is_resumed(hub, run, folder):
     hub.cut[SHARDS[0]] = [1000, 1000, 1000, 1000]  # more often than a damaged one is fetched
     code, said = run()
-    assert code == 0 and f"{SHARDS[0]} broke off at 1000 bytes of {len(hub.files[SHARDS[0]])}" in said
+    assert code == 0 and f"{SHARDS[0]} was interrupted at 1000 of {len(hub.files[SHARDS[0]])} bytes, resuming" in said
     assert [begin for name, begin in hub.sent if name == SHARDS[0]] == [0, 1000, 2000, 3000, 4000]
     assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
 
@@ -259,14 +260,14 @@ def test_too_little_room_is_refused_with_the_figures_before_anything_is_fetched(
     code, said = run()
     total = sum(len(hub.files[name]) for name in hub.wanted) / 1e6
     assert code == 2 and hub.sent == [] and not folder.exists()
-    for word in (f"{total:.1f} MB are to be downloaded", "0.3 MB free", f"{total - 0.3:.1f} MB more", "--to"):
+    for word in (f"the download takes {total:.1f} MB", "0.3 MB free", f"{total - 0.3:.1f} MB more", "--to"):
         assert word in said
 
 
 def test_a_drive_that_is_not_there_is_named(hub, run, folder, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
     code, said = run()
-    assert code == 2 and f"there is no {folder.anchor} to make {folder} on: choose another folder" in said
+    assert code == 2 and f"cannot make {folder}: {folder.anchor} does not exist; choose another folder" in said
 
 
 def test_a_file_of_another_revision_stays_until_the_new_one_has_arrived(hub, run, folder, monkeypatch):
@@ -286,6 +287,7 @@ def test_a_file_of_another_revision_stays_until_the_new_one_has_arrived(hub, run
 def test_a_hub_that_cannot_be_reached_or_has_no_such_model_is_an_error_with_a_remedy(hub, run, folder):
     code, said = run(endpoint="http://127.0.0.1:9")
     assert code == 1 and "http://127.0.0.1:9 cannot be reached" in said and "HF_ENDPOINT" in said
+    assert "check your connection" in said
     code, said = run("MingTok-Vision")
     assert code == 2 and "does not have this model" in said
     for shard in SHARDS:
@@ -306,7 +308,7 @@ def test_a_file_that_vanishes_from_the_hub_is_an_error_that_keeps_the_rest(hub, 
     hub.listing = lambda: listing
     del hub.files["tokenizer.json"]
     code, said = run()
-    assert code == 1 and "404" in said and "start the same command again" in said
+    assert code == 1 and "404" in said and "run the same command again" in said
     assert (folder / "config.json").is_file() and not (folder / "tokenizer.json").exists()
 
 
@@ -336,4 +338,4 @@ def test_an_absent_model_comes_with_the_command_that_puts_it_where_it_belongs():
         place = host.model_folders()[0]
         assert f'{host.PACK / "quickstart.py"}" download {name} --to "{place}"' in message
         assert str(place / name) in message and size in message
-    assert set(download.REPOSITORIES) == {NAME, "MingTok-Vision"}
+    assert set(download.REPOSITORIES) == set(cli.MODELS) == {NAME, "MingTok-Vision"}

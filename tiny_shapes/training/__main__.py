@@ -1,11 +1,11 @@
-"""Train the built-in model: all stages of the recipe, or the ones that are named.
+"""Train the built-in model: all stages of the recipe, or those that are named.
 
-    python -m ming_core.training                                   everything, from nothing, into runs/
-    python -m ming_core.training --start models/tiny-shapes "everything"    go on from a model with one stage
-    python -m ming_core.training --list                            what the stages are
+    python -m tiny_shapes.training                                          everything, from nothing, into runs/
+    python -m tiny_shapes.training --start models/tiny-shapes "everything"  one stage more, from a model
+    python -m tiny_shapes.training --list                                   the stages
 
-A stage that was interrupted (Ctrl-C) goes on where it stopped when the command is given again; a finished one is
-skipped. Each writes its model, log.csv and loss.png into a folder of its name.
+If a stage was interrupted (Ctrl-C), the same command continues it; a finished stage is skipped. Each stage writes its
+model, log.csv and loss.png into a folder of its name.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 
 import torch
 
-from ming_core.files import FileError
+from ming_core import FileError
 
 from .loop import Objective, Run
-from .plot import plot
+from .plot import plot_log
 from .recipe import RECIPE, Stage
-from .stages import objective
+from .stages import make_objective
 
 log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _options().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.list:
         for stage in RECIPE:
@@ -43,14 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     start = options.start
     for stage in stages:
-        stage = _changed(stage, options)
+        stage = _with_options(stage, options)
         folder = options.folder / stage.name.replace(" ", "-")
         try:
             _train(Run(stage, _objective(stage, start, device), folder, options.workers))
         except FileError as error:
             sys.exit(str(error))
         except KeyboardInterrupt:
-            log.info("stopped; the same command goes on from here")
+            log.info("interrupted: run the same command again to continue")
             return 130
         start = folder / "model"
     return 0
@@ -58,39 +58,39 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _objective(stage: Stage, start: Path | None, device: str) -> Objective:
     try:
-        return objective(stage, start, device)
-    except ValueError as error:  # a folder that it cannot start from
+        return make_objective(stage, start, device)
+    except ValueError as error:  # no folder to start from, or not the right one
         sys.exit(str(error))
 
 
 def _train(run: Run) -> None:
     if run.resume():
-        log.info("%s: going on from step %d", run.stage.name, run.step)
+        log.info("%s: continuing from step %d", run.stage.name, run.step)
     try:
         if run.progress < 1:
             run.train()
     finally:
-        plot(run.folder / "log.csv", run.folder / "loss.png")
+        plot_log(run.folder / "log.csv", run.folder / "loss.png")
 
 
-def _options() -> argparse.ArgumentParser:
-    about, _, more = __doc__.partition("\n\n")
+def _parser() -> argparse.ArgumentParser:
+    description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        "python -m ming_core.training",
-        description=about,
-        epilog=more,
+        "python -m tiny_shapes.training",
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages of the recipe to train; default: all")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="model folder that the first stage starts from")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where to write (%(default)s)")
-    parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda where there is one')
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead; for a GPU, 8 or so")
-    parser.add_argument("--hours", type=float, help="instead of the recipe's, for every stage named")
-    parser.add_argument("--steps", type=int, help="likewise; 0: no limit")
-    parser.add_argument("--batch", type=int, help="likewise")
-    parser.add_argument("--list", action="store_true", help="list the stages and stop")
+    parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead; for a GPU about 8")
+    parser.add_argument("--hours", type=float, help="of every stage, in place of the recipe's; 0: no limit")
+    parser.add_argument("--steps", type=int, help="of every stage, in place of the recipe's; 0: no limit")
+    parser.add_argument("--batch", type=int, help="images or dialogues of a step, in place of the recipe's")
+    parser.add_argument("--list", action="store_true", help="list the stages and exit")
     return parser
 
 
@@ -99,10 +99,10 @@ def _stage(name: str) -> Stage:
         if stage.name == name:
             return stage
     known = ", ".join(repr(stage.name) for stage in RECIPE)
-    sys.exit(f"the recipe has no stage {name!r}; its stages are {known}")
+    sys.exit(f"the recipe has no stage {name!r}: its stages are {known}")
 
 
-def _changed(stage: Stage, options: argparse.Namespace) -> Stage:
+def _with_options(stage: Stage, options: argparse.Namespace) -> Stage:
     changes = {name: getattr(options, name) for name in ("hours", "steps", "batch")}
     return replace(stage, **{name: value for name, value in changes.items() if value is not None})
 

@@ -1,26 +1,23 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else, one learning rate for both.
-
-Muon replaces the momentum of a weight matrix by the nearest orthogonal matrix, so that every direction of the matrix
-learns equally fast. torch.optim.Muon does so one matrix at a time and always in bfloat16; here all matrices of one
-shape, stacked experts included, go through the iteration together, in float32 on a CPU (where bfloat16 is slow).
-"""
+"""Optimization: Muon and AdamW, their learning rate, and the moving average of the weights."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 # Quintic Newton-Schulz iteration with the steepest slope at zero (Keller Jordan, "Muon", 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """[K, m, n] -> the same with all singular values brought near 1 (between 0.5 and 1.5)."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
@@ -35,25 +32,29 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. Parameters are matrices [m, n] or stacks of them [K, m, n].
+    """Momentum, orthogonalized, so that every direction of a weight matrix learns equally fast.
 
-    The step is scaled to the size that AdamW's would have (0.2 * sqrt(max(m, n)), arXiv:2502.16982), so that both
-    can share a learning rate.
+    Parameters are matrices [m, n] or stacks of them [K, m, n]. A step is scaled to the size that AdamW's would have
+    (0.2 * sqrt(max(m, n)), arXiv:2502.16982), so that both can share a learning rate.
+
+    torch.optim.Muon is no substitute: it takes no stacks of matrices, which the weights of the experts are, and always
+    computes in bfloat16, one matrix at a time. Here all matrices of one shape are orthogonalized together, in float32
+    on a CPU, where bfloat16 is slow.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
-            alike = defaultdict(list)
+            by_shape = defaultdict(list)
             for param in group["params"]:
                 if param.grad is not None:
-                    alike[param.shape[-2:]].append(param)
-            for shape, params in alike.items():
+                    by_shape[param.shape[-2:]].append(param)
+            for shape, params in by_shape.items():
                 updates = [self._nesterov(param, group["momentum"]).reshape(-1, *shape) for param in params]
-                update = orthogonalise(torch.cat(updates))
+                update = orthogonalize(torch.cat(updates))
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for param, part in zip(params, update.split([len(u) for u in updates]), strict=True):
                     param.add_(part.view_as(param), alpha=-scale)
@@ -67,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon over the matrices of all blocks and layers, AdamW over the rest; parameters without gradient are left out.
+    """Muon for the matrices of all blocks and layers, AdamW for the rest; frozen parameters are left out.
 
     Routers stay with AdamW: their few rows are classes, not directions.
     """
@@ -79,50 +80,37 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def learning_rate(progress: float, step: int, warmup: int, settle: float) -> float:
-    """Factor on the learning rate: linear warm-up over `warmup` steps, level, then a cosine down to 2 %.
+def learning_rate_factor(progress: float, step: int, warmup: int, decay_fraction: float) -> float:
+    """Factor on the learning rate: a linear warm-up over `warmup` steps, constant, then a cosine down to 2 %.
 
-    `progress` is the share of the stage that is done, 0 to 1 (0 for a run without an end); the fall takes the last
-    share `settle` of it.
+    progress        share of the stage that is done, 0 to 1 (0 for a run without an end)
+    decay_fraction  share of the stage, its last part, that the cosine takes
     """
     rise = min(1.0, (step + 1) / warmup)
-    fallen = max(0.0, (progress - 1 + settle) / settle)
-    return min(rise, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+    decayed = max(0.0, (progress - 1 + decay_fraction) / decay_fraction)
+    return min(rise, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decayed)))
 
 
-class MovingAverage:
-    """The exponential moving average of a module's trained weights; with decay 0 just the weights.
+def make_schedulers(
+    optimizers: Iterable[torch.optim.Optimizer], lr: float, factor: Callable[[int], float], step: int = 0
+) -> list[LambdaLR]:
+    """Schedulers that set the learning rate to `lr` times the factor of the step, from this step on."""
+    schedulers = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = lr  # a checkpoint of before may have another one
+        schedulers.append(LambdaLR(optimizer, factor, last_epoch=step - 1))
+    return schedulers
 
-    It forgets faster while it is young: an average over the first random weights is of no use.
+
+def make_average(module: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of a module's weights; with decay 0 just the weights.
+
+    It forgets faster while it is young, because an average with the first random weights is of no use.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.trained = {name: param for name, param in module.named_parameters() if param.requires_grad}
-        self.weights = {name: param.detach().clone() for name, param in self.trained.items()} if decay else {}
+    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        step = int(updates) + 1
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, step / (step + 10)))
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` steps."""
-        decay = min(self.decay, step / (step + 10))
-        for name, average in self.weights.items():
-            average.lerp_(self.trained[name], 1 - decay)
-
-    def restore(self, weights: dict[str, Tensor]) -> None:
-        for name, value in weights.items():
-            self.weights[name].copy_(value)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within, the module has the averaged weights."""
-        own = {name: self.trained[name].detach().clone() for name in self.weights}
-        try:
-            self._put(self.weights)
-            yield
-        finally:
-            self._put(own)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, value in weights.items():
-            self.trained[name].copy_(value)
+    return AveragedModel(module, multi_avg_fn=update)

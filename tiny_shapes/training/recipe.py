@@ -1,7 +1,7 @@
 """The recipe of the built-in model: its sizes, and the stages that train it, in order.
 
-Every stage starts from weights alone (the published-layout folder that the stage before it wrote), with fresh
-optimizers and a warm-up, so that work goes on from the committed folder on any machine.
+Every stage starts from weights alone (the model folder that the stage before it wrote), with fresh optimizers and a
+warm-up, so that training can continue from the committed folder on any machine.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MINGTOK = MingTokConfig(
     low_level_encoder=LowLevelEncoderConfig(img_size=128, patch_size=16, depth=3, embed_dim=192, out_dim=16),
     semantic_decoder=SemanticDecoderConfig(in_dim=16, patch_size=16, embed_dim=256, decoder_depth=3),
     pixel_decoder=PixelDecoderConfig(patch_size=8, decoder_depth=3, embed_dim=128),
-    scaling_factor=1.0,  # both are measured whenever the weights are written
+    scaling_factor=1.0,  # both are measured for every export
     mean=0.0,
 )
-VOCABULARY = 768  # 256 bytes, six special tokens, and the commonest pieces of the world's texts
+VOCABULARY = 768  # 256 bytes, six special tokens, and the most common pieces of the texts of the world
 
 
 def univision_config(mingtok: MingTokConfig, chat: ChatFormat, vocabulary: int) -> UniVisionConfig:
-    """The built-in Ming-UniVision around a MingTok and a tokenizer: some 9 million values."""
+    """The config of the built-in Ming-UniVision, of some 9 million values, around a MingTok and a tokenizer."""
     language_model = LanguageModelConfig(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -44,7 +44,7 @@ def univision_config(mingtok: MingTokConfig, chat: ChatFormat, vocabulary: int) 
         num_experts_per_tok=2,
         num_shared_experts=2,
         moe_intermediate_size=128,
-        # A typed prompt of 20,000 characters fits even where every byte is a token of its own.
+        # A typed prompt of 20,000 characters fits even if every byte is a token of its own.
         max_position_embeddings=65536,
         eos_token_id=chat.end_id,
         image_patch_token=chat.patch_id,
@@ -58,19 +58,19 @@ def univision_config(mingtok: MingTokConfig, chat: ChatFormat, vocabulary: int) 
 class Stage:
     """One stage of training. It ends after `steps` steps or `hours` hours, whichever is first; 0 is no limit.
 
-    name       names its folder, too
-    trains     "mingtok"; "pixel decoder": that part of it alone; or "joint": the language model, flow head and
-               projection around a frozen MingTok
-    batch      pictures, or dialogues, a step
-    lr         peak learning rate of Muon and AdamW alike
-    warmup     steps until the peak
-    settle     share of the stage, its last part, over which the learning rate falls to almost nothing
-    average    decay of the moving average of the weights that is evaluated and written; 0: the weights themselves
-    things     fewest and most things in a scene
-    tasks      weights of tasks or families of tasks (`shapes.TASKS`); empty: the world's own mixture
-    rounds     rounds of a dialogue; 0: one to five
-    quizzes    share of the dialogues that are one picture with a row of questions
-    several    share of the other dialogues whose scenes have two things or more
+    name            also names its folder
+    trains          "mingtok"; "pixel decoder": that part of it alone; or "joint": the language model, flow head and
+                    projection around a frozen MingTok
+    batch           images or dialogues of a step
+    lr              peak learning rate of Muon and AdamW alike
+    warmup          steps until the peak
+    decay_fraction  share of the stage, its last part, over which the learning rate decays to almost nothing
+    average         decay of the moving average of the weights that is evaluated and written; 0: no average
+    objects         fewest and most objects in a scene
+    tasks           weights of tasks or families of tasks (`world.TASKS`); empty: the world's own mixture
+    rounds          rounds of a dialogue; 0: one to five
+    quizzes         share of the dialogues that are several questions about one image
+    several         share of the other dialogues whose scenes have two objects or more
     """
 
     name: str
@@ -80,9 +80,9 @@ class Stage:
     steps: int = 0
     hours: float = 0.0
     warmup: int = 100
-    settle: float = 0.7
+    decay_fraction: float = 0.7
     average: float = 0.0
-    things: tuple[int, int] = (1, 3)
+    objects: tuple[int, int] = (1, 3)
     tasks: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
     quizzes: float = 0.0
@@ -91,19 +91,19 @@ class Stage:
     seed: int = 0
 
 
-# Hours are those of two CPU cores.
+# Hours are for two CPU cores.
 RECIPE = (
-    # More things than in the scenes of the tasks: most of what there is to learn is in the patches of things.
-    Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.8, things=(1, 6), checkpoint_minutes=4),
+    # More objects than in the scenes of the tasks: most of what there is to learn is in the patches of objects.
+    Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.8, objects=(1, 6), checkpoint_minutes=4),
     Stage(
-        "one thing",
+        "one object",
         "joint",
         batch=24,
         lr=2e-3,
         hours=2.0,
-        settle=0.3,
+        decay_fraction=0.3,
         average=0.995,
-        things=(1, 1),
+        objects=(1, 1),
         tasks={
             "generate": 5.0,
             "question": 2.0,
@@ -119,15 +119,15 @@ RECIPE = (
         rounds=1,
     ),
     Stage(
-        "two things",
+        "two objects",
         "joint",
         batch=24,
         lr=2e-3,
         hours=0.85,
         warmup=40,
-        settle=0.6,
+        decay_fraction=0.6,
         average=0.99,
-        things=(1, 2),
+        objects=(1, 2),
         tasks={
             "generate": 3.0,
             "question": 1.2,
@@ -142,16 +142,16 @@ RECIPE = (
         },
         seed=2,
     ),
-    # With one thing in view there is no question which one is meant, so that is learned apart.
+    # With one object in view there is no question which one is meant, so that is learned separately.
     Stage(
-        "several things",
+        "several objects",
         "joint",
         batch=24,
         lr=2e-3,
         hours=1.0,
-        settle=0.1,
+        decay_fraction=0.1,
         average=0.995,
-        things=(2, 3),
+        objects=(2, 3),
         quizzes=0.3,
         seed=4,
     ),
@@ -161,9 +161,9 @@ RECIPE = (
         batch=24,
         lr=2e-3,
         hours=4.0,
-        settle=0.85,
+        decay_fraction=0.85,
         average=0.995,
-        # Most of what is learned last: which words go with which of several things, to draw or to edit.
+        # Most of what is learned last: which words go with which of several objects, to draw or to edit.
         tasks={
             "generate": 10.0,
             "question": 1.6,
@@ -184,7 +184,7 @@ RECIPE = (
         quizzes=0.08,
         seed=1,
     ),
-    # Which of several things is recolored comes last of all, and goes wrong where nothing else does any more.
+    # Which of several objects to recolor is learned last of all, and is wrong when nothing else is any more.
     Stage(
         "recolors",
         "joint",
@@ -192,7 +192,7 @@ RECIPE = (
         lr=1.2e-3,
         hours=1.8,
         warmup=60,
-        settle=0.9,
+        decay_fraction=0.9,
         average=0.995,
         tasks={
             "generate": 6.0,
@@ -214,15 +214,15 @@ RECIPE = (
         quizzes=0.05,
         seed=5,
     ),
-    # Drawings asked for in few words, and "it", came into the world's language after all of this.
+    # Terse prompts and "it" were added to the world's language after all of this.
     Stage(
-        "few words",
+        "terse prompts",
         "joint",
         batch=24,
         lr=1.2e-3,
         hours=1.85,
         warmup=60,
-        settle=0.9,
+        decay_fraction=0.9,
         average=0.995,
         tasks={
             "generate": 13.0,

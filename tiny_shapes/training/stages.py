@@ -1,198 +1,191 @@
-"""The kinds of stages: MingTok alone, its pixel decoder alone, and everything else around a MingTok."""
+"""The kinds of stages: MingTok alone, its pixel decoder alone, and everything else around a MingTok.
+
+A stage has the members of `loop.Objective`. `evaluate` and `export` take the module with the weights to use, which is
+a copy of the trained one with averaged weights.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ming_core.checkpoint import (
-    checkpoint_kind,
-    load_mingtok,
-    load_univision,
-    save_mingtok,
-    save_univision,
-    tokenizer_files,
-)
+from ming_core import Engine, MingTok, UniVision, load_mingtok, load_univision, save_mingtok, save_univision
+from ming_core.checkpoint import checkpoint_kind, tokenizer_files
 from ming_core.config import MingTokConfig
 from ming_core.images import from_uint8, psnr, to_images
-from ming_core.mingtok import MingTok
 from ming_core.prompts import ChatFormat
-from ming_core.univision import UniVision
 
-from .objectives import JointLoss, TokenizerLoss, TokenizerWeights, initialise
-from .pictures import picture_batch
-from .probe import probe
+from ..evaluation.quick import quick_evaluation
+from .data import DialogueData, ImageData
+from .images import image_batch
+from .initialization import initialize
+from .joint_loss import JointLoss
+from .mingtok_loss import MingTokLoss, MingTokWeights
+from .packing import Batch
 from .recipe import MINGTOK, VOCABULARY, Stage, univision_config
-from .sequences import Batch, DialogueData
-from .tokenizer import make_tokenizer
+from .text_tokenizer import train_text_tokenizer
 
-UNSEEN = 96  # evaluation pictures of each kind
-PIXEL_NOISE = 0.2  # on the latents while the pixel decoder is trained alone: about what drawn ones are wrong by
-SAMPLE = 256  # pictures that mean and scaling factor of the latents are measured on
+UNSEEN = 96  # evaluation images of each kind
+PIXEL_NOISE = 0.2  # on the latents while the pixel decoder is trained alone: about the error of drawn ones
+SAMPLE = 256  # images that the mean and the scaling factor of the latents are measured on
+
+TokenizerFiles = dict[str, str]  # file name -> content
 
 
-def objective(
+def make_objective(
     stage: Stage, start: Path | None, device: torch.device | str = "cpu"
 ) -> MingTokStage | PixelStage | JointStage:
     """What a stage trains, from the weights in the folder `start`; None: from nothing.
 
-    A joint stage takes its MingTok from `start`, and the rest too where the folder has it. The other stages keep that
-    rest beside what they train; after a new MingTok it must be taught again. Raises ValueError for a stage that needs a
-    folder and has none.
+    A joint stage takes its MingTok from `start`, and the rest too if the folder has it. The other stages keep that rest
+    beside what they train; with a new MingTok it must be trained again. Raises ValueError if a stage needs a folder.
     """
     if start is not None and checkpoint_kind(start) == "univision":
         tokenizer = tokenizer_files(start)
-        model = load_univision(start)
+        engine = load_univision(start)
         if stage.trains == "joint":
-            return JointStage(stage, model, tokenizer, device)
+            return JointStage(stage, engine, tokenizer, device)
         kind = PixelStage if stage.trains == "pixel decoder" else MingTokStage
-        return kind(stage, model.mingtok, device, model, tokenizer)
+        return kind(stage, engine.mingtok, device, engine, tokenizer)
     generator = torch.Generator().manual_seed(stage.seed)
-    if stage.trains == "mingtok":
-        mingtok = MingTok(MINGTOK) if start is None else load_mingtok(start)
-        if start is None:
-            initialise(mingtok, generator)
-        return MingTokStage(stage, mingtok, device)
     if start is None:
-        raise ValueError(f"stage {stage.name!r} needs a MingTok: train the first stage, or name a folder to start from")
+        if stage.trains != "mingtok":
+            raise ValueError(
+                f"stage {stage.name!r} needs a MingTok: train the first stage, or name a folder with --start"
+            )
+        mingtok = MingTok(MINGTOK)
+        initialize(mingtok, generator)
+        return MingTokStage(stage, mingtok, device)
     mingtok = load_mingtok(start)
+    if stage.trains == "mingtok":
+        return MingTokStage(stage, mingtok, device)
     if stage.trains == "pixel decoder":
         return PixelStage(stage, mingtok, device)
-    tokenizer = make_tokenizer(VOCABULARY)
+    tokenizer = train_text_tokenizer(VOCABULARY)
     chat = ChatFormat(tokenizer["tokenizer.json"])
-    model = UniVision(univision_config(mingtok.config, chat, VOCABULARY), chat)
-    initialise(model, generator)
-    model.mingtok = mingtok
-    return JointStage(stage, model, tokenizer, device)
-
-
-@dataclass(frozen=True)
-class PictureData:
-    """The stream of batches of a MingTok stage: pictures, and the labels of their patches."""
-
-    batch: int
-    things: tuple[int, int]
-    patches: int  # along a side
-
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pictures, labels = picture_batch(rng, self.batch, self.things, patches=self.patches)
-        return torch.from_numpy(pictures), {name: torch.from_numpy(values) for name, values in labels.items()}
+    network = UniVision(univision_config(mingtok.config, chat, VOCABULARY))
+    initialize(network, generator)
+    network.mingtok = mingtok
+    return JointStage(stage, Engine(network, chat), tokenizer, device)
 
 
 class MingTokStage:
-    """Trains a MingTok on pictures; `whole`: the model that it is part of, with its tokenizer files, if it is."""
+    """Trains a MingTok on images. `whole`: the model that it is part of, if any, with its tokenizer files."""
 
     def __init__(
         self,
         stage: Stage,
         mingtok: MingTok,
         device: torch.device | str = "cpu",
-        whole: UniVision | None = None,
-        tokenizer: dict[str, str] | None = None,
+        whole: Engine | None = None,
+        tokenizer: TokenizerFiles | None = None,
     ) -> None:
-        self.whole, self.tokenizer = whole, tokenizer
+        self.whole, self.tokenizer = whole, tokenizer or {}
         self.grid = mingtok.config.low_level_encoder.grid
-        self.data = PictureData(stage.batch, stage.things, self.grid)
+        self.data = ImageData(stage.batch, stage.objects, self.grid)
         self.device = device
-        # The stage works on raw latents; how they are normalised is measured when the weights are written.
+        # The stage works on raw latents; their mean and scaling factor are measured for every export.
         mingtok.config = replace(mingtok.config, mean=0.0, scaling_factor=1.0)
-        module = TokenizerLoss(mingtok)
-        initialise(module.reader, torch.Generator().manual_seed(stage.seed))
-        self.module = module.to(device)
+        module = MingTokLoss(mingtok)
+        initialize(module.label_head, torch.Generator().manual_seed(stage.seed))
+        self.module: MingTokLoss = module.to(device)
 
     def loss(self, batch: tuple[Tensor, dict[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
-        pictures, labels = batch
+        images, labels = batch
         labels = {name: values.to(self.device) for name, values in labels.items()}
-        return self.module(from_uint8(pictures.to(self.device)), labels, generator)
+        return self.module(from_uint8(images.to(self.device)), labels, generator)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """PSNR on unseen scenes and on other kinds of pictures; how many labels are read right on patches of things."""
-        tok, figures = self.module.mingtok, {}
+    def evaluate(self, module: MingTokLoss) -> dict[str, float]:
+        """PSNR on unseen scenes and on other kinds of images, and the share of right labels on patches of objects."""
+        tok, figures = module.mingtok, {}
         for kind in ("scene", "region", "grey", "pixelated"):
-            pictures, labels = picture_batch(np.random.default_rng(1), UNSEEN, (1, 3), "eval", kind, self.grid)
-            pixels = from_uint8(torch.from_numpy(pictures)).to(self.device)
+            images, labels = image_batch(np.random.default_rng(1), UNSEEN, (1, 3), "eval", kind, self.grid)
+            pixels = from_uint8(torch.from_numpy(images)).to(self.device)
             semantic = tok.semantic_decoder(tok.low_level_encoder(pixels)[:, :-1])
-            drawn = tok.assemble(tok.patches(semantic), (self.grid, self.grid))
-            figures[f"psnr_{kind}"] = fmean(map(psnr, to_images(drawn), to_images(pixels)))
+            decoded = tok.assemble(tok.patches(semantic), (self.grid, self.grid))
+            figures[f"psnr_{kind}"] = fmean(map(psnr, to_images(decoded), to_images(pixels)))
             if kind == "scene":
-                for name, logits in self.module.read(semantic).items():
+                for name, logits in module.label_logits(semantic).items():
                     known = torch.from_numpy(labels[name]).to(self.device)
                     figures[f"read_{name}"] = float((logits.argmax(-1) == known)[known > 0].float().mean())
         return figures
 
-    def publish(self, folder: Path) -> None:
-        """A MingTok alone in float32: stages to come train on it; a whole model in half of it, as it is committed."""
-        tok = self.module.mingtok
-        raw_config = tok.config
-        try:
-            tok.config = self.measured()
-            if self.whole is None:
-                save_mingtok(tok, folder)
-            else:
-                save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
-        finally:
-            tok.config = raw_config
+    def export(self, module: MingTokLoss, folder: Path) -> None:
+        """Write a MingTok alone in float32, for the stages to come; a whole model in float16, as it is committed."""
+        mingtok = copy.deepcopy(module.mingtok)
+        mingtok.config = self.measured_config(module.mingtok)
+        if self.whole is None:
+            save_mingtok(mingtok, folder)
+        else:
+            self.whole.network.mingtok = mingtok
+            save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
 
     @torch.no_grad()
-    def measured(self) -> MingTokConfig:
+    def measured_config(self, mingtok: MingTok) -> MingTokConfig:
         """The config with the mean and standard deviation of the latents of a sample of training scenes."""
-        tok = self.module.mingtok
-        pictures = torch.from_numpy(picture_batch(np.random.default_rng(2), SAMPLE, (1, 3), kind="scene")[0])
-        raw = torch.cat([tok.low_level_encoder(from_uint8(p).to(self.device))[:, :-1] for p in pictures.split(32)])
-        return replace(tok.config, mean=float(raw.mean()), scaling_factor=float(raw.std()))
+        images = torch.from_numpy(image_batch(np.random.default_rng(2), SAMPLE, (1, 3), kind="scene")[0])
+        raw = torch.cat([mingtok.low_level_encoder(from_uint8(p).to(self.device))[:, :-1] for p in images.split(32)])
+        return replace(mingtok.config, mean=float(raw.mean()), scaling_factor=float(raw.std()))
 
 
 class PixelStage(MingTokStage):
     """Trains the pixel decoder of a MingTok on the features that it is given, which stay as they are.
 
-    So latents, features and a language model that was taught on them keep their meaning: pictures only become sharper.
+    So latents, features and a language model that was trained on them keep their meaning; images only become sharper.
     """
 
-    def __init__(self, stage: Stage, mingtok: MingTok, *others: Any) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        mingtok: MingTok,
+        device: torch.device | str = "cpu",
+        whole: Engine | None = None,
+        tokenizer: TokenizerFiles | None = None,
+    ) -> None:
         config = mingtok.config
-        super().__init__(stage, mingtok, *others)
-        mingtok.config = config  # how latents are normalised stays as it is, too
-        self.module.weights = TokenizerWeights(labels=0.0, size=0.0, noise=PIXEL_NOISE, masked=0.0)
-        for frozen in (mingtok.low_level_encoder, mingtok.semantic_decoder, self.module.reader):
+        super().__init__(stage, mingtok, device, whole, tokenizer)
+        mingtok.config = config  # mean and scaling factor of the latents stay as they are, too
+        self.module.weights = MingTokWeights(labels=0.0, latents=0.0, noise=PIXEL_NOISE, masked_images=0.0)
+        for frozen in (mingtok.low_level_encoder, mingtok.semantic_decoder, self.module.label_head):
             frozen.requires_grad_(False)
 
-    def measured(self) -> MingTokConfig:
-        return self.module.mingtok.config
+    def measured_config(self, mingtok: MingTok) -> MingTokConfig:
+        return mingtok.config
 
 
 class JointStage:
     """Trains the language model, the flow head and the projection on dialogues; MingTok stays as it is."""
 
     def __init__(
-        self, stage: Stage, model: UniVision, tokenizer: dict[str, str], device: torch.device | str = "cpu"
+        self, stage: Stage, engine: Engine, tokenizer: TokenizerFiles, device: torch.device | str = "cpu"
     ) -> None:
-        self.tokenizer = tokenizer
-        self.device = device
+        self.chat, self.tokenizer, self.objects, self.device = engine.chat, tokenizer, stage.objects, device
         self.data = DialogueData(
             tokenizer["tokenizer.json"],
-            model.config.drawing_grid,
+            engine.config.drawing_grid,
             stage.batch,
-            stage.things,
+            stage.objects,
             dict(stage.tasks),
             stage.rounds,
             stage.quizzes,
             stage.several,
         )
-        self.things = stage.things
-        self.module: nn.Module = JointLoss(model).to(device)
+        self.module: JointLoss = JointLoss(engine.network).to(device)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         return self.module(batch.to(self.device), generator)
 
-    def evaluate(self) -> dict[str, float]:
-        return probe(self.module.model, self.things)
+    def evaluate(self, module: JointLoss) -> dict[str, float]:
+        """The quick evaluation."""
+        return quick_evaluation(Engine(module.network, self.chat), self.objects)
 
-    def publish(self, folder: Path) -> None:
-        save_univision(self.module.model, folder, self.tokenizer, dtype=torch.float16)
+    def export(self, module: JointLoss, folder: Path) -> None:
+        """Write the whole model in float16, as it is committed."""
+        save_univision(Engine(module.network, self.chat), folder, self.tokenizer, dtype=torch.float16)

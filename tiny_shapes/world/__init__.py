@@ -1,15 +1,27 @@
-"""The procedural picture world of the built-in model: scenes, their pictures, captions, tasks and the scorer.
+"""The procedural world of the built-in model: its scenes, their words, the tasks, and the scorer.
+
+    scenes.py        what an image shows, and the split into training and evaluation
+    drawing.py       scenes as pixels, masks and patch labels
+    edits.py         changes of a scene, and the region that each changes
+    degrade.py       degraded images
+    descriptions.py  the canonical description of a scene, and a parser of what people type
+    phrasing.py      variation of wording, and references to an object
+    captions.py      descriptions in varied words, complete and terse
+    prompts.py       instructions of every task, and edits in words
+    questions.py     questions with their answers
+    tasks.py         dialogues of one or more tasks, to train and to evaluate on
+    scoring.py       what an image shows, read from its pixels
 
 NumPy, Pillow and the standard library only; nothing here knows of a model.
 """
 
+from .captions import caption, mentions, terse_caption
 from .degrade import DEGRADATIONS, degrade
 from .descriptions import describe, parse_scene
 from .drawing import LABEL_CLASSES, draw, masks, patch_labels
-from .edits import EDIT_KINDS, Edit, edit_region, random_edit, region_picture
-from .language import TASK_INSTRUCTIONS, caption, instruction, mentions
+from .edits import EDIT_KINDS, Edit, edit_region, random_edit, region_image
+from .prompts import TASK_INSTRUCTIONS, instruction
 from .questions import QUESTION_KINDS
-from .reading import Comparison, FoundThing, Reading, compare, read_region, read_scene
 from .scenes import (
     BACKGROUNDS,
     CANVAS,
@@ -18,12 +30,13 @@ from .scenes import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
     random_scene,
     scene_from_seed,
     split_of,
 )
-from .tasks import TASKS, Dialogue, Round, random_dialogue
+from .scoring import Comparison, DetectedObject, Reading, compare, read_region, read_scene
+from .tasks import TASKS, Dialogue, Task, random_dialogue
 
 __all__ = [
     "BACKGROUNDS",
@@ -39,13 +52,13 @@ __all__ = [
     "TASKS",
     "TASK_INSTRUCTIONS",
     "Comparison",
+    "DetectedObject",
     "Dialogue",
     "Edit",
-    "FoundThing",
     "Reading",
-    "Round",
     "Scene",
-    "Thing",
+    "SceneObject",
+    "Task",
     "caption",
     "compare",
     "degrade",
@@ -62,7 +75,8 @@ __all__ = [
     "random_scene",
     "read_region",
     "read_scene",
-    "region_picture",
+    "region_image",
     "scene_from_seed",
     "split_of",
+    "terse_caption",
 ]

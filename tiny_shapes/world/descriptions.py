@@ -1,7 +1,7 @@
-"""A scene in words and back: the canonical caption, and a reader of what people type.
+"""Scenes as text and back: the canonical description, and a parser of what people type.
 
-`describe` and `parse_scene` are inverse up to jitter. `parse_scene` reads freely (order, commas, synonyms, "the
-background is white"), fills in what is missing, and says precisely which word it does not know.
+`describe` and `parse_scene` are inverse up to jitter. `parse_scene` accepts any order, commas, synonyms and "the
+background is white", fills in what is missing, and says precisely which word it does not know.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
+from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, SceneObject
 
-# What a description that leaves something out means; a lone thing without a place stands at the centre.
+# The defaults for what a description leaves out. A lone object without a place is at the centre.
 DEFAULT_SIZE = "large"
 DEFAULT_BACKGROUND = "white"
 FREE_CELLS = ("centre", "left", "right", "top", "bottom", *(cell for cell in POSITIONS if " " in cell))
@@ -36,33 +36,33 @@ _IGNORED_MARKS = frozenset("!\"'-()")
 
 
 def with_article(words: str) -> str:
-    """ "a red circle", "an orange star"."""
+    """The words with their article: "a red circle", "an orange star"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def join_words(parts: Sequence[str], last: str = " and ") -> str:
-    """["x", "y", "z"] as "x, y and z"."""
+    """A list in words: ["x", "y", "z"] as "x, y and z"."""
     return last.join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def name_of(thing: Thing) -> str:
-    """ "large red circle"."""
-    return f"{thing.size} {thing.color} {thing.shape}"
+def name_of(obj: SceneObject) -> str:
+    """The name of an object: "large red circle"."""
+    return f"{obj.size} {obj.color} {obj.shape}"
 
 
 def describe(scene: Scene) -> str:
-    """The canonical caption, such as "a large red circle at the top left and a small blue star at the centre on a white
-    background": things in reading order, jitter not told. Without things: "an empty white background".
+    """The canonical description: "a large red circle at the top left and a small blue star at the centre on a white
+    background". Objects come in reading order; the jitter is left out. Without objects: "an empty white background".
     """
-    if not scene.things:
+    if not scene.objects:
         return f"an empty {scene.background} background"
-    things = [f"{with_article(name_of(thing))} at the {thing.position}" for thing in scene.things]
-    return f"{join_words(things)} on {with_article(scene.background)} background"
+    objects = [f"{with_article(name_of(obj))} at the {obj.position}" for obj in scene.objects]
+    return f"{join_words(objects)} on {with_article(scene.background)} background"
 
 
 @dataclass
 class _Draft:
-    """A thing while its words come in."""
+    """An object while its words are read."""
 
     shape: str = ""
     color: str = ""
@@ -71,18 +71,17 @@ class _Draft:
 
     @property
     def begun(self) -> bool:
-        """A size alone is not a thing: "a large white background"."""
+        """Whether there is an object at all; a size alone is none: "a large white background"."""
         return bool(self.shape or self.color or self.place)
 
 
 def parse_scene(text: str) -> Scene:
-    """The scene that a description means, without jitter: the inverse of `describe`, and forgiving.
+    """The scene that a description means, without jitter: a tolerant inverse of `describe`.
 
-    What is left out is filled in: size "large", background "white", the next colour not yet used, the next free cell
-    beginning at the centre.
+    What is left out is filled in: size "large", background "white", the next color that is not used yet, the next free
+    cell beginning at the centre.
 
-    Raises ValueError, quoting the word that was not understood and listing the words of this world, or saying what
-    contradicts itself.
+    Raises ValueError, which quotes the unknown word and lists the words of this world, or says what is contradictory.
     """
     words = [_SYNONYMS.get(word, word) for word in re.findall(r"[a-z]+|\S", text.lower())]
     words = [word for word in words if word not in _IGNORED_MARKS]
@@ -101,15 +100,15 @@ def parse_scene(text: str) -> Scene:
             raise ValueError(f"{word!r} was not understood in {text!r}. {_vocabulary()}")
     drafts = [draft for draft in drafts if draft.begun]
     if not drafts and not background:
-        raise ValueError(f"no thing and no background in {text!r}. {_vocabulary()}")
+        raise ValueError(f"no object and no background in {text!r}. {_vocabulary()}")
     return Scene(_finish(drafts, text), background or DEFAULT_BACKGROUND)
 
 
 def _take(drafts: list[_Draft], word: str) -> bool:
-    """Adds a word to the newest draft, or to a fresh one where a new thing begins; False if the word is unknown."""
+    """Add a word to the newest draft, or to a fresh one where a new object begins. Returns False if it is unknown."""
     draft = drafts[-1]
     if word in _SEPARATORS:
-        # "a red circle, top left": a comma may stand before the place, so it only ends a thing that has one.
+        # "a red circle, top left": a comma may stand before the place, so it only ends an object that has one.
         if draft.shape and (draft.place or word != ","):
             drafts.append(_Draft())
     elif word in _PLACES:
@@ -121,15 +120,15 @@ def _take(drafts: list[_Draft], word: str) -> bool:
         kind = "shape" if word in SHAPES else "color" if word in COLORS else "size"
         known = getattr(draft, kind)
         if known:
-            raise ValueError(f"{known!r} and {word!r} for one thing: name one {kind} for each thing")
+            raise ValueError(f"{known!r} and {word!r} for one object: name one {kind} for each object")
         setattr(draft, kind, word)
     else:
         return word in _FILLERS
     return True
 
 
-def _finish(drafts: list[_Draft], text: str) -> tuple[Thing, ...]:
-    """Things from drafts: what is missing gets its default."""
+def _finish(drafts: list[_Draft], text: str) -> tuple[SceneObject, ...]:
+    """Objects from drafts, with defaults for what is missing."""
     shapeless = [draft for draft in drafts if not draft.shape]
     if shapeless:
         said = " ".join(filter(None, (shapeless[0].size, shapeless[0].color, *shapeless[0].place)))
@@ -138,25 +137,25 @@ def _finish(drafts: list[_Draft], text: str) -> tuple[Thing, ...]:
     free_cells = (cell for cell in FREE_CELLS if cell not in places)
     colors = [draft.color for draft in drafts]
     free_colors = [color for color in COLORS if color not in colors]
-    things = []
+    objects = []
     for draft, place in zip(drafts, places, strict=True):
         position = place or next(free_cells, "")
         if not position:
-            raise ValueError(f"{len(drafts)} things in {text!r}, but there are only {len(POSITIONS)} cells")
+            raise ValueError(f"{len(drafts)} objects in {text!r}: there are only {len(POSITIONS)} cells, so name fewer")
         color = draft.color or (free_colors.pop(0) if free_colors else next(iter(COLORS)))
-        things.append(Thing(draft.shape, color, draft.size or DEFAULT_SIZE, position))
-    return tuple(things)
+        objects.append(SceneObject(draft.shape, color, draft.size or DEFAULT_SIZE, position))
+    return tuple(objects)
 
 
 def _position(place: list[str]) -> str:
-    """ "top left" from the words of a place in any order; "" from none."""
+    """The position from the words of a place in any order ("left top" is "top left"); "" from none."""
     rows, columns = ([word for word in pair if word in place] for pair in (("top", "bottom"), ("left", "right")))
     if len(rows) > 1 or len(columns) > 1:
-        raise ValueError(f"a thing cannot be at the {' and the '.join(place)} at once; name one place for each thing")
+        raise ValueError(f"an object cannot be at the {' and the '.join(place)}: name one place for each object")
     return " ".join(rows + columns) or ("centre" if place else "")
 
 
 def _vocabulary() -> str:
-    lists = {"shapes": SHAPES, "colours": COLORS, "sizes": SIZES, "positions": POSITIONS, "backgrounds": BACKGROUNDS}
+    lists = {"shapes": SHAPES, "colors": COLORS, "sizes": SIZES, "positions": POSITIONS, "backgrounds": BACKGROUNDS}
     known = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in lists.items())
     return f"Known {known}. Example: a large red circle at the top left and a small blue star on a white background."

@@ -1,12 +1,12 @@
-"""Scenes as pixels: anti-aliased, at any side length, and thousands a second at the model's own 128.
+"""Drawing scenes: anti-aliased, at any side length, and thousands a second at the model's own 128.
 
 Notable:
-- A shape is a rule that says which points of the plane belong to it; how much of a pixel it covers is found by asking
-  for a fine grid of points in that pixel. So a picture is the same drawing at 64 and at 1024.
-- Things never overlap, so the sprite of a thing, its colour already blended with the background, is made once, kept,
-  and copied into place: a picture at 128 costs a few small copies.
-- `patch_labels` says what each patch of the tokenizer sees, down to which part of which shape: the teacher of its
-  features.
+- A shape is a rule that says which points of the plane belong to it; its coverage of a pixel is that of a fine grid of
+  points in the pixel. So a scene looks the same at 64 and at 1024 pixels.
+- Objects never overlap, so the sprite of an object, already blended with the background, is cached and copied into
+  place: an image at 128 costs a few small copies.
+- `patch_labels` tells what each patch of the tokenizer shows, down to which part of which shape: the targets that its
+  features are trained on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from .scenes import BACKGROUNDS, CANVAS, COLORS, SHAPES, SIZES, Scene, Thing
+from .scenes import BACKGROUNDS, CANVAS, COLORS, SHAPES, SIZES, Scene, SceneObject
 
 PARTS = 9  # a shape seen as 3x3 parts, in reading order
 
-# Number of classes of each array of `patch_labels`; class 0 of all but the background is "no thing here".
+# Number of classes of each array of `patch_labels`; class 0 of all but the background means "no object here".
 LABEL_CLASSES = {
     "shape": 1 + len(SHAPES),
     "color": 1 + len(COLORS),
@@ -33,15 +33,15 @@ _SHAPE_INDEX = {shape: index + 1 for index, shape in enumerate(SHAPES)}
 _SIZE_INDEX = {size: index + 1 for index, size in enumerate(SIZES)}
 _BACKGROUND_INDEX = {background: index for index, background in enumerate(BACKGROUNDS)}
 
-# Sampling points along a pixel's side. 8 gives 64 levels of coverage, finer than the eye sees on an edge.
+# Sampling points along a pixel's side: 8 give 64 levels of coverage, finer than the eye sees on an edge.
 _SAMPLES = 8
-_VISIBLE = 1 / 16  # share of a patch that a thing must cover to be what the patch shows
+_VISIBLE = 1 / 16  # share of a patch that an object must cover to be what the patch shows
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Which points (u to the right, v down, in radii from the centre) belong to the shape: bool, broadcast of u and v.
+    """Whether points belong to a shape: bool, broadcast of u (to the right) and v (down), in radii from the centre.
 
-    Sizes are chosen so that all shapes look about equally large: none leaves the unit square.
+    The shapes are scaled to look about equally large; none leaves the unit square.
     """
     if shape == "circle":
         return u * u + v * v <= 0.94**2
@@ -56,11 +56,11 @@ def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return (narrow <= 0.32) & (wide <= 0.94)
     if shape == "star":
         return _inside_star(u, v)
-    raise ValueError(f"no shape is called {shape!r}; choose one of: {', '.join(SHAPES)}")
+    raise ValueError(f"{shape!r} is not a shape: use one of {', '.join(SHAPES)}")
 
 
 def _inside_star(u: np.ndarray, v: np.ndarray, inner: float = 0.44) -> np.ndarray:
-    """Five points, one up: fold the plane into one half point and ask which side of its edge a point is on."""
+    """A star of five points, one up: the plane is folded into half a point, whose edge divides inside from outside."""
     fold = np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + fold) % (2 * fold) - fold)  # 0 at a tip, pi/5 in a notch
     radius = np.hypot(u, v)
@@ -70,16 +70,16 @@ def _inside_star(u: np.ndarray, v: np.ndarray, inner: float = 0.44) -> np.ndarra
 
 
 def _coverage(shape: str, radius: float, center_x: float, center_y: float) -> tuple[int, int, np.ndarray]:
-    """How much of each pixel a shape covers: (left, top, float32 [h, w] in 0..1), all in pixels of the picture.
+    """The coverage of each pixel by a shape: (left, top, float32 [h, w] in 0..1), all in pixels of the image.
 
-    Shapes of large pictures are seldom wanted twice and take a quarter of a megabyte each: they are not kept.
+    Shapes of large images are not cached: they take a quarter of a megabyte each and are seldom needed twice.
     """
     small = radius <= max(SIZES.values())
-    return (_kept_coverage if small else _kept_coverage.__wrapped__)(shape, radius, center_x, center_y)
+    return (_cached_coverage if small else _cached_coverage.__wrapped__)(shape, radius, center_x, center_y)
 
 
 @lru_cache(maxsize=256)
-def _kept_coverage(shape: str, radius: float, center_x: float, center_y: float) -> tuple[int, int, np.ndarray]:
+def _cached_coverage(shape: str, radius: float, center_x: float, center_y: float) -> tuple[int, int, np.ndarray]:
     left, top = int(np.floor(center_x - radius)), int(np.floor(center_y - radius))
     right, bottom = int(np.ceil(center_x + radius)), int(np.ceil(center_y + radius))
     fine = (np.arange(_SAMPLES) + 0.5) / _SAMPLES
@@ -92,20 +92,20 @@ def _kept_coverage(shape: str, radius: float, center_x: float, center_y: float) 
     return left, top, alpha
 
 
-def _anchor(thing: Thing, size: int) -> tuple[int, int, float, float, float]:
-    """Where a thing sits in a picture of side `size`: whole pixels x and y, radius, and the fractions of x and y.
+def _anchor(obj: SceneObject, size: int) -> tuple[int, int, float, float, float]:
+    """The place of an object in an image of side `size`: whole pixels x and y, radius, and the fractions of x and y.
 
-    Sprites are kept by radius and fraction only: at 128 two dozen of them serve all scenes.
+    Sprites are cached by radius and fraction only: at 128 two dozen of them serve all scenes.
     """
     scale = size / CANVAS
-    (x, y), radius = thing.center, SIZES[thing.size]
+    (x, y), radius = obj.center, SIZES[obj.size]
     x, y = x * scale, y * scale
     return int(x), int(y), radius * scale, x - int(x), y - int(y)
 
 
 @lru_cache(maxsize=2048)
 def _sprite(shape: str, color: str, background: str, radius: float, x: float, y: float) -> tuple[int, int, np.ndarray]:
-    """(left, top, uint8 [h, w, 3]) of a coloured shape on its background."""
+    """A colored shape on its background: (left, top, uint8 [h, w, 3])."""
     left, top, alpha = _coverage(shape, radius, x, y)
     ground, paint = (np.asarray(rgb, dtype=np.float32) for rgb in (BACKGROUNDS[background], COLORS[color]))
     sprite = np.rint(ground + alpha[..., None] * (paint - ground)).astype(np.uint8)
@@ -115,62 +115,62 @@ def _sprite(shape: str, color: str, background: str, radius: float, x: float, y:
 
 @lru_cache(maxsize=len(BACKGROUNDS))
 def _plain(background: str, size: int) -> np.ndarray:
-    """An empty picture, uint8 [size, size, 3]; copying it is much faster than filling a new one."""
-    picture = np.full((size, size, 3), BACKGROUNDS[background], dtype=np.uint8)
-    picture.flags.writeable = False
-    return picture
+    """An empty image, uint8 [size, size, 3]: copying it is much faster than filling a new one."""
+    image = np.full((size, size, 3), BACKGROUNDS[background], dtype=np.uint8)
+    image.flags.writeable = False
+    return image
 
 
 def draw(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """The picture of a scene: uint8 [size, size, 3], sRGB. The same scene always gives the same pixels."""
+    """The image of a scene: uint8 [size, size, 3], sRGB. The same scene always gives the same pixels."""
     _check_size(size)
-    picture = _plain(scene.background, size).copy()
+    image = _plain(scene.background, size).copy()
     sprite_of = _sprite if size <= CANVAS else _sprite.__wrapped__
-    for thing in scene.things:
-        x, y, *where = _anchor(thing, size)
-        left, top, sprite = sprite_of(thing.shape, thing.color, scene.background, *where)
+    for obj in scene.objects:
+        x, y, *where = _anchor(obj, size)
+        left, top, sprite = sprite_of(obj.shape, obj.color, scene.background, *where)
         height, width, _ = sprite.shape
-        picture[y + top : y + top + height, x + left : x + left + width] = sprite
-    return picture
+        image[y + top : y + top + height, x + left : x + left + width] = sprite
+    return image
 
 
 def masks(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """How much of each pixel every thing covers: float32 [things, size, size], 0..1, in the order of `scene.things`."""
+    """The coverage of each pixel by every object of the scene, in order: float32 [objects, size, size], 0..1."""
     _check_size(size)
-    planes = np.zeros((len(scene.things), size, size), dtype=np.float32)
-    for plane, thing in zip(planes, scene.things, strict=True):
-        x, y, *where = _anchor(thing, size)
-        left, top, alpha = _coverage(thing.shape, *where)
+    planes = np.zeros((len(scene.objects), size, size), dtype=np.float32)
+    for plane, obj in zip(planes, scene.objects, strict=True):
+        x, y, *where = _anchor(obj, size)
+        left, top, alpha = _coverage(obj.shape, *where)
         height, width = alpha.shape
         plane[y + top : y + top + height, x + left : x + left + width] = alpha
     return planes
 
 
 def patch_labels(scene: Scene, patches: int = 8) -> dict[str, np.ndarray]:
-    """What each patch of a `patches` x `patches` grid shows: a dict of int64 [patches, patches].
+    """The content of each patch of a `patches` x `patches` grid: a dict of int64 [patches, patches].
 
-    "shape", "color" and "size" are 0 where no thing covers a sixteenth of the patch, else 1 + the index in `SHAPES`,
-    `COLORS`, `SIZES`. "part" is 0 there too, else 1..9: where in the thing the middle of the patch lies, in thirds of
-    the thing's width and height, in reading order. "background" is the index in `BACKGROUNDS`, in every patch.
+    "shape", "color" and "size" are 0 where no object covers a sixteenth of the patch, else 1 + the index in `SHAPES`,
+    `COLORS`, `SIZES`. "part" is 0 there too, else 1..9: the third of the object's width and of its height that the
+    middle of the patch lies in, in reading order. "background" is the index in `BACKGROUNDS`, in every patch.
     `LABEL_CLASSES` has the number of classes of each.
     """
     labels = {name: np.zeros((patches, patches), dtype=np.int64) for name in ("shape", "color", "size", "part")}
     most = np.full((patches, patches), _VISIBLE, dtype=np.float32)
-    for thing in scene.things:
-        covered, part = _patch_view(thing.shape, thing.size, thing.center, patches)
+    for obj in scene.objects:
+        covered, part = _patch_coverage(obj.shape, obj.size, obj.center, patches)
         here = covered >= most
         most = np.where(here, covered, most)
-        labels["shape"][here] = _SHAPE_INDEX[thing.shape]
-        labels["color"][here] = _COLOR_INDEX[thing.color]
-        labels["size"][here] = _SIZE_INDEX[thing.size]
+        labels["shape"][here] = _SHAPE_INDEX[obj.shape]
+        labels["color"][here] = _COLOR_INDEX[obj.color]
+        labels["size"][here] = _SIZE_INDEX[obj.size]
         labels["part"][here] = part[here]
     labels["background"] = np.full((patches, patches), _BACKGROUND_INDEX[scene.background], dtype=np.int64)
     return labels
 
 
 @lru_cache(maxsize=4096)
-def _patch_view(shape: str, size: str, center: tuple[float, float], patches: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each patch that the shape covers (float32), and which of its 3x3 parts lies there (int64, 1..9)."""
+def _patch_coverage(shape: str, size: str, center: tuple[float, float], patches: int) -> tuple[np.ndarray, np.ndarray]:
+    """The share of each patch that a shape covers (float32), and which of its 3x3 parts lies there (int64, 1..9)."""
     fine = 16  # points along a patch's side
     points = (np.arange(patches * fine) + 0.5) * CANVAS / (patches * fine)
     u, v = ((points - middle) / SIZES[size] for middle in center)
@@ -185,4 +185,4 @@ def _patch_view(shape: str, size: str, center: tuple[float, float], patches: int
 
 def _check_size(size: int) -> None:
     if size < 16:
-        raise ValueError(f"a picture's side is at least 16 pixels, got {size}")
+        raise ValueError(f"the side of the image is {size} pixels: it must be at least 16")

@@ -1,6 +1,6 @@
-"""Questions about a scene, and talk about the world that needs no picture, each with its answer.
+"""Questions about a scene, and small talk about the world that needs no image, each with its answer.
 
-Questions vary in kind and wording; answers are a word or two and always worded alike, so that they can be compared
+Questions vary in kind and wording. Answers are a word or two and always worded alike, so that they can be compared
 exactly: "red", "star", "large", "at the top left", "two", "yes", "white", and "nothing" for an empty place.
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .descriptions import join_words, with_article
-from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
-from .wording import pick, refer, spelled, typed
+from .phrasing import pick, refer_to, vary_spelling, vary_typing
+from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, SceneObject
 
 QUESTION_KINDS = ("color", "shape", "size", "where", "count", "exists", "background")
 
@@ -22,19 +22,19 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 
 class Question(NamedTuple):
-    """A question and its answer; `thing` is the one thing of the scene that it is about, None if there is no one."""
+    """A question and its answer. `subject`: the one object of the scene that it is about; None if there is not one."""
 
     text: str
     answer: str
-    thing: Thing | None = None
+    subject: SceneObject | None = None
 
 
 def question(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
-    """A question of one of `QUESTION_KINDS` about the scene; None when the scene does not allow it."""
+    """A question of one of `QUESTION_KINDS` about the scene; None if the scene does not allow it."""
     if kind not in QUESTION_KINDS:
-        raise ValueError(f"{kind!r} is no kind of question; choose one of: {', '.join(QUESTION_KINDS)}")
+        raise ValueError(f"{kind!r} is not a kind of question: use one of {', '.join(QUESTION_KINDS)}")
     asked = _ASKERS[kind](rng, scene)
-    return asked and asked._replace(text=typed(rng, spelled(rng, asked.text)))
+    return asked and asked._replace(text=vary_typing(rng, vary_spelling(rng, asked.text)))
 
 
 def _ask_background(rng: np.random.Generator, scene: Scene) -> Question:
@@ -43,12 +43,12 @@ def _ask_background(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene) -> Question:
-    """How many things, or things of one colour or shape: as often one that is there as any."""
-    what, number = pick(rng, ("objects", "things")), len(scene.things)
+    """A question for the number of objects, or of those of one color or shape, which is mostly one of the scene's."""
+    what, number = pick(rng, ("objects", "things")), len(scene.objects)
     attribute = pick(rng, ("", "color", "shape"))
     if attribute:
         words = SHAPES if attribute == "shape" else tuple(COLORS)
-        there = [getattr(thing, attribute) for thing in scene.things]
+        there = [getattr(obj, attribute) for obj in scene.objects]
         word = pick(rng, there) if there and rng.random() < 0.6 else pick(rng, words)
         number = there.count(word)
         what = f"{word} {what}" if attribute == "color" else f"{word}es" if word == "cross" else f"{word}s"
@@ -57,14 +57,14 @@ def _ask_count(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def _ask_exists(rng: np.random.Generator, scene: Scene) -> Question:
-    """Yes and no about equally often; a no mostly misses by one attribute only."""
+    """A yes-or-no question, both about equally often; for a no mostly just one attribute is wrong."""
     names = pick(rng, (("color", "shape"), ("color", "shape"), ("shape",), ("color",), ("color", "shape", "position")))
     asked = {"shape": pick(rng, SHAPES), "color": pick(rng, tuple(COLORS)), "position": pick(rng, tuple(POSITIONS))}
-    if scene.things and rng.random() < 0.85:
-        near = pick(rng, scene.things)
+    if scene.objects and rng.random() < 0.85:
+        near = pick(rng, scene.objects)
         wrong = pick(rng, names) if rng.random() < 0.55 else None
         asked = {name: asked[name] if name == wrong else getattr(near, name) for name in asked}
-    there = [thing for thing in scene.things if all(getattr(thing, name) == asked[name] for name in names)]
+    there = [obj for obj in scene.objects if all(getattr(obj, name) == asked[name] for name in names)]
     noun = " ".join([asked["color"]] * ("color" in names) + [asked["shape"] if "shape" in names else "object"])
     place = f" at the {asked['position']}" if "position" in names else ""
     form = pick(rng, ("Is there {it}?", "Do you see {it}?", "Is {it} in the picture?"))
@@ -72,38 +72,40 @@ def _ask_exists(rng: np.random.Generator, scene: Scene) -> Question:
     return Question(text, "yes" if there else "no", there[0] if len(there) == 1 else None)
 
 
-def _ask_thing(rng: np.random.Generator, scene: Scene, hide: str, forms: Sequence[str]) -> Question | None:
-    """A question after the attribute `hide` of one thing that can be singled out without it."""
-    for index in rng.permutation(len(scene.things)):
-        thing = scene.things[index]
-        it = refer(rng, scene, thing, hide=(hide,))
+def _ask_attribute(rng: np.random.Generator, scene: Scene, hide: str, forms: Sequence[str]) -> Question | None:
+    """A question for the attribute `hide` of an object that can be identified without it."""
+    for index in rng.permutation(len(scene.objects)):
+        obj = scene.objects[index]
+        it = refer_to(rng, scene, obj, hide=(hide,))
         if it:
-            return Question(pick(rng, forms).format(it=it), getattr(thing, hide), thing)
+            return Question(pick(rng, forms).format(it=it), getattr(obj, hide), obj)
     return None
 
 
 def _ask_color(rng: np.random.Generator, scene: Scene) -> Question | None:
-    return _ask_thing(rng, scene, "color", ("What color is {it}?", "Which color does {it} have?"))
+    return _ask_attribute(rng, scene, "color", ("What color is {it}?", "Which color does {it} have?"))
 
 
 def _ask_size(rng: np.random.Generator, scene: Scene) -> Question | None:
-    return _ask_thing(rng, scene, "size", ("Is {it} small or large?", "What size is {it}?", "How big is {it}?"))
+    return _ask_attribute(rng, scene, "size", ("Is {it} small or large?", "What size is {it}?", "How big is {it}?"))
 
 
 def _ask_where(rng: np.random.Generator, scene: Scene) -> Question | None:
-    asked = _ask_thing(rng, scene, "position", ("Where is {it}?", "Where do you see {it}?", "At which place is {it}?"))
+    asked = _ask_attribute(
+        rng, scene, "position", ("Where is {it}?", "Where do you see {it}?", "At which place is {it}?")
+    )
     return asked and asked._replace(answer=f"at the {asked.answer}")
 
 
 def _ask_shape(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """After the shape of a thing, or after what stands in a cell, which may be empty."""
+    """A question for the shape of an object, or for what is in a cell, which may be empty."""
     if rng.random() < 0.4:
-        there = {thing.position: thing for thing in scene.things}
+        there = {obj.position: obj for obj in scene.objects}
         cell = pick(rng, tuple(there)) if there and rng.random() < 0.8 else pick(rng, tuple(POSITIONS))
-        thing = there.get(cell)
+        obj = there.get(cell)
         form = pick(rng, ("What shape is at the {cell}?", "What is at the {cell}?", "Which shape is at the {cell}?"))
-        return Question(form.format(cell=cell), thing.shape if thing else "nothing", thing)
-    return _ask_thing(rng, scene, "shape", ("What shape is {it}?", "Which shape is {it}?", "What is {it}?"))
+        return Question(form.format(cell=cell), obj.shape if obj else "nothing", obj)
+    return _ask_attribute(rng, scene, "shape", ("What shape is {it}?", "Which shape is {it}?", "What is {it}?"))
 
 
 _ASKERS = MappingProxyType(
@@ -140,28 +142,28 @@ _TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def talk(rng: np.random.Generator) -> tuple[str, str]:
-    """A question that needs no picture, and its answer: "Which shapes do you know?"."""
+def small_talk(rng: np.random.Generator) -> tuple[str, str]:
+    """A question that needs no image, such as "Which shapes do you know?", and its answer."""
     choice = rng.random()
     if choice < 0.35:
         kind = pick(rng, tuple(_KNOWN))
-        forms = ("Which {kind} do you know?", "What {kind} are there?", "List the {kind} that you know.")
-        asked, answer = pick(rng, forms).format(kind=kind), join_words(_KNOWN[kind])
+        lists = ("Which {kind} do you know?", "What {kind} are there?", "List the {kind} that you know.")
+        asked, answer = pick(rng, lists).format(kind=kind), join_words(_KNOWN[kind])
     elif choice < 0.45:
         kind = pick(rng, tuple(_KNOWN))
         asked, answer = f"How many {kind} do you know?", _NUMBERS[len(_KNOWN[kind])]
     elif choice < 0.6:
-        word, kind = pick(rng, [*_PAIRS, *_STRANGERS])
+        word, kind = pick(rng, [*_KNOWN_WORDS, *_UNKNOWN_WORDS])
         form = pick(rng, ("Do you know the {kind} {word}?", "Is {word} a {kind} you know?"))
         asked = form.format(kind=kind, word=word)
-        answer = "yes" if (word, kind) in _PAIRS else "no"
+        answer = "yes" if (word, kind) in _KNOWN_WORDS else "no"
     else:
         forms, answer = pick(rng, _TALK)
         asked = pick(rng, forms)
-    return typed(rng, spelled(rng, asked)), answer
+    return vary_typing(rng, vary_spelling(rng, asked)), answer
 
 
-_PAIRS = tuple((shape, "shape") for shape in SHAPES) + tuple((color, "color") for color in COLORS)
-_STRANGERS = tuple((word, "shape") for word in ("hexagon", "heart", "moon", "oval", "arrow", "ring", "cube")) + tuple(
-    (word, "color") for word in ("brown", "silver", "gold", "olive", "maroon")
-)
+_KNOWN_WORDS = tuple((shape, "shape") for shape in SHAPES) + tuple((color, "color") for color in COLORS)
+_UNKNOWN_WORDS = tuple(
+    (word, "shape") for word in ("hexagon", "heart", "moon", "oval", "arrow", "ring", "cube")
+) + tuple((word, "color") for word in ("brown", "silver", "gold", "olive", "maroon"))

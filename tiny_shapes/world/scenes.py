@@ -1,9 +1,10 @@
-"""What a picture of the small world shows: a few coloured shapes on a plain background.
+"""Scenes of the world: a few colored shapes on a plain background.
 
 Notable:
-- A scene is a set: `Scene` keeps its things in reading order, so two scenes of one content are equal however made.
-- Positions are the nine cells of a 3x3 grid on a canvas of 128x128; `dx` and `dy` move a thing a little in its cell, so
-  that no two pictures of one content need be alike.
+- A scene is a set: `Scene` keeps its objects in reading order, so two scenes of equal content are equal, however they
+  were made.
+- Positions are the nine cells of a 3x3 grid on a canvas of 128x128; `dx` and `dy` move an object a little in its cell,
+  so one content has many images.
 - Training and evaluation never share a scene: `split_of` decides from a hash of the content, jitter left out.
 - All randomness comes from the generator or the seed that the caller gives.
 """
@@ -20,8 +21,8 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 
-# sRGB, 0..255. Every thing is at least 100 from every background in RGB and 15 in luminance, so that it shows in a grey
-# picture too; two colours of things are at least 90 apart, two backgrounds at least 55.
+# sRGB, 0..255. Every object color is at least 100 from every background in RGB and 15 in luminance, so that it shows in
+# a grey image too; two object colors are at least 90 apart, two backgrounds at least 55.
 COLORS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {
         "red": (214, 30, 40),
@@ -48,11 +49,11 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
 CANVAS = 128
 JITTER = 1  # pixels of the canvas
 
-# Radius of the circle around the thing, in pixels of the canvas. With its jitter a large one just fits its cell.
+# Radius of the circle around an object, in pixels of the canvas. A large one with its jitter just fits into its cell.
 SIZES: Mapping[str, float] = MappingProxyType({"small": 11.5, "large": 15.0})
 
-# Centre of each cell (x, y), in pixels of the canvas, in reading order. Cells are 32 pixels wide and meet the grid of
-# the tokenizer's patches of 16: every thing is seen as four quarters, wherever it stands.
+# Centre of each cell (x, y), in pixels of the canvas, in reading order. Cells are 32 pixels wide and aligned
+# with the tokenizer's patches of 16, so every object is cut into four quarters, wherever it is.
 POSITIONS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "top left": (16.0, 16.0),
@@ -68,18 +69,18 @@ POSITIONS: Mapping[str, tuple[float, float]] = MappingProxyType(
 )
 
 SPLITS = ("train", "eval")
-EVAL_SHARE = 16  # one content in so many is kept for evaluation
+EVAL_SHARE = 16  # one scene content in 16 is kept for evaluation
 
 _READING_ORDER = {position: index for index, position in enumerate(POSITIONS)}
 _POSITION_NAMES, _BACKGROUND_NAMES = tuple(POSITIONS), tuple(BACKGROUNDS)
-_THING_NAMES = (SHAPES, tuple(COLORS), tuple(SIZES), _POSITION_NAMES)
+_OBJECT_WORDS = (SHAPES, tuple(COLORS), tuple(SIZES), _POSITION_NAMES)
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object. `dx`, `dy` move it from the middle of its cell: pixels of the 128 canvas, at most `JITTER` each way.
+class SceneObject:
+    """One object of a scene. `dx` and `dy` move it from the middle of its cell, by up to `JITTER` pixels of the canvas.
 
-    Raises ValueError for a word that the world does not have or too large a move.
+    Raises ValueError for a word that the world does not have, or for too large a jitter.
     """
 
     shape: str
@@ -89,7 +90,7 @@ class Thing:
     dx: float = 0.0
     dy: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for word, known in (
             (self.shape, SHAPES),
             (self.color, COLORS),
@@ -97,84 +98,86 @@ class Thing:
             (self.position, POSITIONS),
         ):
             if word not in known:
-                raise ValueError(f"{word!r} is not a word of this world; choose one of: {', '.join(known)}")
+                raise ValueError(f"{word!r} is not a word of this world: use one of {', '.join(known)}")
         if abs(self.dx) > JITTER or abs(self.dy) > JITTER:
-            raise ValueError(f"dx and dy are at most {JITTER} pixels each way, got ({self.dx}, {self.dy})")
+            raise ValueError(f"dx and dy are ({self.dx}, {self.dy}): they must be at most {JITTER} pixels either way")
 
     @property
     def center(self) -> tuple[float, float]:
-        """(x, y) of the middle, in pixels of the 128 canvas."""
+        """The middle (x, y), in pixels of the 128 canvas."""
         x, y = POSITIONS[self.position]
         return x + self.dx, y + self.dy
 
     @property
     def content(self) -> tuple[str, str, str, str]:
-        """(shape, color, size, position): all but the jitter."""
+        """All but the jitter: (shape, color, size, position)."""
         return self.shape, self.color, self.size, self.position
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a plain background, at most one a cell, kept in reading order whatever order they are given in.
+    """Objects on a plain background, at most one in a cell, kept in reading order whatever order they are given in.
 
-    Raises ValueError when two things share a cell or the background is unknown.
+    Raises ValueError when two objects share a cell or the background is unknown.
     """
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.background not in BACKGROUNDS:
-            raise ValueError(f"no background is called {self.background!r}; choose one of: {', '.join(BACKGROUNDS)}")
-        ordered = tuple(sorted(self.things, key=lambda thing: _READING_ORDER[thing.position]))
-        object.__setattr__(self, "things", ordered)
+            raise ValueError(f"{self.background!r} is not a background: use one of {', '.join(BACKGROUNDS)}")
+        ordered = tuple(sorted(self.objects, key=lambda obj: _READING_ORDER[obj.position]))
+        object.__setattr__(self, "objects", ordered)
         for before, after in pairwise(ordered):
             if before.position == after.position:
-                raise ValueError(f"two things at the {after.position}: a cell holds one, so move one of them")
+                raise ValueError(
+                    f"there are two objects at the {after.position}: a cell holds one, so move one of them"
+                )
 
     @property
     def content(self) -> tuple:
-        """What the scene shows, jitter left out: equal for two pictures of the same description."""
-        return self.background, tuple(thing.content for thing in self.things)
+        """What the scene shows, without the jitter: equal for all images of one description."""
+        return self.background, tuple(obj.content for obj in self.objects)
 
     def without_jitter(self) -> Scene:
-        """The same scene with every thing in the middle of its cell."""
-        return Scene(tuple(replace(thing, dx=0.0, dy=0.0) for thing in self.things), self.background)
+        """This scene with every object in the middle of its cell."""
+        return Scene(tuple(replace(obj, dx=0.0, dy=0.0) for obj in self.objects), self.background)
 
 
 def split_of(scene: Scene) -> str:
-    """ "train" or "eval" (one in `EVAL_SHARE`), from the content alone: the same on every machine, for every jitter."""
-    text = "|".join([scene.background, *("/".join(thing.content) for thing in scene.things)])
+    """The split of a scene, "train" or "eval" (one in `EVAL_SHARE`), which depends on its content alone."""
+    text = "|".join([scene.background, *("/".join(obj.content) for obj in scene.objects)])
     digest = hashlib.blake2b(text.encode(), digest_size=4, person=b"tiny-shapes").digest()
     return "eval" if int.from_bytes(digest, "little") % EVAL_SHARE == 0 else "train"
 
 
-def random_thing(rng: np.random.Generator, position: str | None = None) -> Thing:
-    """A thing of random shape, colour and size, whole pixels of jitter, at `position` or in a random cell."""
-    shape, color, size, cell = (names[int(rng.integers(len(names)))] for names in _THING_NAMES)
+def random_object(rng: np.random.Generator, position: str | None = None) -> SceneObject:
+    """An object of random shape, color, size and jitter (whole pixels), at `position` or in a random cell."""
+    shape, color, size, cell = (names[int(rng.integers(len(names)))] for names in _OBJECT_WORDS)
     dx, dy = (float(rng.integers(-JITTER, JITTER + 1)) for _ in range(2))
-    return Thing(shape, color, size, position or cell, dx, dy)
+    return SceneObject(shape, color, size, position or cell, dx, dy)
 
 
-def random_scene(rng: np.random.Generator, things: tuple[int, int] = (1, 3), split: str | None = None) -> Scene:
-    """A random scene of `things[0]` to `things[1]` things, all words equally likely.
+def random_scene(rng: np.random.Generator, objects: tuple[int, int] = (1, 3), split: str | None = None) -> Scene:
+    """A random scene of `objects[0]` to `objects[1]` objects, all words equally likely.
 
-    With `split` "train" or "eval" only scenes of that split come up (others are drawn again); None takes any.
+    split: "train" or "eval", from which alone scenes are taken; None: any. Raises ValueError for another one.
     """
     if split is not None and split not in SPLITS:
-        raise ValueError(f"split is one of {', '.join(SPLITS)} or None, got {split!r}")
-    fewest, most = things
+        raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}, or None")
+    fewest, most = objects
     if not 1 <= fewest <= most <= len(POSITIONS):
-        raise ValueError(f"things is (fewest, most) between 1 and {len(POSITIONS)}, got {things}")
+        raise ValueError(f"objects is {objects}: give (fewest, most) between 1 and {len(POSITIONS)}")
     while True:
         count = int(rng.integers(fewest, most + 1))
         cells = rng.permutation(len(POSITIONS))[:count]
         background = _BACKGROUND_NAMES[int(rng.integers(len(_BACKGROUND_NAMES)))]
-        scene = Scene(tuple(random_thing(rng, _POSITION_NAMES[cell]) for cell in cells), background)
+        scene = Scene(tuple(random_object(rng, _POSITION_NAMES[cell]) for cell in cells), background)
         if split is None or split_of(scene) == split:
             return scene
 
 
-def scene_from_seed(seed: int, things: tuple[int, int] = (1, 3), split: str | None = None) -> Scene:
-    """The random scene of a seed (any integer from 0 up): the same on every machine."""
-    return random_scene(np.random.default_rng(seed), things, split)
+def scene_from_seed(seed: int, objects: tuple[int, int] = (1, 3), split: str | None = None) -> Scene:
+    """The random scene of a seed (an integer of at least 0): the same on every machine."""
+    return random_scene(np.random.default_rng(seed), objects, split)

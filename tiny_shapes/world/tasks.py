@@ -1,11 +1,11 @@
-"""What the built-in model is taught and examined on: dialogues of one or more rounds about pictures of this world.
+"""Tasks and dialogues: what the built-in model is trained and evaluated on.
 
 Notable:
-- A dialogue is a walk: what stands in view after a round (a scene, with or without a defect, or nothing yet) decides
-  what may be asked next. Understanding and drawing mix freely; a drawn picture is edited, described, refined in turn.
-- Every scene that a dialogue shows, as a source or as a target, belongs to the one split that was asked for.
-- A drawing round has one right picture; only "generate" leaves the jitter of things open.
-- Where there is no picture in view yet, the round that needs one brings it attached.
+- A dialogue is a random walk: what is in view after a round (a scene, with or without a defect, or nothing yet) decides
+  which task may come next. Understanding and drawing mix freely; a drawn image is edited, described, refined later on.
+- Every scene that a dialogue shows, as a source or as a target, belongs to the split that was asked for.
+- A drawing task has one right image; only "generate" leaves the jitter of objects open.
+- The first task that needs an image brings it attached if there is none in view yet.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
+from .captions import caption, terse_caption
 from .degrade import degrade
 from .descriptions import describe, parse_scene
 from .drawing import draw
-from .edits import EDIT_KINDS, Edit, random_edit, region_picture
-from .language import brief, caption, edit_words, prompt
-from .questions import QUESTION_KINDS, question, talk
-from .scenes import Scene, Thing, random_scene, split_of
-from .wording import pick
+from .edits import EDIT_KINDS, Edit, random_edit, region_image
+from .phrasing import pick
+from .prompts import edit_words, prompt
+from .questions import QUESTION_KINDS, question, small_talk
+from .scenes import Scene, SceneObject, random_scene, split_of
 
 # Every task, with its share of the default mixture. The part before "/" is the family, by which tasks are also chosen.
 TASKS: Mapping[str, float] = MappingProxyType(
@@ -40,85 +42,106 @@ TASKS: Mapping[str, float] = MappingProxyType(
         "chat": 0.6,
     }
 )
-FAMILIES = tuple(dict.fromkeys(task.split("/")[0] for task in TASKS))
+FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in TASKS))
 
-# The defect that a task mends; where the picture is sound already the task leaves it as it is.
-_MENDS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
-_ENHANCING = (*_MENDS, "refine")
-_ENHANCING_SOUND = 0.25  # how much rarer an enhancing task is on a sound picture in view (refine: as usual)
-_ALSO_GREY = 0.3  # share of pixelated and noisy pictures that are grey besides, where colorizing is a task too
-_BRIEF = 0.5  # share of drawings that are asked for in few words
-_BARE = 0.4  # share of those whose few words are all that is typed
+# The defect that a task repairs. An image without that defect is to stay as it is.
+_REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
+_ENHANCING = (*_REPAIRS, "refine")
+_ENHANCING_INTACT = 0.25  # factor on the weight of such a task for an intact image in view (refine: 1)
+_ALSO_GREY = 0.3  # share of pixelated and noisy images that are grey as well, if colorizing is among the tasks
+_TERSE = 0.5  # share of drawings with a terse prompt
+_BARE = 0.4  # share of those with nothing but the terse caption in the prompt
 _ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
-_SAME_EDIT = 0.7  # share of identified regions whose edit is asked for next
-_ATTEMPTS = 4000  # scenes tried before a wish is called impossible: a few in training, hundreds in long eval chains
+_SAME_EDIT = 0.7  # share of identified regions after which that very edit is asked for
+_ATTEMPTS = 4000  # scenes to try before giving up: a few are enough in training, hundreds in long evaluation chains
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
-class Round:
-    """One prompt and what answers it: either `answer` (text) or `target` (a picture), never both.
+class Task:
+    """One prompt and what answers it: either `answer` (text) or `target` (an image), never both.
 
-    Pictures are uint8 [128, 128, 3]. `attached` comes with the prompt; None if a picture is in view or none is needed.
-    `task` is a key of `TASKS`. `source_scene` is what stood in view when the prompt came (None: no picture),
-    `target_scene` what the target shows; None for answers in text and for the picture of a region. `meant` is the one
-    thing that the prompt is about, as it is before an edit (added: as it will be); None if there is no one.
+    prompt        what the user types
+    attached      uint8 [128, 128, 3], the image that comes with the prompt; None if one is in view or none is needed
+    answer        the right text
+    target        uint8 [128, 128, 3], the right image
+    name          a key of `TASKS`
+    target_scene  what the target shows; None for answers in text and for the image of a region
+    source_scene  what is in view when the prompt comes; None: no image
+    subject       the one object that the prompt is about, as it is before an edit (added: as it will be); None if there
+                  is not one
     """
 
     prompt: str
     attached: np.ndarray | None
     answer: str | None
     target: np.ndarray | None
-    task: str
+    name: str
     target_scene: Scene | None = None
     source_scene: Scene | None = None
-    meant: Thing | None = None
+    subject: SceneObject | None = None
 
     @property
     def family(self) -> str:
-        """The task without its kind: "edit" of "edit/move"."""
-        return self.task.split("/")[0]
+        """The name without its kind: "edit" of "edit/move"."""
+        return self.name.split("/")[0]
+
+
+_Field = TypeVar("_Field")
+
+
+def require(field: _Field | None) -> _Field:
+    """A field that every task of a name has, such as the target of a drawing task. Raises ValueError if it is None."""
+    if field is None:
+        raise ValueError("this task has no such field: drawing tasks have a target, the others an answer")
+    return field
 
 
 @dataclass(frozen=True, eq=False)
 class Dialogue:
-    """Rounds of one conversation, in order."""
+    """The tasks of one conversation, one for each round, in order."""
 
-    rounds: tuple[Round, ...]
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A round that is planned.
+    """A planned task.
 
-    `edit_kind`: the edit whose region is identified. `same_edit`: this round asks for that very edit. `grey`: the
-    picture to enhance is grey besides.
+    name       a key of `TASKS`
+    edit_kind  of the edit whose region is to be identified
+    same_edit  whether this task asks for the edit whose region was just identified
+    grey       whether the image to enhance is grey as well
     """
 
-    task: str
+    name: str
     edit_kind: str = ""
     same_edit: bool = False
     grey: bool = False
 
 
 @dataclass(frozen=True)
-class _Rules:
-    """What every scene of a dialogue keeps to."""
+class _Constraints:
+    """What every scene of a dialogue must comply with: fewest and most objects, and the split."""
 
-    things: tuple[int, int]
+    objects: tuple[int, int]
     split: str
 
-    def fits(self, task: str, count: int) -> bool:
-        """Whether the task leaves a scene of `count` things within the wanted numbers."""
-        if task == "edit/remove":
-            return count > self.things[0]
-        return task != "edit/add" or count < self.things[1]
+    def allow(self, name: str, count: int) -> bool:
+        """Whether the task leaves a scene of `count` objects within the limits."""
+        if name == "edit/remove":
+            return count > self.objects[0]
+        return name != "edit/add" or count < self.objects[1]
 
 
 @dataclass(frozen=True)
-class _View:
-    """What stands in view: a scene, the defects its newest picture has, and whether that picture was shown yet.
+class _State:
+    """What is in view between two rounds.
 
-    `planned` is the edit whose region was just identified. `seed` fixes the noise of the defects.
+    scene    what the newest image shows, or is going to show
+    defects  of the newest image
+    shown    whether that image is in view yet
+    seed     of the noise of the defects
+    planned  the edit whose region was just identified
     """
 
     scene: Scene
@@ -127,8 +150,8 @@ class _View:
     seed: int
     planned: Edit | None = None
 
-    def picture(self) -> np.ndarray:
-        """The newest picture: grey comes last, so that the noise of a grey picture is grey as well."""
+    def image(self) -> np.ndarray:
+        """The newest image. Grey comes last, so that the noise of a grey image is grey as well."""
         pixels = draw(self.scene)
         for defect in sorted(self.defects, key=lambda defect: defect == "grey"):
             pixels = degrade(pixels, defect, self.seed)
@@ -138,96 +161,105 @@ class _View:
 def random_dialogue(
     rng: np.random.Generator,
     tasks: Iterable[str] | Mapping[str, float] | None = None,
-    things: tuple[int, int] = (1, 3),
+    objects: tuple[int, int] = (1, 3),
     split: str = "train",
     rounds: int | None = None,
 ) -> Dialogue:
-    """A random dialogue; all randomness is drawn from `rng`.
+    """A random dialogue; all randomness comes from `rng`.
 
-    `tasks`: names of tasks or families ("edit", "edit/move"), with weights if a mapping, to which the dialogue keeps;
-    None is the mixture `TASKS`. `things`: fewest and most in every scene shown. `split`: "train" or "eval".
-    `rounds`: how many; None is one to five.
-    Raises ValueError for unknown tasks and for wishes that cannot be met, such as removing from a lone thing.
+    tasks    names of tasks or families ("edit", "edit/move") to choose from, with weights if it is a mapping; None: the
+             mixture `TASKS`
+    objects  fewest and most objects in every scene
+    split    "train" or "eval"
+    rounds   number of tasks; None: one to five
+
+    Raises ValueError for unknown tasks, and for what is impossible, such as removing the only object.
     """
     weights = _weights(tasks)
     if rounds is None:
         rounds = 1 + int(rng.choice(len(_ROUNDS), p=_ROUNDS))
-    # The plan is made first and then kept, however many scenes have to be tried: else tasks whose targets are rarely in
-    # a small split would come up too seldom.
-    rules = _Rules(things, split)
-    count, plan = _plan(rng, weights, rules, rounds)
+    # The plan is made first and then kept, however many scenes have to be tried: otherwise tasks whose targets are
+    # rarely in a small split would come up too seldom.
+    constraints = _Constraints(objects, split)
+    count, plan = _plan(rng, weights, constraints, rounds)
     for _ in range(_ATTEMPTS):
-        dialogue = _play(rng, plan, count, rules)
+        dialogue = _realize(rng, plan, count, constraints)
         if dialogue is not None:
             return dialogue
-    raise ValueError(f"found no scenes for {[step.task for step in plan]} with {things} things in the split {split!r}")
+    names = [step.name for step in plan]
+    raise ValueError(f"found no scenes of {objects} objects for {names} in the split {split!r}: ask for fewer rounds")
 
 
 def _weights(tasks: Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
-    """Weight of every wanted task; a family's weight is shared among its tasks in the proportions of `TASKS`."""
+    """The weight of every possible task; that of a family is shared among its tasks in the proportions of `TASKS`."""
     if tasks is None:
         return dict(TASKS)
     if isinstance(tasks, str):
         tasks = (tasks,)
     weights: dict[str, float] = {}
-    for name in tasks:
-        members = {task: share for task, share in TASKS.items() if name in (task, task.split("/")[0])}
+    for given in tasks:
+        members = {name: share for name, share in TASKS.items() if given in (name, name.split("/")[0])}
         if not members:
-            raise ValueError(f"{name!r} is not a task; choose from the families {', '.join(FAMILIES)} or from TASKS")
+            raise ValueError(f"{given!r} is not a task: use a family ({', '.join(FAMILIES)}) or a key of TASKS")
         whole = sum(members.values())
-        wanted = tasks[name] if isinstance(tasks, Mapping) else whole
-        for task, share in members.items():
-            weights[task] = weights.get(task, 0.0) + wanted * share / whole
+        weight = tasks[given] if isinstance(tasks, Mapping) else whole
+        for name, share in members.items():
+            weights[name] = weights.get(name, 0.0) + weight * share / whole
     return weights
 
 
-# --- planning: which tasks follow one another -----------------------------------------------------------------------
+# --- The plan: which tasks follow one another -----------------------------------------------------------------------
 
 
 def _plan(
-    rng: np.random.Generator, weights: Mapping[str, float], rules: _Rules, rounds: int
+    rng: np.random.Generator, weights: Mapping[str, float], constraints: _Constraints, rounds: int
 ) -> tuple[int, list[_Step]]:
-    """How many things the first scene has, and the step of every round."""
-    fewest, most = rules.things
-    counts = {task: [n for n in range(fewest, most + 1) if rules.fits(task, n)] for task in weights}
-    options = {task: weight for task, weight in weights.items() if counts[task]}
+    """The number of objects of the first scene, and the step of every round."""
+    fewest, most = constraints.objects
+    counts = {name: [n for n in range(fewest, most + 1) if constraints.allow(name, n)] for name in weights}
+    options = {name: weight for name, weight in weights.items() if counts[name]}
     if not options:
-        raise ValueError(f"none of {', '.join(weights)} fits scenes of {fewest} to {most} things")
-    task = _weighted(rng, options)
-    first = count = pick(rng, counts[task])
-    grey = task in ("super-resolution", "denoise") and "colorize" in weights and rng.random() < _ALSO_GREY
-    plan, in_view = [_step(rng, task, count, rules, grey)], False
+        raise ValueError(f"none of {', '.join(weights)} fits scenes of {fewest} to {most} objects: allow more objects")
+    name = _weighted(rng, options)
+    first = count = pick(rng, counts[name])
+    grey = name in ("super-resolution", "denoise") and "colorize" in weights and rng.random() < _ALSO_GREY
+    plan, in_view = [_step(rng, name, count, constraints, grey)], False
     while len(plan) < rounds:
         before = plan[-1]
-        in_view = in_view or before.task != "chat"
-        count += {"edit/add": 1, "edit/remove": -1}.get(before.task, 0)
-        plan.append(_Step("colorize") if before.grey else _next(rng, weights, before, in_view, count, rules))
+        in_view = in_view or before.name != "chat"
+        count += {"edit/add": 1, "edit/remove": -1}.get(before.name, 0)
+        plan.append(_Step("colorize") if before.grey else _next(rng, weights, before, in_view, count, constraints))
     return first, plan
 
 
 def _next(
-    rng: np.random.Generator, weights: Mapping[str, float], before: _Step, in_view: bool, count: int, rules: _Rules
+    rng: np.random.Generator,
+    weights: Mapping[str, float],
+    before: _Step,
+    in_view: bool,
+    count: int,
+    constraints: _Constraints,
 ) -> _Step:
-    """The step that follows `before` when `count` things are in view, or no picture yet."""
+    """The step that follows `before` if `count` objects are in view, or no image yet."""
     same = f"edit/{before.edit_kind}"
-    if before.task == "identify region" and same in weights and rng.random() < _SAME_EDIT:
+    if before.name == "identify region" and same in weights and rng.random() < _SAME_EDIT:
         return _Step(same, before.edit_kind, same_edit=True)
     options = {
-        task: weight * (_ENHANCING_SOUND if in_view and task in _MENDS else 1.0)
-        for task, weight in weights.items()
-        if rules.fits(task, count) and not (in_view and task == "generate")
+        name: weight * (_ENHANCING_INTACT if in_view and name in _REPAIRS else 1.0)
+        for name, weight in weights.items()
+        if constraints.allow(name, count) and not (in_view and name == "generate")
     }
-    if before.task == "identify region":
-        # The newest picture is of a region now, so "the picture" would be ambiguous: name things where the tasks allow.
-        options = {task: weight for task, weight in options.items() if task.startswith("edit/")} or options
+    if before.name == "identify region":
+        # The newest image is of a region now, so "the picture" would be ambiguous: prefer tasks that name objects.
+        options = {name: weight for name, weight in options.items() if name.startswith("edit/")} or options
     if not options:
-        raise ValueError(f"after {before.task!r} none of {', '.join(weights)} can follow; ask for fewer rounds")
-    return _step(rng, _weighted(rng, options), count, rules)
+        raise ValueError(f"none of {', '.join(weights)} can follow {before.name!r}: ask for fewer rounds")
+    return _step(rng, _weighted(rng, options), count, constraints)
 
 
-def _step(rng: np.random.Generator, task: str, count: int, rules: _Rules, grey: bool = False) -> _Step:
-    kinds = [kind for kind in EDIT_KINDS if rules.fits(f"edit/{kind}", count)]
-    return _Step(task, pick(rng, kinds) if task == "identify region" else "", grey=grey)
+def _step(rng: np.random.Generator, name: str, count: int, constraints: _Constraints, grey: bool = False) -> _Step:
+    kinds = [kind for kind in EDIT_KINDS if constraints.allow(f"edit/{kind}", count)]
+    return _Step(name, pick(rng, kinds) if name == "identify region" else "", grey=grey)
 
 
 def _weighted(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
@@ -235,110 +267,113 @@ def _weighted(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
 
-# --- playing: the plan with a scene ---------------------------------------------------------------------------------
+# --- The dialogue: the plan with a scene ----------------------------------------------------------------------------
 
-_Played = tuple[Round, _View] | None
+_Realized = tuple[Task, _State] | None
 
 
-def _play(rng: np.random.Generator, plan: list[_Step], count: int, rules: _Rules) -> Dialogue | None:
-    """The planned rounds on a fresh scene; None when it does not admit them in this split."""
-    scene = random_scene(rng, (count, count), rules.split)
-    pictured = next((step for step in plan if step.task != "chat"), plan[0])
-    view = _View(scene, _first_defects(rng, pictured), shown=False, seed=int(rng.integers(2**32)))
-    rounds = []
+def _realize(rng: np.random.Generator, plan: list[_Step], count: int, constraints: _Constraints) -> Dialogue | None:
+    """The planned tasks on a new scene; None if that does not allow them in this split."""
+    scene = random_scene(rng, (count, count), constraints.split)
+    first_with_image = next((step for step in plan if step.name != "chat"), plan[0])
+    state = _State(scene, _first_defects(rng, first_with_image), shown=False, seed=int(rng.integers(2**32)))
+    tasks = []
     for step in plan:
-        played = _PLAYERS[step.task.split("/")[0]](rng, step, view, rules)
-        if played is None:
+        realized = _MAKERS[step.name.split("/")[0]](rng, step, state, constraints)
+        if realized is None:
             return None
-        turn, after = played
-        if not view.shown and after.shown and step.task != "generate":
-            turn = replace(turn, attached=view.picture())
-        rounds.append(turn)
-        view = after
-    return Dialogue(tuple(rounds))
+        task, after = realized
+        if not state.shown and after.shown and step.name != "generate":
+            task = replace(task, attached=state.image())
+        tasks.append(task)
+        state = after
+    return Dialogue(tuple(tasks))
 
 
 def _first_defects(rng: np.random.Generator, step: _Step) -> tuple[str, ...]:
-    """What is wrong with the picture that the first round with one brings."""
-    if step.task == "refine":
+    """The defects of the image that comes with the first task that needs one."""
+    if step.name == "refine":
         return (pick(rng, ("blurred", "noisy")),)
-    if step.task in _MENDS:
-        return (_MENDS[step.task], *(["grey"] if step.grey else []))
+    if step.name in _REPAIRS:
+        return (_REPAIRS[step.name], *(["grey"] if step.grey else []))
     return ()
 
 
-def _talk(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    asked, answer = talk(rng)
-    return Round(asked, None, answer, None, step.task, None, view.scene if view.shown else None), view
+def _chat(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    text, answer = small_talk(rng)
+    return Task(text, None, answer, None, step.name, None, state.scene if state.shown else None), state
 
 
-def _describe(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    asked = prompt(rng, "describe")
-    return Round(asked, None, describe(view.scene), None, step.task, None, view.scene), replace(view, shown=True)
+def _describe(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    text, answer = prompt(rng, "describe"), describe(state.scene)
+    return Task(text, None, answer, None, step.name, None, state.scene), replace(state, shown=True)
 
 
-def _question(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    asked = question(rng, view.scene, step.task.split("/")[1])
+def _question(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    asked = question(rng, state.scene, step.name.split("/")[1])
     if asked is None:
         return None
-    turn = Round(asked.text, None, asked.answer, None, step.task, None, view.scene, asked.thing)
-    return turn, replace(view, shown=True)
+    task = Task(asked.text, None, asked.answer, None, step.name, None, state.scene, asked.subject)
+    return task, replace(state, shown=True)
 
 
-def _generate(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    scene = view.scene
-    if rng.random() < _BRIEF:
-        text = brief(rng, scene)
-        scene = _with_jitter(parse_scene(text), scene)
-        if split_of(scene) != rules.split:
+def _generate(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    scene = state.scene
+    if rng.random() < _TERSE:
+        terse = terse_caption(rng, scene)
+        scene = _with_jitter(parse_scene(terse), scene)
+        if split_of(scene) != constraints.split:
             return None
-        asked = text if rng.random() < _BARE else prompt(rng, "generate", text)
+        text = terse if rng.random() < _BARE else prompt(rng, "generate", terse)
     else:
-        asked = prompt(rng, "generate", caption(rng, scene))
-    return Round(asked, None, None, draw(scene), step.task, scene, None), replace(view, scene=scene, shown=True)
+        text = prompt(rng, "generate", caption(rng, scene))
+    return Task(text, None, None, draw(scene), step.name, scene, None), replace(state, scene=scene, shown=True)
 
 
 def _with_jitter(scene: Scene, other: Scene) -> Scene:
-    """The scene with the jitter of another one that has as many things."""
-    things = (replace(thing, dx=old.dx, dy=old.dy) for thing, old in zip(scene.things, other.things, strict=True))
-    return replace(scene, things=tuple(things))
+    """The scene with the jitter of another one that has as many objects."""
+    objects = (replace(obj, dx=old.dx, dy=old.dy) for obj, old in zip(scene.objects, other.objects, strict=True))
+    return replace(scene, objects=tuple(objects))
 
 
-def _edit(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    kind = step.task.split("/")[1]
-    edit = view.planned if step.same_edit else random_edit(rng, view.scene, kind, rules.things, rules.split)
+def _edit(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    kind = step.name.split("/")[1]
+    if step.same_edit:
+        edit = state.planned
+    else:
+        edit = random_edit(rng, state.scene, kind, constraints.objects, constraints.split)
     if edit is None:
         return None
-    target = edit.apply(view.scene)
-    asked = prompt(rng, "edit", edit_words(rng, view.scene, edit))
-    after = replace(view, scene=target, shown=True, planned=None)
-    return Round(asked, None, None, draw(target), step.task, target, view.scene, edit.thing), after
+    target = edit.apply(state.scene)
+    text = prompt(rng, "edit", edit_words(rng, state.scene, edit))
+    after = replace(state, scene=target, shown=True, planned=None)
+    return Task(text, None, None, draw(target), step.name, target, state.scene, edit.subject), after
 
 
-def _identify(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    edit = random_edit(rng, view.scene, step.edit_kind, rules.things, rules.split)
+def _identify(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    edit = random_edit(rng, state.scene, step.edit_kind, constraints.objects, constraints.split)
     if edit is None:
         return None
-    asked = prompt(rng, "identify region", edit_words(rng, view.scene, edit).rstrip("."))
-    region = region_picture(view.scene, edit.apply(view.scene))
-    turn = Round(asked, None, None, region, step.task, None, view.scene, edit.thing)
-    return turn, replace(view, shown=True, planned=edit)
+    text = prompt(rng, "identify region", edit_words(rng, state.scene, edit).rstrip("."))
+    region = region_image(state.scene, edit.apply(state.scene))
+    task = Task(text, None, None, region, step.name, None, state.scene, edit.subject)
+    return task, replace(state, shown=True, planned=edit)
 
 
-def _enhance(rng: np.random.Generator, step: _Step, view: _View, rules: _Rules) -> _Played:
-    """Refining mends all, the others their own defect; what has none stays as it is."""
-    mended = () if step.task == "refine" else tuple(name for name in view.defects if name != _MENDS[step.task])
-    # A grey picture cannot be colorized without being told the colours; the others need no description.
-    told = step.task == "colorize" or (step.task != "refine" and rng.random() < 0.4)
-    asked = prompt(rng, step.task, caption(rng, view.scene) if told else "")
-    after = replace(view, defects=mended, shown=True, planned=None)
-    return Round(asked, None, None, after.picture(), step.task, view.scene, view.scene), after
+def _enhance(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    """Refining repairs all defects, the others their own; an intact image stays as it is."""
+    left = () if step.name == "refine" else tuple(name for name in state.defects if name != _REPAIRS[step.name])
+    # A grey image cannot be colorized without knowing the colors; the others need no description.
+    described = step.name == "colorize" or (step.name != "refine" and rng.random() < 0.4)
+    text = prompt(rng, step.name, caption(rng, state.scene) if described else "")
+    after = replace(state, defects=left, shown=True, planned=None)
+    return Task(text, None, None, after.image(), step.name, state.scene, state.scene), after
 
 
-# Each gives the round, its attached picture left out, and the view after it; None when the scene does not admit it.
-_PLAYERS = MappingProxyType(
+# Each makes the task, without its attached image, and the state after it; None if the scene does not allow it.
+_MAKERS = MappingProxyType(
     {
-        "chat": _talk,
+        "chat": _chat,
         "describe": _describe,
         "question": _question,
         "generate": _generate,

@@ -1,0 +1,271 @@
+"""The nodes that run a round of the model: Ming Understand, Ming Generate, Ming Edit.
+
+Each plans its round before the model is brought to the GPU, so that a round that cannot work fails at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ming_core import Conversation, Engine, Features, Guidance, ImageOptions, Sampling, Solver, TextOptions
+from ..ming_core.engine import EMPTY_PROMPT
+from ..ming_core.options import STARTS
+from ..ming_core.solver import METHODS
+from . import host
+from .progress import DrawingProgress, WritingProgress
+from .widgets import CATEGORY, combo, integer, number, prompt, seed, socket
+
+ADVANCED = {"advanced": True}
+
+MODEL = socket("MING_UNIVISION", "The model from Load Ming-UniVision.")
+CONVERSATION = socket("MING_CONVERSATION", "Earlier rounds to continue from.")
+
+
+def _validate_prompt(text: str | None) -> bool | str:
+    """For VALIDATE_INPUTS. None means that the prompt is linked; it is checked when the node runs."""
+    return True if text is None or text.strip() else EMPTY_PROMPT
+
+
+class MingUnderstand:
+    DESCRIPTION = "Answers questions about pictures, or chats in plain text."
+    CATEGORY = CATEGORY
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "MING_CONVERSATION"), ("text", "conversation")
+    OUTPUT_TOOLTIPS = ("The answer.", "The conversation including this round, for the next Ming node.")
+    FUNCTION = "ask"
+    SEARCH_ALIASES = ("caption", "describe image", "vqa", "image to text", "chat")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": MODEL,
+                "prompt": prompt("What to ask.", "Please describe the picture in detail."),
+                "max_new_tokens": integer(512, 1, 4096, "Maximum answer length in tokens."),
+                "temperature": number(
+                    0.0, 0.0, 2.0, 0.05, "0 always picks the most likely token. Higher values give more varied answers."
+                ),
+                "top_p": number(
+                    1.0,
+                    0.01,
+                    1.0,
+                    0.01,
+                    "Sample only from the most likely tokens that together reach this probability. "
+                    "Has no effect at temperature 0.",
+                    **ADVANCED,
+                ),
+                "seed": seed("Random seed for the answer. Has no effect at temperature 0.", changes=False, **ADVANCED),
+            },
+            "optional": {
+                "features": socket(
+                    "MING_FEATURES",
+                    "Pictures to ask about. Pictures already in the conversation are not added twice.",
+                ),
+                "conversation": CONVERSATION,
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
+        return _validate_prompt(prompt)
+
+    def ask(
+        self,
+        model: host.Loaded[Engine],
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        features: Features | None = None,
+        conversation: Conversation | None = None,
+    ) -> tuple[str, Conversation]:
+        options = TextOptions(max_new_tokens, Sampling(temperature, top_p), seed)
+        plan = model.model.plan(conversation or Conversation(), prompt, options, features)
+        engine = host.load_to_gpu(model, plan.working_memory)
+
+        node_class = type(self).__name__
+        result = engine.write(plan, WritingProgress(node_class, max_new_tokens))
+        host.show_text(result.text, node_class)
+        return result.text, result.conversation
+
+
+DrawnLists = tuple[list[Features], list[Conversation], list[str]]
+
+
+class _DrawingNode:
+    """What Ming Generate and Ming Edit share."""
+
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("MING_FEATURES", "MING_CONVERSATION", "STRING")
+    RETURN_NAMES = ("features", "conversation", "text")
+    OUTPUT_IS_LIST = (True, True, True)
+    OUTPUT_TOOLTIPS = (
+        "Generated picture as features (one per batch item). Connect to MingTok Decode or another Ming node.",
+        "The conversation including this round (one per batch item), for the next Ming node.",
+        "Text that the model wrote before or after the picture, if any.",
+    )
+
+    # Widgets of both nodes; each node has its own order.
+    SEED = seed(
+        "Random seed. You can reuse it for a whole chain; each round gets different noise.",
+        changes=True,
+    )
+    BATCH = integer(1, 1, 16, "Number of pictures (seed, seed + 1, ...).")
+    TEXT_GUIDANCE = number(3.0, 0.0, 20.0, 0.1, "Text guidance (CFG). 1 = off; higher follows the prompt more closely.")
+    STEPS = integer(16, 1, 64, "Sampling steps per image token. Fewer is faster but coarser.", **ADVANCED)
+    TEMPERATURE = number(
+        1.0, 0.0, 2.0, 0.05, "Scales the initial noise. 0 gives the same picture for every seed.", **ADVANCED
+    )
+    SOLVER = combo(
+        list(METHODS),
+        "ODE solver. ab2 is second-order at the same cost: 12 steps are about as accurate as 16 with euler.",
+        **ADVANCED,
+    )
+    START = combo(
+        list(STARTS),
+        "draw now: start the picture right away. model decides: the model may write text before it starts the picture.",
+        **ADVANCED,
+    )
+    MAX_NEW_TOKENS = integer(
+        64, 1, 4096, "Maximum length of the text before and after the picture, in tokens.", **ADVANCED
+    )
+
+    def run_round(
+        self,
+        model: host.Loaded[Engine],
+        prompt: str,
+        features: Features | None,
+        conversation: Conversation | None,
+        *,
+        seed: int,
+        batch_size: int,
+        text_guidance: float,
+        image_guidance: float,
+        steps: int,
+        temperature: float,
+        solver: str,
+        start: str,
+        max_new_tokens: int,
+    ) -> DrawnLists:
+        options = ImageOptions(
+            seeds=tuple(seed + k for k in range(batch_size)),
+            guidance=Guidance(text_guidance, image_guidance),
+            solver=Solver(steps, solver),
+            temperature=temperature,
+            start=start,
+            max_new_tokens=max_new_tokens,
+        )
+        plan = model.model.plan(conversation or Conversation(), prompt, options, features)
+        engine = host.load_to_gpu(model, plan.working_memory)
+
+        node_class = type(self).__name__
+        expected_tokens = max_new_tokens + engine.config.llm_config.num_image_tokens_for_gen
+        results = engine.draw(plan, DrawingProgress(node_class, expected_tokens, engine))
+        host.show_text(results[0].text, node_class)
+        return [r.features for r in results], [r.conversation for r in results], [r.text for r in results]
+
+
+class MingGenerate(_DrawingNode):
+    DESCRIPTION = "Draws a picture from a text description. Decode the resulting features, or edit them further."
+    FUNCTION = "generate"
+    SEARCH_ALIASES = ("text to image", "t2i", "draw")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": MODEL,
+                "prompt": prompt("What to draw."),
+                "seed": cls.SEED,
+                "batch_size": cls.BATCH,
+                "text_guidance": cls.TEXT_GUIDANCE,
+                "steps": cls.STEPS,
+                "temperature": cls.TEMPERATURE,
+                "solver": cls.SOLVER,
+                "start": cls.START,
+                "max_new_tokens": cls.MAX_NEW_TOKENS,
+                "image_guidance": number(
+                    1.1,
+                    0.0,
+                    10.0,
+                    0.05,
+                    "Image guidance. 1 = off; higher follows the conversation more closely. "
+                    "Has no effect without a conversation.",
+                    **ADVANCED,
+                ),
+            },
+            "optional": {"conversation": CONVERSATION},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
+        return _validate_prompt(prompt)
+
+    def generate(
+        self,
+        model: host.Loaded[Engine],
+        prompt: str,
+        conversation: Conversation | None = None,
+        **widgets: Any,
+    ) -> DrawnLists:
+        return self.run_round(model, prompt, None, conversation, **widgets)
+
+
+NOT_CONNECTED = object()
+NO_PICTURE = (
+    "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a conversation "
+    "that contains a picture; to draw from text alone, use Ming Generate (MingGenerate)"
+)
+
+
+class MingEdit(_DrawingNode):
+    DESCRIPTION = "Edits the picture as instructed. A chain of edits stays in feature space until you decode it."
+    FUNCTION = "edit"
+    SEARCH_ALIASES = ("image edit", "instruct edit", "inpaint", "multi-round edit")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": MODEL,
+                "instruction": prompt("What to change. Ming Instruction has ready-made instructions."),
+                "seed": cls.SEED,
+                "batch_size": cls.BATCH,
+                "text_guidance": cls.TEXT_GUIDANCE,
+                "image_guidance": number(
+                    1.1, 0.0, 10.0, 0.05, "Image guidance. 1 = off; higher stays closer to the input."
+                ),
+                "steps": cls.STEPS,
+                "temperature": cls.TEMPERATURE,
+                "solver": cls.SOLVER,
+                "start": cls.START,
+                "max_new_tokens": cls.MAX_NEW_TOKENS,
+            },
+            "optional": {
+                "features": socket(
+                    "MING_FEATURES",
+                    "The picture to edit; a batch goes into one message. "
+                    "Pictures already in the conversation are not added twice.",
+                ),
+                "conversation": CONVERSATION,
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, instruction: str | None = None, features: object = NOT_CONNECTED, conversation: object = NOT_CONNECTED
+    ) -> bool | str:
+        """A linked input arrives as None."""
+        return NO_PICTURE if features is conversation is NOT_CONNECTED else _validate_prompt(instruction)
+
+    def edit(
+        self,
+        model: host.Loaded[Engine],
+        instruction: str,
+        features: Features | None = None,
+        conversation: Conversation | None = None,
+        **widgets: Any,
+    ) -> DrawnLists:
+        if features is None and not (conversation and conversation.images):
+            raise ValueError(NO_PICTURE)
+        return self.run_round(model, instruction, features, conversation, **widgets)

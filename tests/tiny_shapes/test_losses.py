@@ -1,0 +1,127 @@
+"""The losses: what counts, what does not, and that training computes what inference computes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ming_core import Conversation
+from ming_core.conversation import Image, guidance_masks
+from ming_core.features import to_grid
+from ming_core.kv_cache import DecodeCache
+from tiny_shapes.training import images
+from tiny_shapes.training.joint_loss import JointLoss, JointWeights, recorded_routing
+from tiny_shapes.training.packing import ATTRIBUTES, pack
+from tiny_shapes.training.sequences import IGNORE, TEXT_UNCONDITIONAL, UNCONDITIONAL, tokenize_dialogue
+from tiny_shapes.world import random_dialogue
+
+GRID = (4, 4)
+
+
+def seeded(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def dialogue_of(tasks, number: int = 0, rounds: int = 1, objects=(1, 2)):
+    return random_dialogue(np.random.default_rng(number), tasks, objects, rounds=rounds)
+
+
+def test_patches_without_a_known_label_cost_nothing(make_objective):
+    loss = make_objective("mingtok").module
+    semantic = torch.randn(1, 4, loss.mingtok.config.semantic_decoder.embed_dim, requires_grad=True)
+    unknown = {name: torch.full((1, 4), IGNORE) for name in images.LABELS}
+    assert loss.label_loss(semantic, unknown) == 0
+    known = unknown | {"shape": torch.tensor([[1, IGNORE, 2, IGNORE]])}
+    logits = loss.label_logits(semantic)["shape"][0]
+    mean = torch.nn.functional.cross_entropy(logits, known["shape"][0], ignore_index=IGNORE)
+    torch.testing.assert_close(loss.label_loss(semantic, known), mean)
+
+
+def test_routing_is_recorded_while_it_is_asked_for_and_no_longer(engine):
+    with recorded_routing(engine.network) as balance, torch.no_grad():
+        engine.generate_image(Conversation(), "a red circle", max_new_tokens=1)
+    recorded = len(balance)
+    engine.generate_image(Conversation(), "a red circle", max_new_tokens=1)
+    assert recorded and len(balance) == recorded and all(1 <= float(x) <= 4 for x in balance)
+
+
+def test_the_object_head_is_trained_on_the_objects_of_prompts(make_objective, chat):
+    objective = make_objective("joint")
+    batch = pack([tokenize_dialogue(dialogue_of("edit/recolor", n), chat, GRID) for n in range(3)], 0, GRID)
+    terms = objective.loss(batch, seeded())
+    knows_nothing = sum(math.log(len(values)) for values in ATTRIBUTES.values())
+    assert terms["objects"].item() == pytest.approx(knows_nothing)
+    terms["objects"].backward()
+    assert objective.module.object_head.weight.grad.abs().sum() > 0
+
+
+def test_a_batch_without_images_has_a_loss(make_objective, chat):
+    batch = pack([tokenize_dialogue(dialogue_of("chat"), chat, GRID)], 0, GRID)
+    terms = make_objective("joint").loss(batch, seeded())
+    terms["loss"].backward()
+    assert terms["flow"].item() == 0 and torch.isfinite(terms["loss"])
+
+
+def trained_and_network(engine, sequence):
+    """Hidden states [T, H] as training computes them for one sequence without noise, and its images' latents."""
+    batch = pack([sequence], 0, GRID)
+    loss = JointLoss(engine.network, JointWeights(noise=0.0))
+    with torch.no_grad():
+        latents, features = loss.images(batch, seeded())
+        places = batch.image_starts[:, None] + torch.arange(features.shape[1])
+        return loss.hidden(batch, features, places), latents, features
+
+
+def test_the_network_itself_gives_the_same_for_a_sequence_alone(engine, chat):
+    sequence = tokenize_dialogue(dialogue_of("edit", 3), chat, GRID)
+    trained, _, features = trained_and_network(engine, sequence)
+    ids = torch.tensor([sequence.ids])
+    inputs, at, seen = torch.zeros(1, len(sequence.ids), features.shape[2]), ids == chat.patch_id, ids < 0
+    for image, tokens in zip(sequence.images, features, strict=True):
+        place = slice(image.start, image.start + len(tokens))
+        inputs[0, place] = tokens
+        seen[0, place] = not image.drawn
+    with torch.no_grad():
+        logits = engine.network(ids, inputs, at, seen).logits[0]
+        torch.testing.assert_close(engine.network.language_model.logits(trained), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", [UNCONDITIONAL, TEXT_UNCONDITIONAL])
+@pytest.mark.parametrize(("tasks", "rounds"), [("generate", 1), ("edit", 1), ("edit", 2)])
+def test_a_guidance_row_is_trained_as_inference_computes_it(row, tasks, rounds, engine, chat):
+    network = engine.network
+    dialogue = dialogue_of(tasks, 3, rounds, (2, 2) if tasks == "generate" else (1, 3))
+    # with the dialogue's own prompt in place of a donor's, which is what a guidance row really has there
+    sequence = tokenize_dialogue(dialogue, chat, GRID, row, dialogue.tasks[-1])
+    trained, latents, features = trained_and_network(engine, sequence)
+
+    conversation, placed = Conversation(), iter(zip(sequence.images, latents, strict=True))
+
+    def next_image():
+        image, own = next(placed)
+        with torch.no_grad():
+            return Image(network.mingtok.semantic_features(to_grid(own[None], GRID)), image.drawn)
+
+    for task in dialogue.tasks:
+        contents = [task.prompt] if task.attached is None else [[next_image()], task.prompt]
+        conversation = conversation.extended(chat.prompt(contents), "")
+        if task is not dialogue.tasks[-1]:
+            drawn = chat.prompt([])._replace(generated=True, segments=(chat.answer([chat.image_open_id]), next_image()))
+            conversation = conversation.extended(drawn, "")
+    masks = guidance_masks(conversation.parts)
+    with torch.no_grad():
+        model = network.language_model
+        embedded, seen = [], []
+        for segment in conversation.segments:
+            image = isinstance(segment, Image)
+            embedded.append(
+                network.project(segment.features.tokens[0]) if image else model.embed(torch.tensor(segment.ids))
+            )
+            seen += [image and not segment.drawn] * segment.length
+        cache = model.new_cache(len(seen))
+        model.prefill(torch.cat(embedded), cache, torch.tensor(seen))
+        rows = DecodeCache(cache, 17, 1, masks[min(row, len(masks) - 1)][None])
+        new = torch.cat([model.embed(torch.tensor([chat.image_open_id])), network.project(features[-1])])
+        hidden = torch.cat([model.decode(token[None, None], rows)[0] for token in new])
+    torch.testing.assert_close(trained[-17:], hidden, rtol=0, atol=1e-4)

@@ -1,0 +1,95 @@
+"""Batches: sequences packed into rows, the weights of image tokens, and the auxiliary targets."""
+
+import numpy as np
+import pytest
+
+from tiny_shapes.training.packing import (
+    ATTRIBUTES,
+    EDIT_WEIGHT,
+    FIRST_WEIGHT,
+    OBJECT_WEIGHT,
+    PATCH_TARGETS,
+    flow_weights,
+    pack,
+    patch_targets,
+)
+from tiny_shapes.training.sequences import tokenize_dialogue
+from tiny_shapes.world import BACKGROUNDS, POSITIONS, Scene, SceneObject, Task, draw, random_dialogue
+
+GRID = (4, 4)
+
+
+def dialogue_of(tasks, number: int = 0, rounds: int = 1, objects=(1, 2)):
+    return random_dialogue(np.random.default_rng(number), tasks, objects, rounds=rounds)
+
+
+def test_packed_sequences_do_not_attend_to_one_another(chat):
+    sequences = [tokenize_dialogue(dialogue_of(["edit", "generate", "question"], n), chat, GRID) for n in range(3)]
+    batch = pack(sequences, 4096, GRID)
+    assert batch.ids.shape == (1, 4096)
+    position = 0
+    for sequence in sorted(sequences, key=lambda s: -len(s.ids)):
+        own = slice(position, position + len(sequence.ids))
+        assert batch.ids[0, own].tolist() == sequence.ids and batch.targets[0, own].tolist() == sequence.targets
+        assert batch.positions[0, own].tolist() == sequence.positions
+        assert batch.loss_weights[0, own].tolist() == sequence.loss_weights
+        assert np.array_equal(batch.mask[0, own, own], sequence.mask())
+        assert not batch.mask[0, own, : own.start].any() and not batch.mask[0, own, own.stop :].any()
+        position = own.stop
+    assert batch.mask.any(-1).all()  # padding, too, attends to something
+
+
+def test_the_object_that_a_prompt_is_about_is_told_where_the_prompt_ends(chat):
+    dialogues = [dialogue_of(tasks, 3, rounds=2, objects=(2, 2)) for tasks in ("question", "edit/move")]
+    sequences = [tokenize_dialogue(dialogue, chat, GRID) for dialogue in dialogues]
+    batch = pack(sequences, 4096, GRID)
+    ends = (batch.ids.flatten() == chat.role_close_id).nonzero().flatten().tolist()
+    assert len(batch.object_positions) > 1 and set(batch.object_positions.tolist()) <= set(ends)
+    objects = [obj for s in sorted(sequences, key=lambda s: -len(s.ids)) for obj in s.subjects.values()]
+    assert [
+        {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
+        for row in batch.object_targets.tolist()
+    ] == [{name: getattr(obj, name) for name in ATTRIBUTES} for obj in objects]
+
+
+def weights_but_for_first_tokens(task):
+    """The flow loss weights of 8 by 8 tokens, without the factor on the first one of each cell."""
+    weights = flow_weights(task, (8, 8)).reshape(8, 8)
+    weights[::3, ::3] /= FIRST_WEIGHT  # nine cells of two by two tokens, with one between them
+    return weights
+
+
+def test_tokens_of_objects_weigh_more_than_the_plain_background():
+    scene = Scene((SceneObject("square", "red", "small", "top left"),), "white")
+    weights = weights_but_for_first_tokens(Task("", None, None, draw(scene), "generate", scene))
+    assert (weights[:2, :2] == OBJECT_WEIGHT).all()
+    weights[:2, :2] = 1
+    assert (weights == 1).all()
+    assert not flow_weights(None, GRID).any()
+
+
+def test_an_edit_weighs_what_it_changes_and_the_objects_that_it_must_not_change_alike():
+    (task,) = dialogue_of("edit/move", 4, objects=(2, 3)).tasks
+    background = np.array(BACKGROUNDS[task.source_scene.background])
+    different = [np.abs(image.astype(int) - background) > 12 for image in (task.attached, task.target)]
+    occupied = (different[0] | different[1]).any(-1).reshape(8, 16, 8, 16).any((1, 3))
+    weights = weights_but_for_first_tokens(task)
+    assert 9 <= occupied.sum() <= 16
+    assert (weights[occupied] == EDIT_WEIGHT).all() and (weights[~occupied] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["edit/recolor", "identify region"])
+def test_the_tokens_that_an_edit_changes_or_its_region_covers_are_told_from_those_of_other_objects(name):
+    for seed in range(8):
+        (task,) = dialogue_of({name: 1.0}, seed, objects=(2, 3)).tasks
+        if task.subject not in task.source_scene.objects:
+            continue  # a background, or an object that is to be added
+        edited = patch_targets(task, (8, 8))[list(PATCH_TARGETS).index("edited")].reshape(8, 8)
+        for obj in task.source_scene.objects:
+            x, y = (int(middle) // 16 for middle in POSITIONS[obj.position])
+            assert edited[y - 1 : y + 1, x - 1 : x + 1].any() == (obj == task.subject)
+
+
+def test_a_new_background_is_no_change_of_some_tokens():
+    (task,) = dialogue_of("edit/background", 1).tasks
+    assert set(np.unique(weights_but_for_first_tokens(task))) == {1.0, OBJECT_WEIGHT}

@@ -1,0 +1,182 @@
+"""The evaluation itself: a model that does everything right gets full marks, one that does nothing gets none."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image
+
+from ming_core import Features
+from tiny_shapes.evaluation import chains as chains_module
+from tiny_shapes.evaluation import report, suite
+from tiny_shapes.evaluation.__main__ import main
+from tiny_shapes.evaluation.chains import CHAIN_ROUNDS, evaluate_chains
+from tiny_shapes.evaluation.evaluator import Evaluator
+from tiny_shapes.evaluation.scores import mean, share
+from tiny_shapes.evaluation.suite import SUITE, photographs
+from tiny_shapes.world import Scene, describe, draw, split_of
+
+
+class Oracle(Evaluator):
+    """Its features are the pixels themselves, and every answer and image is the right one."""
+
+    def features(self, pixels):
+        tokens = rearrange(torch.from_numpy(pixels).float() / 255, "(h p) (w q) c -> 1 (h w) (p q c)", h=8, w=8)
+        return Features(tokens, torch.zeros(1, 1, 8, 8), (8, 8), "t")
+
+    def pixels(self, features):
+        return rearrange(features.tokens[0], "(h w) (p q c) -> (h p) (w q) c", h=8, p=16, c=3).numpy()
+
+    def answer(self, task):
+        return task.answer
+
+    def draw(self, tasks, previous=None, noises=None):
+        return [SimpleNamespace(features=self.features(t.target), conversation=t.target_scene) for t in tasks]
+
+
+class Idler(Oracle):
+    """It answers nothing and draws a plain background."""
+
+    def answer(self, task):
+        return "nothing much"
+
+    def draw(self, tasks, previous=None, noises=None):
+        return [SimpleNamespace(features=self.features(np.full_like(t.target, 250)), conversation=None) for t in tasks]
+
+
+class Careless(Oracle):
+    """It removes another object than the one that was asked for."""
+
+    def draw(self, tasks, previous=None, noises=None):
+        wrong = []
+        for task in tasks:
+            (gone,) = set(task.source_scene.objects) - set(task.target_scene.objects)
+            kept = [obj for obj in task.source_scene.objects if obj == gone] + list(task.target_scene.objects)[1:]
+            image = draw(Scene(tuple(kept), task.source_scene.background))
+            wrong.append(SimpleNamespace(features=self.features(image), conversation=None))
+        return wrong
+
+
+def evaluator(kind, scenes=12):
+    def understand(conversation, prompt, **_):
+        return SimpleNamespace(text=describe(conversation) if conversation else "")
+
+    return kind(SimpleNamespace(understand=understand), scenes)
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_a_model_that_does_everything_right_gets_full_marks(name):
+    for score in SUITE[name](evaluator(Oracle)):
+        if score.unit == "dB":
+            assert score.value > 10
+        elif "Compare" in score.name:  # cosine similarity of pixels is no fair stand-in for features
+            assert 0 <= score.value <= 1
+        else:
+            assert (score.value == 1 and score.high == 1 and score.low < 1) or score.value == score.low == 1
+
+
+@pytest.mark.parametrize("name", [n for n in SUITE if n != "reconstruction"])
+def test_a_model_that_does_nothing_gets_no_marks(name):
+    for score in SUITE[name](evaluator(Idler)):
+        if score.unit == "dB":
+            assert score.value < 0
+        elif "agrees" not in score.name and "Compare" not in score.name:
+            # a white image is nearly the region of a new background
+            assert score.value <= (0.2 if "region" in score.name else 0), score
+
+
+def test_a_model_that_removes_the_wrong_object_has_not_done_as_asked(monkeypatch):
+    careless = evaluator(Careless)
+    tasks = careless.tasks(["edit/remove"], objects=(2, 3))
+    monkeypatch.setattr(Careless, "tasks", lambda *_, **__: tasks)
+    done, kept, _ = suite.edits(careless)
+    assert done.value == kept.value == 0 and done.count == 12
+
+
+def test_no_two_dialogues_of_a_measurement_are_alike():
+    tasks = evaluator(Oracle, 200).tasks(["generate"], objects=(1, 1))
+    assert len({task.target_scene.content for task in tasks}) == len(tasks) == 200
+
+
+def test_photographs_of_any_size_are_reconstructed_at_the_models_own(tmp_path):
+    for i, size in enumerate([(300, 200), (90, 128)]):
+        Image.effect_noise(size, 40).save(tmp_path / f"{i}.png")
+    (tmp_path / "Thumbs.db").write_text("not an image")
+    oracle = evaluator(Oracle)
+    oracle.engine.mingtok = SimpleNamespace(native_side=128)
+    score = photographs(oracle, tmp_path)
+    assert score.count == 2 and score.unit == "dB" and score.value > 45
+
+
+def test_the_scenes_are_unseen_ones_and_the_same_at_every_call():
+    first, again = (evaluator(Oracle, 5).tasks(["edit"]) for _ in range(2))
+    assert [t.prompt for t in first] == [t.prompt for t in again]
+    assert all((a.attached == b.attached).all() for a, b in zip(first, again, strict=True))
+    assert {split_of(s) for t in first for s in (t.source_scene, t.target_scene)} == {"eval"}
+
+
+def test_chains_of_five_rounds_are_scored_by_round(monkeypatch):
+    oracle = evaluator(Oracle, 2)
+    monkeypatch.setattr(
+        chains_module, "WAYS", dict.fromkeys(chains_module.WAYS, lambda oracle, tasks, previous: oracle.draw(tasks))
+    )
+    results = evaluate_chains(oracle)
+    assert len(results) == 3
+    for chain in results:
+        assert chain.table()["right"] == [1.0] * CHAIN_ROUNDS
+        assert all(value > 90 or np.isnan(value) for value in chain.table()["untouched"])
+    text = report.table([share("a", [True, False], "90 %"), mean("b", [1.0, 3.0], "3 dB", "dB")], results)
+    assert "| a | 90 % | 50.0 % |" in text and "| b | 3 dB | 2.00 dB |" in text and "feature to feature" in text
+
+
+def test_intervals_hold_the_value_and_shrink_with_the_count():
+    some, many = share("a", [True] * 9 + [False], ""), share("a", ([True] * 9 + [False]) * 30, "")
+    assert some.low < some.value < some.high and many.high - many.low < (some.high - some.low) / 3
+    assert share("a", [True] * 300, "").low > 0.98
+    for count in range(1, 400):  # rounding leaves it out at some of these
+        assert share("a", [True] * count, "").high == 1 and share("a", [False] * count, "").low == 0
+
+
+def test_a_changed_cell_is_one_of_whose_pixels_a_quarter_changed():
+    (task,) = evaluator(Oracle, 1).tasks(["edit/recolor"])
+    cells = suite._changed_cells(task, (8, 8))
+    differs = (draw(task.source_scene) != draw(task.target_scene)).any(-1)
+    assert cells.any() and not cells.all()
+    for (i, j), marked in np.ndenumerate(cells):
+        part = differs[16 * i : 16 * i + 16, 16 * j : 16 * j + 16].mean()
+        assert part >= 0.25 if marked else part < 0.35  # the softest edges differ by less than what counts
+
+
+def test_edits_of_a_lone_object_have_no_share_of_objects_that_stay(monkeypatch):
+    oracle = evaluator(Oracle, 2)
+    moves = oracle.tasks(["edit/move"], objects=(1, 1))
+    monkeypatch.setattr(Oracle, "tasks", lambda *_: moves)
+    names = [score.name for score in suite.edits(oracle)]
+    assert "edits done as asked" in names and "objects not mentioned unchanged" not in names
+
+
+def test_the_command_evaluates_what_it_is_asked_for_and_writes_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("tiny_shapes.evaluation.__main__.Evaluator", Oracle)
+    (engine := evaluator(Oracle).engine).prefix_cache = SimpleNamespace(clear=lambda: None)
+    monkeypatch.setattr("tiny_shapes.evaluation.__main__.load_univision", lambda folder: engine)
+    assert main(["--scenes", "3", "--only", "questions", "edits", "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "evaluation.md").read_text()
+    assert "| questions answered exactly | 95 % | 100.0 % |" in written and "| edits done as asked |" in written
+    assert (tmp_path / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"), [(["--scenes", "0"], "at least 1"), (["--photographs", "."], "there are no images")]
+)
+def test_the_command_refuses_what_makes_no_sense(arguments, complaint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_command_names_a_folder_without_a_model(tmp_path):
+    with pytest.raises(SystemExit, match=str(tmp_path)):
+        main(["--model", str(tmp_path), "--scenes", "1"])

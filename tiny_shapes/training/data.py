@@ -1,0 +1,125 @@
+"""The batches of a stage. All randomness of a batch comes from (seed of the stage, step), so that a run which was
+interrupted continues with the same batches, and so that other processes can make batches ahead."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ming_core.prompts import ChatFormat
+
+from ..world import Dialogue, random_dialogue
+from .images import image_batch
+from .packing import Batch, pack
+from .sequences import TEXT_UNCONDITIONAL, UNCONDITIONAL, Sequence, tokenize_dialogue
+
+QUIZ = 6  # questions about one image, which is most of what a question costs
+
+MakeBatch = Callable[[np.random.Generator], Any]  # picklable
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Makes the batches of a MingTok stage: images uint8 [B, H, W, 3], and the labels of their patches."""
+
+    batch: int
+    objects: tuple[int, int]
+    patches: int  # along a side
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = image_batch(rng, self.batch, self.objects, patches=self.patches)
+        return torch.from_numpy(images), {name: torch.from_numpy(values) for name, values in labels.items()}
+
+
+@dataclass(frozen=True)
+class DialogueData:
+    """Makes the batches of a joint stage.
+
+    batch            dialogues
+    objects          fewest and most objects in a scene
+    tasks            weights of tasks or families; empty: the world's own mixture
+    rounds           of a dialogue; 0: one to five
+    quizzes          share of dialogues that are QUIZ questions about one image
+    several          share of the others whose scenes have two objects or more
+    guidance_rows    share of dialogues that end with drawing, in the form of a guidance row
+    """
+
+    tokenizer_json: str
+    grid: tuple[int, int]
+    batch: int
+    objects: tuple[int, int]
+    tasks: dict[str, float]
+    rounds: int
+    quizzes: float = 0.0
+    several: float = 0.0
+    guidance_rows: float = 0.15
+    row_length: int = 384
+    split: str = "train"
+
+    def __call__(self, rng: np.random.Generator) -> Batch:
+        chat = ChatFormat(self.tokenizer_json)
+        return pack([self.sequence(rng, chat) for _ in range(self.batch)], self.row_length, self.grid)
+
+    def sequence(self, rng: np.random.Generator, chat: ChatFormat) -> Sequence:
+        """A random dialogue as tokens, sometimes in the form of a guidance row."""
+        dialogue = self.dialogue(rng)
+        if dialogue.tasks[-1].target is None or rng.random() >= self.guidance_rows:
+            return tokenize_dialogue(dialogue, chat, self.grid)
+        row = int(rng.integers(UNCONDITIONAL, TEXT_UNCONDITIONAL + 1))
+        return tokenize_dialogue(dialogue, chat, self.grid, row, self.dialogue(rng).tasks[0])
+
+    def dialogue(self, rng: np.random.Generator) -> Dialogue:
+        """A random dialogue."""
+        if self.quizzes and rng.random() < self.quizzes:
+            return random_dialogue(rng, ["question"], self.objects, self.split, QUIZ)
+        fewest, most = self.objects
+        if self.several and rng.random() < self.several:
+            fewest = max(fewest, 2)
+        return random_dialogue(rng, self.tasks or None, (fewest, most), self.split, self.rounds or None)
+
+
+class StepDataset(Dataset):
+    """The batches of a stage by step: each is a pure function of the data, the stage's seed and the step."""
+
+    def __init__(self, make_batch: MakeBatch, seed: int) -> None:
+        self.make_batch, self.seed = make_batch, seed
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make_batch(np.random.default_rng([self.seed, step]))
+
+
+def batches(make_batch: MakeBatch, seed: int, first_step: int = 0, workers: int = 0) -> Iterator[Any]:
+    """The batches from a step on, without end.
+
+    workers: processes that make batches ahead, two each; 0 makes them in this process, when they are needed.
+    """
+    loader = DataLoader(
+        StepDataset(make_batch, seed),
+        batch_size=None,  # an item of the dataset is a batch
+        sampler=range(first_step, sys.maxsize),
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # otherwise the loader would draw a number from the global one
+    )
+    if not workers:
+        return iter(loader)
+    # A terminal sends Ctrl-C to every process, but the main one still needs the batch in progress to write a
+    # checkpoint. Processes inherit that a signal is ignored; on Windows they do not, hence the worker_init_fn.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return iter(loader)  # starts the processes
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

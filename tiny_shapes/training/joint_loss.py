@@ -1,0 +1,188 @@
+"""What the language model, the flow head and the projection are trained to do, around a frozen MingTok.
+
+They predict the next token of answers and, at image positions, the velocity from noise to the next latent (rectified
+flow). The images to draw are fed with noise on their latents, because the model's own drawings have errors, which would
+otherwise add up over the tokens. The flow loss alone teaches only slowly what belongs where, so two linear heads, which
+are thrown away afterwards, read auxiliary targets from the hidden states:
+
+- the patch head, what the next image token shows: the labels that MingTok's features were aligned with, and whether an
+  edit changes it;
+- the object head, the objects of a prompt with all of their attributes: where the words for one end, so that its color
+  does not go to another; and at the end of a prompt about one object, because for "what color is the star?" the star's
+  size and place have to be found as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ming_core.attention import CausalAttention
+from ming_core.experts import MixtureOfExperts
+from ming_core.features import to_tokens
+from ming_core.flow_head import FlowHead
+from ming_core.images import from_uint8
+from ming_core.univision import UniVision
+
+from .packing import ATTRIBUTES, PATCH_TARGETS, Batch
+from .sequences import IGNORE
+
+TERMS = ("text", "flow", "patches", "objects", "balance")
+
+
+@dataclass(frozen=True)
+class JointWeights:
+    """Weights of the terms of the loss, and strengths of what is done to the latents.
+
+    text, flow        next tokens; velocities
+    patches, objects  auxiliary targets
+    balance           how unevenly experts are used
+    noise             on the normalised latents of drawn images; drawn from 0 to this for each image
+    times             (time, noise) pairs for each token: each costs about as much as the token in the language model
+    """
+
+    text: float = 1.0
+    flow: float = 1.0
+    patches: float = 0.4
+    objects: float = 0.4
+    balance: float = 0.01
+    noise: float = 0.4
+    times: int = 2
+
+
+class JointLoss(nn.Module):
+    """UniVision with its loss, and the heads that read auxiliary targets. Its MingTok is frozen."""
+
+    def __init__(self, network: UniVision, weights: JointWeights | None = None) -> None:
+        super().__init__()
+        self.network, self.weights = network, weights or JointWeights()
+        network.mingtok.requires_grad_(False)
+        width = network.config.llm_config.hidden_size
+        self.patch_head = nn.Linear(width, sum(PATCH_TARGETS.values()))
+        self.object_head = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))
+        for head in (self.patch_head, self.object_head):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns "loss" and its `TERMS`; "balance" is 1 if all experts are used alike."""
+        weights = self.weights
+        latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
+        # the index of each image token in the flattened rows
+        places = batch.image_starts[:, None] + torch.arange(features.shape[1], device=features.device)  # (P, N)
+        with recorded_routing(self.network) as balance:
+            hidden = self.hidden(batch, features, places)  # (R * L, H)
+        # each token is drawn from the hidden state of the one before it
+        before = hidden[places[batch.drawn].flatten() - 1]
+        drawn_latents = latents[batch.drawn].flatten(0, 1)
+        flow_weights = batch.flow_weights[batch.drawn].flatten()
+        terms = {
+            "text": self.text_loss(hidden, batch),
+            "flow": flow_loss(self.network.flow_head, before, drawn_latents, flow_weights, weights.times, generator),
+            "patches": self.patch_loss(before, batch.patch_targets[batch.drawn], flow_weights),
+            "objects": self.object_loss(hidden[batch.object_positions], batch.object_targets),
+            "balance": torch.stack(balance).mean(),
+        }
+        terms["loss"] = sum((getattr(weights, name) * terms[name] for name in TERMS), start=hidden.new_zeros(()))
+        return terms
+
+    def hidden(self, batch: Batch, features: Tensor, places: Tensor) -> Tensor:
+        """The language model's hidden states at all positions, [R * L, H].
+
+        `UniVision.forward` would give the same for one sequence a row; these are packed, with positions of their own.
+        """
+        network, shape = self.network, batch.ids.shape
+        x = network.language_model.embed(batch.ids).flatten(0, 1)  # (R * L, H)
+        x = x.index_copy(0, places.flatten(), network.project(features).flatten(0, 1))
+        seen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        seen[places[~batch.drawn].flatten()] = True
+        attend = CausalAttention(batch.mask)
+        hidden = network.language_model.model(x.unflatten(0, shape), batch.positions, attend, seen.unflatten(0, shape))
+        return hidden.flatten(0, 1)
+
+    def text_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The weighted mean of the cross-entropy of the next tokens."""
+        predicted = batch.targets.flatten() != IGNORE
+        logits = self.network.language_model.logits(hidden[predicted])
+        losses = F.cross_entropy(logits, batch.targets.flatten()[predicted], reduction="none")
+        return _weighted_mean(losses, batch.loss_weights.flatten()[predicted])
+
+    def patch_loss(self, before: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The sum over the kinds of targets of the weighted mean of the cross-entropy of what the next tokens show.
+
+        before [n, H]; targets [P, kinds, N]; weights [n].
+        """
+        loss = before.new_zeros(())
+        kinds = self.patch_head(before).split(list(PATCH_TARGETS.values()), dim=-1)
+        for logits, labels in zip(kinds, targets.transpose(0, 1).flatten(1), strict=True):
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            loss = loss + _weighted_mean(losses, weights * (labels != IGNORE))
+        return loss
+
+    def object_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the objects of the cross-entropy of all attributes. hidden [M, H]; targets [M, 4]."""
+        logits = self.object_head(hidden).split([len(values) for values in ATTRIBUTES.values()], dim=-1)
+        losses = (F.cross_entropy(x, y, reduction="sum") for x, y in zip(logits, targets.unbind(1), strict=True))
+        return sum(losses, start=hidden.new_zeros(())) / max(len(targets), 1)
+
+    @torch.no_grad()
+    def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images."""
+        tok = self.network.mingtok
+        if len(batch.images):
+            latents = to_tokens(tok.encode(from_uint8(batch.images)))
+        else:
+            latents = batch.flow_weights.new_empty(*batch.flow_weights.shape, tok.config.semantic_decoder.in_dim)
+        strength = torch.rand(len(latents), 1, 1, generator=generator) * self.weights.noise
+        noise = strength * torch.randn(latents.shape, generator=generator)
+        fed = latents + noise.to(latents) * batch.drawn[:, None, None]
+        return latents, tok.semantic_decoder(tok.denormalise(fed))
+
+
+def _weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """The mean of the losses by weight; 0 if there are none."""
+    return (weights * losses).sum() / weights.sum().clamp_min(1.0)
+
+
+@contextlib.contextmanager
+def recorded_routing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Record, while it lasts, how unevenly the experts of each layer are used.
+
+    1 means alike; the number of experts, that one takes all.
+    """
+    recorded: list[Tensor] = []
+
+    def record(module: MixtureOfExperts, args: tuple, output: Tensor) -> None:
+        x, gate = args
+        scores = module.scores(x.flatten(0, -2), None if gate is None else gate.flatten())  # (T, E)
+        chosen = F.one_hot(scores.topk(module.top_k).indices, scores.shape[1]).sum(1).float()
+        recorded.append(scores.shape[1] * (chosen.mean(0) / module.top_k * scores.mean(0)).sum())
+
+    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def flow_loss(
+    head: FlowHead, hidden: Tensor, latents: Tensor, weights: Tensor, times: int, generator: torch.Generator
+) -> Tensor:
+    """Rectified flow: at a point between noise and latent, the head must predict the velocity towards the latent.
+
+    hidden [n, H]; latents [n, C]; weights [n]. Every token is drawn at `times` random times, which are logit-normal.
+    """
+    if not len(hidden):
+        return hidden.sum() * 0.0
+    t = torch.randn(times, len(hidden), generator=generator).sigmoid().to(latents)  # 1: noise, 0: latent
+    noise = torch.randn(times, *latents.shape, generator=generator).to(latents)
+    x = torch.lerp(latents, noise, t[..., None])
+    velocity = head.net(x, t, head.vis_head(hidden)[None])
+    error = (velocity - (latents - noise)).square().mean(-1)  # (times, n)
+    return (error * weights).sum() / (weights.sum() * times)

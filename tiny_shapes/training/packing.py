@@ -1,0 +1,210 @@
+"""Sequences packed into batches, with what the losses need: targets, their weights, and the auxiliary targets.
+
+Auxiliary targets are read from the language model's hidden states by layers that are thrown away after training: what
+the next image token shows (`PATCH_TARGETS`), and the objects that a prompt names (`ATTRIBUTES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..world import (
+    CANVAS,
+    COLORS,
+    LABEL_CLASSES,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    SceneObject,
+    Task,
+    draw,
+    patch_labels,
+    read_region,
+)
+from ..world.tasks import require
+from .sequences import IGNORE, PlacedImage, Sequence
+
+# Flow loss weights of image tokens; 1 on the plain background, which is most of a scene and soon learned.
+# A model in doubt draws an object that much more readily than background: with 4 it learned faster and drew objects
+# twice.
+OBJECT_WEIGHT = 2.0
+EDIT_WEIGHT = 4.0  # where an object is before or after an edit: what changes and what must not, alike
+# Factor on the first token of each cell, whatever is there: which object comes is decided there, from the text and the
+# images before, while the other quarters of the object follow the first one.
+FIRST_WEIGHT = 4.0
+PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the background color
+
+# The attributes of an object, and the values of each.
+ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "position": tuple(POSITIONS)}
+
+# What there is to tell of an image token, and the number of classes; "edited": an edit changes it, or its region
+# covers it.
+PATCH_TARGETS = {**LABEL_CLASSES, "edited": 2}
+
+
+class Batch(NamedTuple):
+    """Sequences packed into R rows of L tokens; every sequence attends only to itself.
+
+    ids, targets, positions  int64 [R, L]
+    loss_weights             float32 [R, L], of the targets
+    mask                     bool [R, L, L]
+    images                   uint8 [P, H, W, 3], all images of all sequences
+    drawn                    bool [P]
+    image_starts             int64 [P], index of the first token of each image in the flattened rows
+    flow_weights             float32 [P, N], of the flow loss of each token (0 for an image that is not drawn)
+    patch_targets            int64 [P, kinds, N], what each token shows (`PATCH_TARGETS`), or IGNORE
+    object_positions         int64 [M], index in the flattened rows where a prompt has told an object
+    object_targets           int64 [M, 4], that object (`ATTRIBUTES`)
+    """
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor
+    loss_weights: Tensor
+    mask: Tensor
+    images: Tensor
+    drawn: Tensor
+    image_starts: Tensor
+    flow_weights: Tensor
+    patch_targets: Tensor
+    object_positions: Tensor
+    object_targets: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> Batch:
+    """Pack sequences, longest first, each into the first row that has room; all rows are as long as the longest."""
+    length = max(row_length, *(len(s.ids) for s in sequences))
+    rows = _first_fit(sequences, length)
+    shape = (len(rows), length)
+    ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    targets, loss_weights = np.full(shape, IGNORE, dtype=np.int64), np.ones(shape, dtype=np.float32)
+    mask = np.zeros((*shape, length), dtype=bool)
+    mask[:, range(length), range(length)] = True  # padding attends to itself: a softmax over nothing is NaN
+    images: list[PlacedImage] = []
+    starts: list[int] = []
+    subjects: dict[int, SceneObject] = {}
+    for i, begin, sequence in _placed(rows):
+        end = begin + len(sequence.ids)
+        ids[i, begin:end], targets[i, begin:end] = sequence.ids, sequence.targets
+        positions[i, begin:end], loss_weights[i, begin:end] = sequence.positions, sequence.loss_weights
+        mask[i, begin:end, begin:end] = sequence.mask()
+        offset = i * length + begin
+        images += sequence.images
+        starts += [offset + image.start for image in sequence.images]
+        subjects |= {offset + position: obj for position, obj in sequence.subjects.items()}
+    return Batch(
+        *(torch.from_numpy(array) for array in (ids, targets, positions, loss_weights, mask)),
+        *_image_tensors(images, starts, grid),
+        torch.tensor(list(subjects), dtype=torch.long),
+        torch.tensor([_attributes(obj) for obj in subjects.values()], dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
+    )
+
+
+def _first_fit(sequences: list[Sequence], length: int) -> list[list[Sequence]]:
+    """The sequences of each row."""
+    rows: list[list[Sequence]] = []
+    room: list[int] = []
+    for sequence in sorted(sequences, key=lambda s: -len(s.ids)):
+        row = next((i for i, free in enumerate(room) if free >= len(sequence.ids)), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(sequence)
+        room[row] -= len(sequence.ids)
+    return rows
+
+
+def _placed(rows: list[list[Sequence]]) -> Iterator[tuple[int, int, Sequence]]:
+    """Every sequence with its row and its first column."""
+    for i, row in enumerate(rows):
+        begin = 0
+        for sequence in row:
+            yield i, begin, sequence
+            begin += len(sequence.ids)
+
+
+def _image_tensors(images: list[PlacedImage], starts: list[int], grid: tuple[int, int]) -> list[Tensor]:
+    """The fields of a batch from `images` to `patch_targets`."""
+    tokens = grid[0] * grid[1]
+    pixels, weights = np.empty((0, 1, 1, 3), dtype=np.uint8), np.empty((0, tokens), dtype=np.float32)
+    targets = np.empty((0, len(PATCH_TARGETS), tokens), dtype=np.int64)
+    if images:
+        pixels = np.stack([image.pixels for image in images])
+        weights = np.stack([flow_weights(image.task, grid) for image in images])
+        targets = np.stack([patch_targets(image.task, grid) for image in images])
+    return [
+        torch.from_numpy(pixels),
+        torch.tensor([image.drawn for image in images], dtype=torch.bool),
+        torch.tensor(starts, dtype=torch.long),
+        torch.from_numpy(weights),
+        torch.from_numpy(targets),
+    ]
+
+
+def _attributes(obj: SceneObject) -> list[int]:
+    """The index of each attribute of the object among the values of `ATTRIBUTES`."""
+    return [values.index(getattr(obj, name)) for name, values in ATTRIBUTES.items()]
+
+
+def patch_targets(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
+    """What the tokens of a task's target show: int64 [kinds, N].
+
+    All is IGNORE for an image that is not drawn (None), and most for one that does not just show its scene (a region).
+    """
+    targets = np.full((len(PATCH_TARGETS), grid[0] * grid[1]), IGNORE, dtype=np.int64)
+    if task is None:
+        return targets
+    image = require(task.target)
+    if task.target_scene is not None and np.array_equal(image, draw(task.target_scene)):
+        labels = patch_labels(task.target_scene, grid[0])
+        targets[: len(labels)] = [labels[name].reshape(-1) for name in LABEL_CLASSES]
+    if task.family == "edit":
+        targets[-1] = _differ(image, draw(require(task.source_scene)), grid)
+    elif task.family == "identify region":
+        targets[-1] = _cells(read_region(image), grid)
+    return targets
+
+
+def flow_weights(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
+    """The flow loss weights of the tokens of a task's target: float32 [N]; 0 for an image that is not drawn (None)."""
+    if task is None:
+        return np.zeros(grid[0] * grid[1], dtype=np.float32)
+    image = require(task.target)
+    background = np.median(image.reshape(-1, 3), axis=0)
+    occupied = _differ(image, background, grid)
+    weights = np.where(occupied, OBJECT_WEIGHT, 1.0)
+    if task.family == "edit":
+        before = _differ(draw(require(task.source_scene)), background, grid)
+        if not before.all():  # unless the background is new
+            weights[occupied | before] = EDIT_WEIGHT
+    weights[_first_tokens(grid)] *= FIRST_WEIGHT
+    return weights.astype(np.float32)
+
+
+def _first_tokens(grid: tuple[int, int]) -> list[int]:
+    """The first token of each cell of the world: the upper left quarter of an object.
+
+    Four tokens meet in the middle of a cell, so the pixel above and to the left of it is in the first one.
+    """
+    rows, columns = grid
+    return [int((y - 1) * rows / CANVAS) * columns + int((x - 1) * columns / CANVAS) for x, y in POSITIONS.values()]
+
+
+def _differ(image: np.ndarray, other: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The tokens in which any pixel of an image, uint8 [H, W, 3], differs from another image, or from a color:
+    bool [N]."""
+    return _cells((np.abs(image.astype(np.int16) - other) > PLAIN).any(-1), grid)
+
+
+def _cells(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The tokens in which any of the pixels, bool [H, W], is true: bool [N]."""
+    height, width = (side // n for side, n in zip(pixels.shape, grid, strict=True))
+    return pixels.reshape(grid[0], height, grid[1], width).any((1, 3)).reshape(-1)
