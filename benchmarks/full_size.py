@@ -196,7 +196,7 @@ def run_on_gpu(folder: Path, precisions: list[str]) -> None:
             for images in (1, 4):
                 for rows, past in ((2, Conversation()), (3, first.conversation)):
                     plain, graphs = (drawing_time(engine, past, images, switch) for switch in ("0", "1"))
-                    floor = image_bytes(engine, images, rows) / bandwidth
+                    floor = image_bytes(engine.network, images, rows) / bandwidth
                     if Recorder.failed:  # after one failure this process records no more graphs
                         graphs = math.nan
                     figures = (plain, graphs, floor, plain / floor, graphs / floor)
@@ -241,13 +241,12 @@ def copy_bandwidth() -> float:
     return moved / min(times)
 
 
-def image_bytes(engine: Engine, images: int, rows: int) -> float:
+def image_bytes(network: UniVision, images: int, rows: int) -> float:
     """Bytes of weights that drawing has to read: all of them once per token, the flow head's blocks once per step.
 
     Rows are assumed to choose their experts independently: b rows read E * (1 - (1 - k/E)^b) of E experts.
     """
-    network, config = engine.network, engine.config
-    net = network.flow_head.net
+    config, net = network.config, network.flow_head.net
     llm, tokens = config.llm_config, config.llm_config.num_image_tokens_for_gen
     layers = network.language_model.model.layers
     experts = sum(weight_bytes(layer.mlp.experts) for layer in layers)

@@ -1,8 +1,11 @@
-"""Help pages and translations say what the nodes are, all of it and nothing else."""
+"""Help pages, translations and guides say what the nodes and the code are, all of it and nothing else."""
 
 import ast
+import importlib
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -128,3 +131,54 @@ def test_the_readme_gives_the_commands_and_names_every_node_and_workflow():
         assert f"`{workflow.stem}`" in readme
     for picture in re.findall(r"!\[.+?\]\((.+?)\)", readme):
         assert (PACK / picture).is_file(), picture
+
+
+@pytest.mark.slow
+def test_the_readmes_python_example_runs_and_gives_an_image():
+    readme = (PACK / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"(?ms)^## In Python$.+?^```python\n(.+?)^```$", readme)
+    code += "assert asked.text and images.shape == (1, 128, 128, 3)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACK, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def glossary() -> list[tuple[str, str]]:
+    """The file and the name of every class or function in the glossary."""
+    page = (PACK / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\|.+\| (`.+`) \| (`.+`) \|$", page.partition("## Glossary")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    return [(files, name) for files, names in rows for name in re.findall(r"`(.+?)`", names)]
+
+
+@pytest.mark.parametrize(("files", "name"), glossary())
+def test_the_glossary_names_what_is_there(files, name):
+    modules = []
+    for file in re.findall(r"`(.+?)`", files):
+        path = file if file.startswith("nodes/") else f"ming_core/{file}"
+        assert (PACK / path).exists(), path
+        modules.append(
+            importlib.import_module(f"ming_univision.{path.removesuffix('.py').rstrip('/').replace('/', '.')}")
+        )
+    head, _, attribute = name.partition(".")
+    (found,) = {getattr(module, head) for module in modules if hasattr(module, head)}
+    assert (
+        not attribute
+        or hasattr(found, attribute)
+        or attribute in vars(found).get("__annotations__", {})
+        or attribute == "linear_proj"
+    )
+
+
+def test_the_guides_link_to_files_that_are_there():
+    for page in ("README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/TRAINING.md", "benchmarks/RESULTS.md"):
+        text = (PACK / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+?)(?:#.+?)?\)", text):
+            assert "://" in target or ((PACK / page).parent / target).exists(), (page, target)
+
+
+def test_the_map_of_the_code_names_every_module():
+    figure = (PACK / "docs" / "house.svg").read_text(encoding="utf-8")
+    for room in ("ming_core", "ming_core/checkpoint", "ming_core/quantization", "nodes", "runner"):
+        for path in (PACK / room).glob("[!_]*.py"):
+            assert re.search(rf"\b{path.stem}\b", figure), path
