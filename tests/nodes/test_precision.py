@@ -8,7 +8,6 @@ import torch
 from ming_univision.ming_core import Conversation, load_univision, save_univision
 from ming_univision.ming_core.checkpoint import checkpoint_bytes
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, models
-from ming_univision.runner import quantize as quantize_command
 
 
 @pytest.fixture
@@ -84,25 +83,3 @@ def test_what_does_not_fit_is_refused_by_its_real_size(folder, monkeypatch, prec
         with pytest.raises(ValueError, match="choose a smaller precision") as error:
             models.choose_precision(precision, "univision", folder)
         assert f"takes {needed / 1e5:.1f} GB at {quantization or 'bfloat16'}" in str(error.value)
-
-
-def test_a_quantized_folder_appears_whole_or_not_at_all_and_what_a_killed_run_left_is_no_obstacle(folder, monkeypatch):
-    target = folder.parent / "small"
-    left = folder.parent / ".small.ming-new"
-    left.mkdir()
-    (left / "model-00001-of-00009.safetensors").touch()
-
-    def interrupted(model, to, *args, **kwargs):
-        (to / "model.safetensors").touch()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(quantize_command, "save_univision", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_command.main(folder, target)
-    assert not target.exists() and not left.exists()
-    left.mkdir()
-    (left / "model-00001-of-00009.safetensors").touch()
-    assert quantize_command.main(folder, target) == 0 and not left.exists()
-    assert load("small", "auto").network.quantization == "int4"
-    assert not list(target.glob("*-of-*"))
