@@ -320,13 +320,13 @@ def test_a_save_that_fails_leaves_the_checkpoint_that_was_there_whole(folder, mo
 
 def test_a_checkpoint_reads_its_config_and_headers_once_whatever_is_asked_of_it(folder, monkeypatch):
     opened = []
-    for module, name in ((checkpoint.config, "_read_entries"), (checkpoint.reader, "_read_header")):
 
-        def noted(path, read=getattr(module, name)):
-            opened.append(path.name)
-            return read(path)
+    def note(module, name):
+        read = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path: opened.append(path.name) or read(path))
 
-        monkeypatch.setattr(module, name, noted)
+    note(checkpoint.config, "_read_entries")
+    note(checkpoint.reader, "_read_header")
     found = Checkpoint.open(folder)
     assert not opened and Checkpoint.open(found) is found
     assert checkpoint_kind(found) == "univision" and stored_quantization(found) is None
