@@ -11,7 +11,7 @@ from ming_core.language_model import RMSNorm
 # Layers whose output is added to a residual stream begin small. Those that modulate it in the flow head begin at 0.
 _RESIDUAL = (
     *("attn.proj.weight", "mlp.w3.weight", "mlp.fc2.weight"),
-    *("attention.dense.weight", "down_proj.weight", "down"),
+    *("attention.dense.weight", "down_proj.weight", "experts.down.values"),
 )
 _RESIDUAL_SCALE = 0.3
 _MODULATION = ("adaLN_modulation.1.weight", "linear.weight")
