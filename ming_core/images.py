@@ -7,8 +7,11 @@ not touched.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -29,6 +32,31 @@ def to_pixels(images: Tensor, side: int, fit: str = "center crop") -> Tensor:
         return images.permute(0, 3, 1, 2) * 2 - 1
     resized = [_resize(Image.fromarray(to_uint8(image)), side, fit) for image in images]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
+
+
+def fit_mask(masks: Tensor, side: int, fit: str = "center crop") -> Tensor:
+    """MASK [B, H, W], 0..1 -> [B, side, side], placed as `to_pixels` places an image of that height and width.
+
+    Every value is the largest of the pixels that it stands for, so that a thin white stroke survives scaling down. What
+    "pad" puts around is black. Raises ValueError.
+    """
+    if masks.ndim != 3 or 0 in masks.shape:
+        raise ValueError(f"a MASK is [batch, height, width], not {list(masks.shape)}")
+    height, width = masks.shape[1:]
+    short, long = sorted((height, width))
+    rows = columns = side
+    if fit == "center crop":
+        # the crop as `_resize` makes it, in the mask's own pixels
+        extra = int(side * long / short) - side
+        begin = round(extra / 2) * short / side
+        span = slice(math.floor(begin), min(long, math.ceil(begin + short)))
+        masks = masks[:, span] if height > width else masks[:, :, span]
+    elif fit == "pad":
+        other = max(1, round(side * short / long))
+        rows, columns = (side, other) if width <= height else (other, side)
+    scaled = F.adaptive_max_pool2d(masks.float()[:, None], (rows, columns))[:, 0]
+    top, left = (-round((n - side) / 2) for n in (rows, columns))
+    return F.pad(scaled, (left, side - columns - left, top, side - rows - top))
 
 
 def check_images(images: Tensor, side: int, fit: str) -> None:

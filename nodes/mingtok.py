@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from ..ming_core import Features, MingTok
-from ..ming_core.images import FITS, check_images, to_images, to_pixels
+from ..ming_core.images import FITS, check_images, fit_mask, to_images, to_pixels
 from . import host
 from .latents import from_latent, to_latent
 from .widgets import CATEGORY, combo, socket
@@ -29,11 +30,22 @@ def in_batches(images: int, compute: Callable[[slice], Result]) -> list[Result]:
     return results
 
 
+def mask_of_image(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """A MASK of any size as one of the image's height and width: [B, H, W]."""
+    masks = (mask if mask.ndim == 3 else mask[None]).float().cpu()
+    if masks.shape[1:] == image.shape[1:3] or masks.ndim != 3 or 0 in masks.shape:
+        return masks
+    return F.adaptive_max_pool2d(masks[:, None], tuple(image.shape[1:3]))[:, 0]
+
+
 class MingTokEncode:
     DESCRIPTION = "Encodes an image to MingTok's compact, continuous latents."
     CATEGORY = CATEGORY
-    RETURN_TYPES, RETURN_NAMES = ("LATENT",), ("latent",)
-    OUTPUT_TOOLTIPS = ("Continuous latents. Core latent nodes (blend, batch, save) work on them.",)
+    RETURN_TYPES, RETURN_NAMES = ("LATENT", "MASK"), ("latent", "mask")
+    OUTPUT_TOOLTIPS = (
+        "Continuous latents. Core latent nodes (blend, batch, save) work on them.",
+        "The mask, cropped, stretched or padded like the image, for Ming Edit. All white if none is connected.",
+    )
     FUNCTION = "encode"
     SEARCH_ALIASES = ("ming encode", "image to latent", "tokenizer encode")
 
@@ -52,19 +64,28 @@ class MingTokEncode:
                     "standard: the size the model draws and edits at. high: twice the side length, for questions "
                     "about photos.",
                 ),
-            }
+            },
+            "optional": {"mask": socket("MASK", "A mask painted on the image; it comes out fitted like the image.")},
         }
 
-    def encode(self, mingtok: host.Loaded[MingTok], image: torch.Tensor, fit: str, detail: str) -> tuple[dict]:
+    def encode(
+        self,
+        mingtok: host.Loaded[MingTok],
+        image: torch.Tensor,
+        fit: str,
+        detail: str,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[dict, torch.Tensor]:
         tokenizer = mingtok.model
         if detail not in DETAILS:
             raise ValueError(f"detail is {detail!r}: choose one of {tuple(DETAILS)}")
         side = DETAILS[detail] * tokenizer.native_side
         check_images(image, side, fit)
+        fitted = torch.ones(1, side, side) if mask is None else fit_mask(mask_of_image(mask, image), side, fit)
         patches = (side // tokenizer.patch_size) ** 2
         host.load_to_gpu(mingtok, tokenizer.working_memory(min(len(image), AT_ONCE), patches))
         latents = in_batches(len(image), lambda few: tokenizer.encode(to_pixels(image[few], side, fit)))
-        return (to_latent(torch.cat(latents)),)
+        return to_latent(torch.cat(latents)), fitted.to(host.images_device())
 
 
 class MingTokSemanticFeatures:

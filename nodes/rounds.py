@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..ming_core import Conversation, Engine, Features, Guidance, ImageOptions, Sampling, Solver, TextOptions
 from ..ming_core.engine import EMPTY_PROMPT
 from ..ming_core.options import STARTS
@@ -58,7 +60,7 @@ class MingUnderstand:
             "optional": {
                 "features": socket(
                     "MING_FEATURES",
-                    "Pictures to ask about. Pictures already in the conversation are not added twice.",
+                    "Pictures to ask about. They are added to the conversation unless they are the newest ones there.",
                 ),
                 "conversation": CONVERSATION,
             },
@@ -146,6 +148,7 @@ class _DrawingNode:
         solver: str,
         start: str,
         max_new_tokens: int,
+        mask: torch.Tensor | None = None,
     ) -> DrawnLists:
         options = ImageOptions(
             seeds=tuple(seed + k for k in range(batch_size)),
@@ -154,6 +157,7 @@ class _DrawingNode:
             temperature=temperature,
             start=start,
             max_new_tokens=max_new_tokens,
+            mask=mask,
         )
         plan = model.model.plan(conversation or Conversation(), prompt, options, features)
         engine = host.load_to_gpu(model, plan.working_memory)
@@ -245,9 +249,13 @@ class MingEdit(_DrawingNode):
                 "features": socket(
                     "MING_FEATURES",
                     "The picture to edit; a batch goes into one message. "
-                    "Pictures already in the conversation are not added twice.",
+                    "Added to the conversation unless it is the newest picture there.",
                 ),
                 "conversation": CONVERSATION,
+                "mask": socket(
+                    "MASK",
+                    "Limits the edit to the white parts. The rest keeps its latents exactly, and is not drawn again.",
+                ),
             },
         }
 
@@ -264,8 +272,9 @@ class MingEdit(_DrawingNode):
         instruction: str,
         features: Features | None = None,
         conversation: Conversation | None = None,
+        mask: torch.Tensor | None = None,
         **widgets: Any,
     ) -> DrawnLists:
         if features is None and not (conversation and conversation.images):
             raise ValueError(NO_PICTURE)
-        return self.run_round(model, instruction, features, conversation, **widgets)
+        return self.run_round(model, instruction, features, conversation, mask=mask, **widgets)

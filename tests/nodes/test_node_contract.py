@@ -58,8 +58,8 @@ NODES = {
             "fit": ["center crop", "stretch", "pad"],
             "detail": ["standard", "high"],
         },
-        {},
-        {"latent": "LATENT"},
+        {"mask": "MASK"},
+        {"latent": "LATENT", "mask": "MASK"},
     ),
     "MingTokSemanticFeatures": (
         "MingTok Semantic Features",
@@ -117,7 +117,7 @@ NODES = {
             "start",
             "max_new_tokens",
         ),
-        {"features": "MING_FEATURES", "conversation": "MING_CONVERSATION"},
+        {"features": "MING_FEATURES", "conversation": "MING_CONVERSATION", "mask": "MASK"},
         {"features": "MING_FEATURES", "conversation": "MING_CONVERSATION", "text": "STRING"},
     ),
     "MingInstruction": (
