@@ -53,7 +53,7 @@ def first_time(
     engine: Engine, step: Callable[[Engine, ImageResult], None], previous: ImageResult
 ) -> Callable[[], None]:
     """The step as if for the first time: the prefix cache has the rounds before it and nothing else."""
-    keys = segment_keys(previous.conversation.segments)
+    keys = segment_keys(previous.conversation.segments, engine.weights_key())
 
     def run() -> None:
         cache = PrefixCache()

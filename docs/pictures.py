@@ -37,7 +37,7 @@ Color = tuple[int, int, int]
 
 @functools.cache
 def runner() -> tuple[Any, Any]:
-    """The modules run.py and workflow.py of the runner, of this folder imported as a package, as ComfyUI does it."""
+    """The modules session.py and workflow.py of the runner; this folder is imported as a package, as in ComfyUI."""
     spec = importlib.util.spec_from_file_location(
         "ming_univision", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -46,7 +46,7 @@ def runner() -> tuple[Any, Any]:
     pack = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = pack
     spec.loader.exec_module(pack)
-    return importlib.import_module("ming_univision.runner.run"), importlib.import_module(
+    return importlib.import_module("ming_univision.runner.session"), importlib.import_module(
         "ming_univision.runner.workflow"
     )
 

@@ -123,7 +123,7 @@ def change(a: Features, b: Features) -> Tensor:
     return to_grid(difference[..., None], a.grid).clamp(0, 2)
 
 
-def principal_colours(features: Features) -> Tensor:
+def principal_colors(features: Features) -> Tensor:
     """The three principal components of all tokens as red, green and blue: float32 [B, 3, h, w], 0..1."""
     tokens = features.tokens.flatten(0, 1).double()
     tokens = tokens - tokens.mean(0)
@@ -133,5 +133,5 @@ def principal_colours(features: Features) -> Tensor:
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     values = (tokens @ axes).float()
     low, high = values.amin(0), values.amax(0)
-    colours = (values - low) / (high - low).clamp_min(1e-12)
-    return to_grid(colours.unflatten(0, (features.batch, -1)), features.grid)
+    colors = (values - low) / (high - low).clamp_min(1e-12)
+    return to_grid(colors.unflatten(0, (features.batch, -1)), features.grid)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ming_core import Features, load_features, save_features
-from ..ming_core.features import CHANGED, change, principal_colours
+from ..ming_core.features import CHANGED, change, principal_colors
 from ..ming_core.saved import FEATURES_FORMAT
 from . import host
 from .latents import to_latent
@@ -35,7 +35,7 @@ class MingFeaturesPreview:
         return {"required": {"features": socket("MING_FEATURES", "The features to show.")}}
 
     def show(self, features: Features) -> tuple[torch.Tensor]:
-        image = enlarge(principal_colours(features)).permute(0, 2, 3, 1).contiguous()
+        image = enlarge(principal_colors(features)).permute(0, 2, 3, 1).contiguous()
         return (image.to(host.images_device()),)
 
 

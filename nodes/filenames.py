@@ -61,6 +61,3 @@ def validate_prefix(prefix: str | None, folder: Path) -> bool | str:
     except ValueError as error:
         return str(error)
     return True
-
-
-prefix_verdict = validate_prefix  # the runner's name for it

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..ming_core import Engine, MingTok, UniVision
+from ..ming_core.quantization import packed_state_dict
 
 
 def _import_comfyui() -> tuple[Any, Any, Any]:
@@ -252,7 +253,8 @@ def _patcher_class(has_experts: bool) -> Any:
 
     class DenseFirstPatcher(patcher):
         def _load_list(self, *args: Any, **kwargs: Any) -> list:
-            return _DenseFirstList(super()._load_list(*args, **kwargs))
+            with packed_state_dict():  # it counts the bytes of every layer; none is unpacked for that
+                return _DenseFirstList(super()._load_list(*args, **kwargs))
 
     return DenseFirstPatcher
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from ..ming_core import Engine, MingTok, load_mingtok, load_univision
 from . import host
-from .models import GB, PUBLISHED, file_state, find_checkpoints, load, missing_message
+from .models import file_state, find_checkpoints, load, missing_message
 from .widgets import CATEGORY, combo
-
-__all__ = ["GB", "PUBLISHED", "MingTokLoader", "MingUniVisionLoader"]  # the first two for the runner
 
 AUTO_PRECISION = "auto: fp32 on a CPU with plenty of RAM, otherwise bf16 (fp16 or fp32 on GPUs without bf16)."
 

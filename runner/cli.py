@@ -180,7 +180,13 @@ def _comfyui(options: Namespace) -> int:
 COMMANDS = (
     Command("demo", "ask about a picture and edit it over several rounds", _demo_arguments, _run_workflow),
     Command("run", "run a workflow in the API format", _run_arguments, _run_workflow),
-    Command("download", "download a published model, or resume or verify a download", _download_arguments, _download),
+    Command(
+        "download",
+        "download a published model, or resume or verify a download",
+        _download_arguments,
+        _download,
+        runs_in_comfyui=True,  # transformers, which is among the requirements, brings huggingface_hub
+    ),
     Command(
         "quantize",
         "quantize a Ming-UniVision model into a new, smaller folder",

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..nodes import host
-from ..nodes.filenames import numbered_path, prefix_verdict
+from ..nodes.filenames import numbered_path, validate_prefix
 
 TEMP_FOLDER = "temp"  # inside the output folder
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -135,7 +135,7 @@ class SaveImage(_ImageWriter):
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix=None):
-        return prefix_verdict(filename_prefix, Path(host.output_directory()))
+        return validate_prefix(filename_prefix, Path(host.output_directory()))
 
     def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None) -> dict[str, Any]:
         return self._save(images, filename_prefix, prompt, extra_pnginfo)

@@ -28,7 +28,7 @@ from ..ming_core.checkpoint import CheckpointError
 from ..ming_core.checkpoint.reader import CheckpointReader
 from ..nodes import host
 from ..nodes.filenames import nearest_existing
-from ..nodes.loaders import GB, PUBLISHED
+from ..nodes.models import GB, PUBLISHED
 
 WANTED = re.compile(r"[\w.-]+\.(json|safetensors)|LICENSE[\w.-]*")  # at the top of the repository
 ATTEMPTS = 3  # for a file that arrives damaged
@@ -177,7 +177,7 @@ def _get(file: RemoteFile, url: str, stream: BinaryIO, have: int, headers: dict[
     except (HTTPError, HfHubHTTPError):
         raise
     except OSError as error:
-        if error.errno is None:  # huggingface_hub raises an OSError of its own for it, which no system call returned
+        if type(error) is OSError and error.errno is None:  # how huggingface_hub says it; no system call failed
             raise _WrongSize from error
         raise
 
@@ -224,13 +224,14 @@ def _explain_errors(endpoint: str, folder: Path) -> Iterator[None]:
         raise DownloadRefused(
             f"{endpoint} does not have this model, or you have no access to it ({_one_line(error)})"
         ) from error
-    except (HTTPError, HfHubHTTPError) as error:
+    except (HTTPError, HfHubHTTPError, OSError) as error:
+        # Below version 1.0 of huggingface_hub, errors of the network are OSErrors, without an error number.
+        if isinstance(error, OSError) and error.errno:
+            raise DownloadError(f"cannot write to {folder} ({_one_line(error)}): fix that, {again}") from error
         raise DownloadError(
             f"{endpoint} cannot be reached, or the connection was lost ({_one_line(error)}): check your connection, or "
             f"name a mirror in the environment variable HF_ENDPOINT, {again}"
         ) from error
-    except OSError as error:
-        raise DownloadError(f"cannot write to {folder} ({_one_line(error)}): fix that, {again}") from error
 
 
 def _one_line(error: Exception) -> str:

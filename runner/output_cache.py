@@ -51,7 +51,7 @@ def _content(node: Node, entries: Mapping[str, CacheEntry]) -> Hashable:
         (name, entries[value[0]], value[1]) if is_link(value) else (name, _hashable(value))
         for name, value in node.declared_inputs()
     )
-    # As in ComfyUI: a node that is told its id, or says that equal inputs give different results, shares with no other.
+    # As in ComfyUI, a node that asks for its id, or that declares itself NOT_IDEMPOTENT, has an entry of its own.
     shares = "UNIQUE_ID" not in node.hidden.values() and not getattr(node.node_class, "NOT_IDEMPOTENT", False)
     return node.node_class, None if shares else node.id, _hashable(_is_changed(node)), inputs
 

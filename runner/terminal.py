@@ -160,6 +160,7 @@ class BarReporter(LineReporter):
 
     def stop(self, text: str) -> None:
         self._close_bar()
+        self._stream.write(f"\r{' ' * (_columns() - 1)}\r")  # the terminal has put a ^C behind the bar
         super().stop(text)
 
     def _start(self) -> None:
@@ -170,6 +171,7 @@ class BarReporter(LineReporter):
             file=self._stream,
             leave=False,
             ncols=_columns() - 1,  # a full line would wrap, and could not be redrawn
+            nrows=shutil.get_terminal_size().lines,  # tqdm hides the bar in a terminal that does not tell its size
         )
 
     def _progress(self, value: int, total: int, text: str) -> None:

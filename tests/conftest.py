@@ -106,21 +106,6 @@ def picture(model):
 
 
 @pytest.fixture
-def quantised_as_on_a_gpu(monkeypatch):
-    """Int8 goes through the int4 kernel (the CPU's), and few rows through copies of their experts."""
-    from ming_univision.ming_core.quantization import kernels, layers
-
-    def can_pack(values, device):
-        return values.shape[-2] % kernels.BLOCK == 0 and kernels.width_of(values) % 128 == 0
-
-    def way(self, x, pairs):
-        return self._gathered if self.ready(x) else self._sorted
-
-    monkeypatch.setattr(layers, "can_pack", can_pack)
-    monkeypatch.setattr(layers.QuantizedExperts, "_way", way)
-
-
-@pytest.fixture
 def captured_steps(monkeypatch):
     """The steps of the last drawing, which may be replayed as graphs, by the names of their functions."""
     from ming_univision.ming_core import cuda_graphs

@@ -127,17 +127,20 @@ def test_a_command_is_run_by_the_command_line_of_the_pack_whose_nodes_are_not_im
     assert (done.returncode, done.stdout) == (7, "ran multi_round_edit.json\n"), done.stderr
 
 
-def test_only_quantize_runs_in_a_python_that_has_the_requirements_without_an_environment(quickstart, monkeypatch):
+@pytest.mark.parametrize("line", [["quantize", ".", "there"], ["download"]])
+def test_models_are_prepared_by_any_python_that_has_the_requirements_without_an_environment(
+    quickstart, monkeypatch, line
+):
     def prepare():
         raise quickstart.SetupError("prepared")
 
     monkeypatch.setattr(quickstart, "prepare_environment", prepare)
     monkeypatch.setattr(quickstart, "hand_over", lambda argv: 4)
     monkeypatch.setattr(quickstart, "has_requirements", lambda: True)
-    assert quickstart.main(["quantize", str(quickstart.ROOT), "there"]) == 4
+    assert quickstart.main(line) == 4
     assert quickstart.main(["demo"]) == 2
     monkeypatch.setattr(quickstart, "has_requirements", lambda: False)
-    assert quickstart.main(["quantize", str(quickstart.ROOT), "there"]) == 2
+    assert quickstart.main(line) == 2
 
 
 def test_a_python_has_the_requirements_if_it_has_every_package_and_a_torch_that_is_new_enough(quickstart, monkeypatch):

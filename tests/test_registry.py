@@ -64,6 +64,17 @@ def test_a_published_pack_has_what_it_runs_on():
     assert all(line.startswith("/") for line in lines)  # else "docs/" would take web/docs/ along
     left_out = {line.strip("/") for line in lines}
     assert all((PACK / name).exists() for name in left_out)
-    needed = {"__init__.py", "nodes", "ming_core", "models", "web", "locales", "workflows", "LICENSE"}
+    needed = {
+        "__init__.py",
+        "nodes",
+        "ming_core",
+        "tiny_shapes",
+        "runner",
+        "models",
+        "web",
+        "locales",
+        "workflows",
+        "LICENSE",
+    }
     needed |= {"requirements.txt", "quickstart.py", "requirements-dev.txt", "constraints.txt"}  # and set up by itself
     assert not left_out & needed and all((PACK / name).exists() for name in needed)

@@ -20,7 +20,7 @@ from ming_univision.ming_core import (
     save_mingtok,
     save_univision,
 )
-from ming_univision.ming_core.checkpoint import checkpoint_bytes, checkpoint_kind, save
+from ming_univision.ming_core.checkpoint import Checkpoint, checkpoint_bytes, checkpoint_kind, save, stored_quantization
 from ming_univision.ming_core.checkpoint.keys import checkpoint_keys
 from ming_univision.ming_core.config import ConfigError, MingTokConfig, UniVisionConfig, read_config
 from ming_univision.ming_core.files import write_whole
@@ -316,6 +316,25 @@ def test_a_save_that_fails_leaves_the_checkpoint_that_was_there_whole(folder, mo
     save_univision(model, folder, tokenizer)
     assert not list(folder.glob(".*")) and not (folder / checkpoint.INDEX).exists()
     assert torch.equal(draw(load_univision(folder)).latents, draw(model).latents)
+
+
+def test_a_checkpoint_reads_its_config_and_headers_once_whatever_is_asked_of_it(folder, monkeypatch):
+    opened = []
+
+    def note(module, name):
+        read = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path: opened.append(path.name) or read(path))
+
+    note(checkpoint.config, "_read_entries")
+    note(checkpoint.reader, "_read_header")
+    found = Checkpoint.open(folder)
+    assert not opened and Checkpoint.open(found) is found
+    assert checkpoint_kind(found) == "univision" and stored_quantization(found) is None
+    sizes = [checkpoint_bytes(found, kind, torch.float32) for kind in ("mingtok", "univision")]
+    model, mingtok = load_univision(found), load_mingtok(found)
+    assert opened == ["config.json", "model.safetensors"]
+    assert sizes == [sum(p.nbytes for p in part.parameters()) for part in (mingtok, model.network)]
+    assert (model.fingerprint, mingtok.fingerprint) == (found.fingerprint, model.mingtok.fingerprint)
 
 
 def test_loading_holds_the_model_and_no_second_copy(folder, tensors_alive):

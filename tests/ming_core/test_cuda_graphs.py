@@ -4,7 +4,7 @@ import pytest
 import torch
 from ming_univision.ming_core import Conversation, Guidance, Solver, cuda_graphs, load_univision
 from ming_univision.ming_core.cuda_graphs import CapturedStep, recorder
-from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.experts import Experts, OneExpert, SortedRows, StackedLinear
 from ming_univision.ming_core.offload import all_on
 from ming_univision.ming_core.quantization import FORMATS
 from ming_univision.nodes.host import PACK
@@ -48,7 +48,7 @@ def record(run):
 def graphs(monkeypatch, captured_steps):
     """Captures as on a GPU; gives the steps of the last drawing."""
     monkeypatch.setattr(cuda_graphs, "recorder", lambda device, *modules: record)
-    monkeypatch.setattr(Experts, "_way", lambda self, x, pairs: self._gathered)
+    monkeypatch.setattr(StackedLinear, "serves", lambda self, kind, x, pairs: kind is not SortedRows)
     return captured_steps
 
 
@@ -95,7 +95,7 @@ def test_quantised_experts_are_replayed_too(graphs, request, quantised):
 
 
 def test_a_step_that_waits_for_the_device_is_not_recorded_and_the_others_are(model, graphs, monkeypatch):
-    monkeypatch.setattr(Experts, "_way", lambda self, x, pairs: self._sorted)
+    monkeypatch.setattr(Experts, "dispatch", lambda self, x, pairs: OneExpert)
     model.generate_image(Conversation(), "a red circle", max_new_tokens=3)
     assert {name: step.replaying for name, step in graphs.items()} == {"condition": False, "flow": True, "expand": True}
 

@@ -149,14 +149,14 @@ def test_the_kernels_for_few_bits_work_on_ampere_and_newer():
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_order_of_the_kernels_is_undone_exactly(kind, back):
     layer = QuantizedLinear(torch.nn.Linear(256, 192, dtype=torch.bfloat16), kind).cuda()
-    values, x = layer.weight.clone(), torch.randn(3, 256, dtype=torch.bfloat16, device="cuda")
+    values, x = layer.values.clone(), torch.randn(3, 256, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         found = layer(x)
         assert layer.order == "cuda" or not few_bits_work()
         layer.to(back)
         torch.testing.assert_close(layer(x.to(back)), found.to(back), rtol=0.02, atol=0.02)
         layer.arrange("plain")
-    assert torch.equal(layer.weight, values.to(back))
+    assert torch.equal(layer.values, values.to(back))
 
 
 @on_a_real_one

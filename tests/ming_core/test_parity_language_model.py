@@ -6,10 +6,10 @@ import pytest
 import torch
 from ming_univision.ming_core import Guidance, Solver
 from ming_univision.ming_core.attention import CausalAttention
-from ming_univision.ming_core.checkpoint.checkpoint import fill
+from ming_univision.ming_core.checkpoint import fill
 from ming_univision.ming_core.checkpoint.reader import CheckpointReader
 from ming_univision.ming_core.config import LanguageModelConfig, read_config
-from ming_univision.ming_core.experts import MixtureOfExperts
+from ming_univision.ming_core.experts import ExpertPerRow, MixtureOfExperts, OneExpert
 from ming_univision.ming_core.flow_head import FlowHead, TimeEmbed
 from ming_univision.ming_core.kv_cache import DecodeCache
 from ming_univision.ming_core.language_model import LanguageModel
@@ -59,7 +59,7 @@ def test_gathered_experts_equal_sorted_experts(golden):
     moe = filled(MixtureOfExperts, case, read_config(LanguageModelConfig, case.config))
     flat = case.io["x"].flatten(0, 1)
     chosen, _ = moe.route(flat)
-    assert_close(moe.experts._gathered(flat, chosen), moe.experts._sorted(flat, chosen))
+    assert_close(moe.experts.outputs(flat, chosen, ExpertPerRow), moe.experts.outputs(flat, chosen, OneExpert))
 
 
 @pytest.mark.parametrize("name", ["moe_model_k0", "moe_model_k1"])

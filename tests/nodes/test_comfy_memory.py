@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, ImageOptions, Sampling, Solver, load_mingtok, load_univision
-from ming_univision.ming_core.experts import Experts
+from ming_univision.ming_core.experts import StackedWeight
 from ming_univision.nodes import host
 from ming_univision.tests.far_device import FarDevice, near_first
 
@@ -221,12 +221,12 @@ def test_a_model_that_fits_in_part_computes_the_same(far, checkpoint_folder, exp
 
 def test_the_experts_are_what_is_left_behind_and_only_the_routed_ones_travel(far, checkpoint_folder):
     loaded = load(checkpoint_folder)
-    stacks = [p for m in network(loaded).modules() if isinstance(m, Experts) for p in (m.gate_up, m.down)]
+    stacks = [p for m in network(loaded).modules() if isinstance(m, StackedWeight) for p in m.parameters()]
     far.free = size(loaded) - sum(p.nbytes for p in stacks) // 2
     model = host.load_to_gpu(loaded)
     left = [m for m in model.network.modules() if any(p.device != FAR for p in m.parameters(recurse=False))]
-    assert any(isinstance(m, Experts) for m in left)
-    assert all(isinstance(m, Experts) or not hasattr(m, "comfy_cast_weights") for m in left)
+    assert any(isinstance(m, StackedWeight) for m in left)
+    assert all(isinstance(m, StackedWeight) or not hasattr(m, "comfy_cast_weights") for m in left)
     far.brought.clear()
     a_round(model)
     shapes = {tuple(p.shape) for p in stacks}

@@ -14,7 +14,7 @@ from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, host, mingtok, 
 from ming_univision.nodes import saved_files as saved_files_module
 from ming_univision.nodes.saved_files import new_file, saved_files, saved_path
 from ming_univision.runner import core_nodes
-from ming_univision.runner.run import NodeError, known_node_classes, run_workflow
+from ming_univision.runner.session import ExecutionError, known_node_classes, run_workflow
 from ming_univision.runner.workflow import WorkflowError, plan, read_workflow
 
 SHORT = {"max_new_tokens": 4}
@@ -780,7 +780,7 @@ def test_a_node_that_fails_is_named_and_what_was_saved_before_stays(small, tmp_p
         if n["_meta"]["title"] == "Ming Edit: branch B":
             n["inputs"]["instruction"] = ["blank", 0]
     workflow["blank"] = {"class_type": "MingInstruction", "inputs": {"task": "edit", "text": " "}}
-    with pytest.raises(NodeError, match=r"branch B.*the prompt is empty"):
+    with pytest.raises(ExecutionError, match=r"branch B.*the prompt is empty"):
         run_workflow(workflow, output_dir=tmp_path / "output")
 
 

@@ -91,8 +91,8 @@ def test_the_mingtok_of_a_whole_model_can_be_loaded_alone(put):
     assert isinstance(loaded.model, MingTok) and loaded.model.fingerprint == alone.model.fingerprint
 
 
-def test_the_mingtok_of_a_quantised_model_is_as_exact_as_any(put, monkeypatch):
-    folder = put("models/quantised")
+def test_the_mingtok_of_a_quantized_model_is_as_exact_as_any(put, monkeypatch):
+    folder = put("models/quantized")
     monkeypatch.setattr(models, "stored_quantization", lambda folder: "int4")
     assert models.choose_precision("auto", "mingtok", folder) == (torch.float32, None)
     assert models.choose_precision("auto", "univision", folder) == (torch.bfloat16, None)

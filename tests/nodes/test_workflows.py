@@ -8,7 +8,7 @@ import pytest
 import torch
 from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
-from ming_univision.runner.run import run_workflow
+from ming_univision.runner.session import run_workflow
 from ming_univision.runner.workflow import read_workflow, with_image
 from PIL import Image
 

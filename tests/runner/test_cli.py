@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from ming_univision.ming_core.quantization import FORMATS
-from ming_univision.nodes.loaders import PUBLISHED
+from ming_univision.nodes.models import PUBLISHED
 from ming_univision.runner import cli, download, quantize, terminal, testing
 
 

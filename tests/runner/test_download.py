@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from ming_univision.ming_core import load_univision
-from ming_univision.nodes import host, loaders
+from ming_univision.nodes import host, models
 from ming_univision.runner import cli, download
 from safetensors.torch import load_file, save_file
 
@@ -334,7 +334,7 @@ def test_models_go_to_comfyui_when_the_pack_lies_in_it_and_else_into_the_pack(mo
 
 def test_an_absent_model_comes_with_the_command_that_puts_it_where_it_belongs():
     for kind, name, size in (("univision", NAME, "37.6 GB"), ("mingtok", "MingTok-Vision", "2.8 GB")):
-        message = loaders.absent("x", kind)
+        message = models.missing_message("x", kind)
         place = host.model_folders()[0]
         assert f'{host.PACK / "quickstart.py"}" download {name} --to "{place}"' in message
         assert str(place / name) in message and size in message

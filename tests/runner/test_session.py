@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from ming_univision.nodes import host, loaders
+from ming_univision.nodes import host, loaders, models
 from ming_univision.runner.core_nodes import LoadImage
 from ming_univision.runner.session import (
     ExecutionError,
@@ -461,12 +461,12 @@ def test_a_second_run_of_a_workflow_loads_no_model_and_a_changed_seed_draws_agai
 
 def test_a_closed_session_lets_its_model_go(tmp_path, loads):
     gc.collect()
-    alive = len(loaders._live)
+    alive = len(models._live)
     with Session(output_dir=tmp_path) as session:
         session.run(drawing())
-        assert len(loaders._live) == alive + 1
+        assert len(models._live) == alive + 1
     gc.collect()
-    assert len(loaders._live) == alive
+    assert len(models._live) == alive
 
 
 def test_a_picture_that_was_changed_on_disk_is_loaded_again(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -81,6 +82,18 @@ def test_what_stops_a_node_is_the_last_thing_on_the_screen(command, kind, said):
     lines = [line for line in console.screen() if line]
     assert any(line.startswith(said) for line in lines[1:])
     assert not any(line.startswith("[1/1]") for line in lines)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_terminal_that_does_not_tell_its_size_gets_a_bar(tmp_path):
+    main, terminal_end = os.openpty()
+    code = "import sys; from ming_univision.runner import terminal; "
+    code += "reporter = terminal.BarReporter(sys.stdout, ''); reporter._start(); reporter._progress(1, 4, '')"
+    command = [sys.executable, "-c", f"import quickstart; quickstart.load_pack(); {code}"]
+    subprocess.run(command, cwd=host.PACK, stdout=terminal_end, check=True)
+    os.close(terminal_end)
+    assert "1/4" in os.read(main, 10_000).decode()
+    os.close(main)
 
 
 def test_a_log_warning_is_printed_above_the_line_that_is_redrawn():

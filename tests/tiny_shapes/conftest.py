@@ -48,7 +48,7 @@ def tokenizer() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def chat(tokenizer) -> ChatFormat:
-    return ChatFormat(tokenizer["tokenizer.json"])
+    return ChatFormat.from_json(tokenizer["tokenizer.json"])
 
 
 def make_mingtok() -> MingTok:

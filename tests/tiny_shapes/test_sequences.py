@@ -84,7 +84,7 @@ def test_answers_of_a_word_or_two_count_more_than_descriptions(chat):
     assert set(tokenize_dialogue(dialogue_of("describe"), chat, GRID).loss_weights) == {1.0}
 
 
-def test_every_object_of_a_caption_is_told_where_its_words_end(chat):
+def test_every_object_of_a_caption_is_named_where_its_words_end(chat):
     for seed in range(20):
         dialogue = dialogue_of(("generate", "colorize"), seed, objects=(2, 3))
         scene, sequence = dialogue.tasks[0].target_scene, tokenize_dialogue(dialogue, chat, GRID)

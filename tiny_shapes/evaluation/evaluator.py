@@ -60,7 +60,7 @@ class Evaluator:
             unseen = split_of(scene) == "eval"
             return text, Task(text, None, None, draw(scene), "generate", scene) if unseen else None
 
-        return self._distinct("few words", make)  # the name chooses the scenes: those of the published table
+        return self._distinct("few words", make)  # seeds the choice of scenes: those of the table in docs
 
     def _distinct(
         self, name: str, make: Callable[[np.random.Generator], tuple[Hashable, _Sample | None]]

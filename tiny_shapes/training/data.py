@@ -65,7 +65,7 @@ class DialogueData:
     split: str = "train"
 
     def __call__(self, rng: np.random.Generator) -> Batch:
-        chat = ChatFormat(self.tokenizer_json)
+        chat = ChatFormat.from_json(self.tokenizer_json)
         return pack([self.sequence(rng, chat) for _ in range(self.batch)], self.row_length, self.grid)
 
     def sequence(self, rng: np.random.Generator, chat: ChatFormat) -> Sequence:

@@ -11,9 +11,10 @@ from ming_core.language_model import RMSNorm
 # Layers whose output is added to a residual stream begin small. Those that modulate it in the flow head begin at 0.
 _RESIDUAL = (
     *("attn.proj.weight", "mlp.w3.weight", "mlp.fc2.weight"),
-    *("attention.dense.weight", "down_proj.weight", "down"),
+    *("attention.dense.weight", "down_proj.weight", "experts.down.values"),
 )
 _RESIDUAL_SCALE = 0.3
+_MODULATION = ("adaLN_modulation.1.weight", "linear.weight")
 _EMBEDDING_STD = 0.3  # about that of projected image features
 _TABLE_STD = 0.05  # position table and class token
 _LOGITS_STD = 0.02
@@ -35,11 +36,10 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
                 param.normal_(0, param.shape[-1] ** -0.5, generator=generator)
         if isinstance(module, nn.Embedding):
             module.weight.normal_(0, _EMBEDDING_STD, generator=generator)
-        elif isinstance(module, ResBlock):
-            module.adaLN_modulation[1].weight.zero_()
-        elif isinstance(module, FinalLayer):
-            module.adaLN_modulation[1].weight.zero_()
-            module.linear.weight.zero_()
+        elif isinstance(module, (ResBlock, FinalLayer)):
+            for name, param in module.named_parameters():
+                if name in _MODULATION:
+                    param.zero_()
     for name, param in model.named_parameters():
         if name.endswith(_RESIDUAL):
             param.mul_(_RESIDUAL_SCALE)

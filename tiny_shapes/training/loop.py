@@ -38,8 +38,13 @@ PROGRESS_SECONDS = 30.0  # between two lines of progress where there is no termi
 class Objective(Protocol):
     """What a stage trains."""
 
-    module: Any  # nn.Module; its parameters that need a gradient are trained
-    data: MakeBatch
+    @property
+    def module(self) -> nn.Module:
+        """The network with its loss; its parameters that need a gradient are trained."""
+
+    @property
+    def data(self) -> MakeBatch:
+        """Makes the batches."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """The scalar "loss" to minimize, and whatever else is worth logging."""

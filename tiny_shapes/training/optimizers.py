@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 # Quintic Newton-Schulz iteration with the steepest slope at zero (Keller Jordan, "Muon", 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -46,9 +47,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure=None):  # without types, as those of torch are
         for group in self.param_groups:
-            by_shape = defaultdict(list)
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for param in group["params"]:
                 if param.grad is not None:
                     by_shape[param.shape[-2:]].append(param)
@@ -60,6 +61,7 @@ class Muon(torch.optim.Optimizer):
                     param.add_(part.view_as(param), alpha=-scale)
 
     def _nesterov(self, param: nn.Parameter, momentum: float) -> Tensor:
+        assert param.grad is not None
         state = self.state[param]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(param)
@@ -72,7 +74,8 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
     Routers stay with AdamW: their few rows are classes, not directions.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         if param.requires_grad:
             inner = any(part in name for part in ("blocks.", "layers.")) and "gate.weight" not in name
@@ -109,7 +112,7 @@ def make_average(module: nn.Module, decay: float) -> AveragedModel:
     It forgets faster while it is young, because an average with the first random weights is of no use.
     """
 
-    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+    def update(averaged: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
         step = int(updates) + 1
         torch._foreach_lerp_(averaged, current, 1 - min(decay, step / (step + 10)))
 

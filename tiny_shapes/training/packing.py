@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     image_starts             int64 [P], index of the first token of each image in the flattened rows
     flow_weights             float32 [P, N], of the flow loss of each token (0 for an image that is not drawn)
     patch_targets            int64 [P, kinds, N], what each token shows (`PATCH_TARGETS`), or IGNORE
-    object_positions         int64 [M], index in the flattened rows where a prompt has told an object
+    object_positions         int64 [M], index in the flattened rows where a prompt has named an object
     object_targets           int64 [M, 4], that object (`ATTRIBUTES`)
     """
 
@@ -100,11 +100,21 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         images += sequence.images
         starts += [offset + image.start for image in sequence.images]
         subjects |= {offset + position: obj for position, obj in sequence.subjects.items()}
+    pixels, image_weights, image_targets = _image_tensors(images, grid)
+    objects = [_attributes(obj) for obj in subjects.values()]
     return Batch(
-        *(torch.from_numpy(array) for array in (ids, targets, positions, loss_weights, mask)),
-        *_image_tensors(images, starts, grid),
-        torch.tensor(list(subjects), dtype=torch.long),
-        torch.tensor([_attributes(obj) for obj in subjects.values()], dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
+        ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        loss_weights=torch.from_numpy(loss_weights),
+        mask=torch.from_numpy(mask),
+        images=pixels,
+        drawn=torch.tensor([image.drawn for image in images], dtype=torch.bool),
+        image_starts=torch.tensor(starts, dtype=torch.long),
+        flow_weights=image_weights,
+        patch_targets=image_targets,
+        object_positions=torch.tensor(list(subjects), dtype=torch.long),
+        object_targets=torch.tensor(objects, dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
     )
 
 
@@ -131,22 +141,17 @@ def _placed(rows: list[list[Sequence]]) -> Iterator[tuple[int, int, Sequence]]:
             begin += len(sequence.ids)
 
 
-def _image_tensors(images: list[PlacedImage], starts: list[int], grid: tuple[int, int]) -> list[Tensor]:
-    """The fields of a batch from `images` to `patch_targets`."""
+def _image_tensors(images: list[PlacedImage], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of the images, and the flow loss weights and the patch targets of their tokens."""
     tokens = grid[0] * grid[1]
-    pixels, weights = np.empty((0, 1, 1, 3), dtype=np.uint8), np.empty((0, tokens), dtype=np.float32)
-    targets = np.empty((0, len(PATCH_TARGETS), tokens), dtype=np.int64)
-    if images:
-        pixels = np.stack([image.pixels for image in images])
-        weights = np.stack([flow_weights(image.task, grid) for image in images])
-        targets = np.stack([patch_targets(image.task, grid) for image in images])
-    return [
-        torch.from_numpy(pixels),
-        torch.tensor([image.drawn for image in images], dtype=torch.bool),
-        torch.tensor(starts, dtype=torch.long),
-        torch.from_numpy(weights),
-        torch.from_numpy(targets),
-    ]
+    if not images:
+        nothing = torch.empty(0, 1, 1, 3, dtype=torch.uint8), torch.empty(0, tokens)
+        return *nothing, torch.empty(0, len(PATCH_TARGETS), tokens, dtype=torch.long)
+    return (
+        torch.from_numpy(np.stack([image.pixels for image in images])),
+        torch.from_numpy(np.stack([flow_weights(image.task, grid) for image in images])),
+        torch.from_numpy(np.stack([patch_targets(image.task, grid) for image in images])),
+    )
 
 
 def _attributes(obj: SceneObject) -> list[int]:

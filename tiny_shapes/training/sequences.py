@@ -57,7 +57,7 @@ class Sequence:
     loss_weights  of the targets
     positions     as rotary embedding counts them
     images        in order
-    subjects      objects, by the position where a prompt has told them: the last token of the words for each object of
+    subjects      objects, by the position where a prompt has named them: the last token of the words for each object of
                   a caption, and the last token of a prompt that is about one object
     masked        bool [n]: which of the first n tokens the others, from n on, do not attend to
     """

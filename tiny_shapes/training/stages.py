@@ -68,7 +68,7 @@ def make_objective(
     if stage.trains == "pixel decoder":
         return PixelStage(stage, mingtok, device)
     tokenizer = train_text_tokenizer(VOCABULARY)
-    chat = ChatFormat(tokenizer["tokenizer.json"])
+    chat = ChatFormat.from_json(tokenizer["tokenizer.json"])
     network = UniVision(univision_config(mingtok.config, chat, VOCABULARY))
     initialize(network, generator)
     network.mingtok = mingtok
