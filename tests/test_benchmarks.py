@@ -113,6 +113,7 @@ def test_ab2_is_nearer_to_the_reference_than_euler_on_the_built_in_model():
     assert steps.token_error(engine.network.flow_head, drawn, steps.REFERENCE) == (0, 0)
 
 
+@pytest.mark.slow
 def test_two_checkouts_are_compared_round_by_round(capsys, monkeypatch):
     compare = importlib.import_module("compare")
     monkeypatch.setattr(sys, "argv", ["compare.py", str(PACK), str(PACK), "--repeats", "2", "--only", "understand"])
