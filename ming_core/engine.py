@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, network: UniVision, chat: ChatFormat | None = None, fingerprint: str = "") -> None:
         self.network, self._chat, self.fingerprint = network, chat, fingerprint
         self.prefix_cache = PrefixCache()
-        self._weights = WeightsState(network)
+        self._weights = WeightsState(network.language_model, network.linear_proj)  # what keys and values depend on
 
     @property
     def chat(self) -> ChatFormat:
@@ -224,6 +224,7 @@ class Engine:
         """Run a round that answers in text. on_token: see `understand`."""
         options = plan.options
         prefilled = self._prefill(plan.transcript, on_token)
+        # a single row that continues the prompt; the prompt's keys and values are not copied
         cache = DecodeCache(prefilled.cache, capacity=options.max_new_tokens)
         generator = round_generator(options.seed, "text", plan.transcript)
         decoder = self._text_decoder(options, options.sampling, generator, on_token)
@@ -242,6 +243,7 @@ class Engine:
         decoder = self._text_decoder(options, Sampling(), None, on_token)
         start, before = self._begin_image(prefilled, options.start, decoder)
 
+        # every image has the same guidance rows, all on the one prefilled prompt
         masks = guidance_masks(prefilled.transcript.parts)
         rows = GuidanceRows.of(options.guidance, len(masks), options.solver.renorm)
         images = len(options.seeds)
@@ -295,6 +297,7 @@ class Engine:
         visible = torch.zeros(len(rounds) * rows.per_image, length, dtype=torch.bool)
         for k, (past, masks) in enumerate(rounds):
             own = slice(prefix.length, prefix.length + past.cache.length)
+            # everything outside a row's own past stays hidden from it
             visible[k * rows.per_image : (k + 1) * rows.per_image, own] = masks[rows.used]
             prefix.extend(past.cache.slice(0, past.cache.length))
         cache = DecodeCache(prefix, noise[0].shape[1], len(visible), visible)
@@ -311,7 +314,7 @@ class Engine:
         weights = self.weights_key()
         keys = segment_keys(segments, weights)
         cache = self.network.language_model.new_cache(transcript.length)
-        known = self.prefix_cache.lookup(keys[:-1])
+        known = self.prefix_cache.lookup(keys[:-1])  # the longest run of leading segments that was computed before
         for entry in known:
             cache.extend(entry)
         new, begin = segments[len(known) :], cache.length
@@ -394,6 +397,7 @@ class Engine:
         drawn = images.draw(on_token)
         # the conditional rows alone write the text that follows
         conditional = list(range(0, images.cache.rows, images.rows.per_image))
+        # what is pending goes through these rows only: nobody asks the others for anything any more
         room = images.cache.length + images.pending.shape[1] + decoder.limit
         cache = images.cache.select(conditional, room)
         hidden = self.network.language_model.decode(images.pending[conditional], cache)[:, -1]

@@ -162,10 +162,10 @@ class Experts(nn.Module):
         if kind is ExpertPerRow:
             rows = x.repeat_interleave(chosen.shape[1], 0)
             return self._multiply(rows, ExpertPerRow(experts)).unflatten(0, chosen.shape)
-        order = experts.argsort(stable=True)
-        restored = torch.empty_like(order)
+        order = experts.argsort(stable=True)  # pairs of one expert stand together
+        restored = torch.empty_like(order)  # the inverse permutation
         restored[order] = torch.arange(len(order), device=order.device)
-        rows = x[order // chosen.shape[1]]
+        rows = x[order // chosen.shape[1]]  # (T * k, H): pair p belongs to token p // k
         if kind is SortedRows:
             ids = torch.arange(self.count, device=x.device)
             ends = torch.searchsorted(experts[order], ids, right=True, out_int32=True)
@@ -233,6 +233,7 @@ class MixtureOfExperts(nn.Module):
         dim, hidden = config.hidden_size, config.moe_intermediate_size
         make = {"device": device, "dtype": dtype}
         self.top_k = config.num_experts_per_tok
+        # one router for text and drawn images, one for images that were looked at; the experts are the same
         self.gate = operations.Linear(dim, config.num_experts, bias=False, **make)
         self.image_gate = operations.Linear(dim, config.num_experts, bias=False, **make)
         self.experts = Experts(config.num_experts, dim, hidden, **make)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .solver import Schedule, Solver
 from .transformer import LAYER_NORM_EPS, SwiGLU
 
-TIME_FREQUENCIES = 128
+TIME_FREQUENCIES = 128  # as published: 128 cosines and 128 sines
 TIME_SCALE = 1000.0  # the network sees 1000 * t
 
 
@@ -92,15 +92,16 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         make = {"device": device, "dtype": dtype}
-        self.in_ln = operations.LayerNorm(width, eps=LAYER_NORM_EPS, **make)
+        self.in_ln = operations.LayerNorm(width, eps=LAYER_NORM_EPS, **make)  # with weights, unlike the final one
         self.mlp = SwiGLU(width, hidden, operations=operations, **make)
+        # a third of the head's weights: read once a token instead of once a step (see VelocityNet.modulations)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(width, 3 * width, **make))
 
     def modulation(self, y: Tensor) -> GatedModulation:
         """y [..., w]: SiLU(time + condition)."""
         # index 1: the SiLU at index 0 is already in y, where it is applied once for all layers
         shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
-        return GatedModulation(shift, 1 + scale, gate)
+        return GatedModulation(shift, 1 + scale, gate)  # 1 + here: once a token, not in every step
 
     def forward(self, h: Tensor, modulation: GatedModulation) -> Tensor:
         shift, scale, gate = modulation
@@ -147,8 +148,10 @@ class VelocityNet(nn.Module):
         make = {"operations": operations, "device": device, "dtype": dtype}
         self.channels = channels
         self.time_embed = TimeEmbed(width, **make)
+        # times and conditions meet as a sum, so the times of a whole drawing can be embedded beforehand
         self.cond_embed = operations.Linear(width, width, device=device, dtype=dtype)
         self.input_proj = operations.Linear(channels, width, device=device, dtype=dtype)
+        # the part that depends on x, and so the part that every step pays for
         self.res_blocks = nn.ModuleList([ResBlock(width, hidden, **make) for _ in range(depth)])
         self.final_layer = FinalLayer(width, channels, **make)
 
@@ -189,6 +192,7 @@ class FlowHead(nn.Module):
     ) -> None:
         super().__init__()
         make = {"device": device, "dtype": dtype}
+        # the norm gives every condition one length, whatever the scale of the hidden states
         self.vis_head = nn.Sequential(
             operations.Linear(hidden_size, width, **make),
             operations.LayerNorm(width, eps=LAYER_NORM_EPS, **make),
@@ -229,7 +233,8 @@ class Sampler:
     ) -> None:
         self.net, self.renorm = net, solver.renorm
         self.schedule: Schedule = solver.schedule(steps)
-        self.time = net.time_embed(self.schedule.times.to(device), dtype)[:, None, None]  # (steps, 1, 1, w)
+        # (steps, 1, 1, w), to broadcast over images and guidance rows
+        self.time = net.time_embed(self.schedule.times.to(device), dtype)[:, None, None]
         self.guidance_weights = torch.tensor(guidance_weights, device=device)[:, None]
 
     def draw(self, z: Tensor, noise: Tensor) -> Tensor:
@@ -246,14 +251,15 @@ class Sampler:
         ):
             velocities.appendleft(self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float()))
             for weight, velocity in zip(weights, velocities, strict=False):
-                if weight:
+                if weight:  # a multistep rule has no past in its first step
                     x = x + weight * velocity
         return x
 
     def _guided(self, v: Tensor) -> Tensor:
         """Velocities of the guidance rows [B, g, C] -> [B, C]."""
-        guided = (self.guidance_weights * v).sum(1)
+        guided = (self.guidance_weights * v).sum(1)  # (B, C); the weights add up to 1
         if not self.renorm:
             return guided
+        # long guided velocities overshoot: hold them to the length of the conditional one
         length = v[:, 0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         return guided * (length + 1e-8).clamp(0, 1)

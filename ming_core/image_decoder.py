@@ -109,6 +109,7 @@ class ImageDecoder:
         self.sources = self.kept.latents.to(network.device)
         batch, tokens, _ = noise.shape
         llm = network.config.llm_config
+        # made for this drawing: embedded times and guidance weights belong to the weights as they are now
         self.sampler = Sampler(
             network.flow_head.net,
             rows.weights,
@@ -117,7 +118,7 @@ class ImageDecoder:
             device=network.device,
             dtype=network.language_model.dtype,
         )
-        self.stream = network.mingtok.stream(batch, tokens)
+        self.stream = network.mingtok.stream(batch, tokens)  # once an image: its guidance rows share the features
         width = network.mingtok.config.semantic_decoder.embed_dim
         self.images = DrawnImages(torch.empty_like(self.noise), self.noise.new_empty(batch, tokens, width))
         start = torch.full((batch * rows.per_image, 1), llm.image_start_token, device=network.device)
@@ -139,6 +140,7 @@ class ImageDecoder:
                     self._keep(start, end)
                     self._tell(end, on_token)
                     continue
+                # the next token is drawn from the hidden state after everything before it
                 self._forward_pending_run()
                 for i in range(start, end):
                     draw_token(i)
@@ -158,6 +160,7 @@ class ImageDecoder:
         expanded = self.stream.append(images.latents[:, start:end])  # (B, n, D)
         self.stream.caches.advance(end - start)
         images.tokens[:, start:end] = expanded
+        # as if the model had drawn them: as features, through the text router, in every guidance row
         embeddings = self.network.project(expanded).repeat_interleave(self.rows.per_image, dim=0)
         self.pending = torch.cat([self.pending, embeddings], dim=1)
 
@@ -189,11 +192,11 @@ class ImageDecoder:
             return token[:, 0], network.project(token).repeat_interleave(rows.per_image, dim=0)
 
         def draw_token(i: int) -> None:
-            (z,) = condition(self.pending)
-            (latent,) = flow(z, self.noise[:, i])
+            (z,) = condition(self.pending)  # (B, rows, w)
+            (latent,) = flow(z, self.noise[:, i])  # (B, C)
             if kept_somewhere[i]:  # drawn for the other images of the batch
                 latent = torch.where(kept[:, i, None], self.sources[:, i], latent)
-            images.latents[:, i] = latent
+            images.latents[:, i] = latent  # a copy: a replayed step overwrites its outputs
             images.tokens[:, i], self.pending = expand(images.latents[:, i])
 
         return draw_token

@@ -77,6 +77,7 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = config.head_dim
         make: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        # one fused projection without biases, as all linear layers of this language model
         self.query_key_value = operations.Linear(config.hidden_size, width, **make)
         self.dense = operations.Linear(self.heads * self.head_dim, config.hidden_size, **make)
 
@@ -105,9 +106,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         make = {"operations": operations, "device": device, "dtype": dtype}
         norm = {"eps": config.rms_norm_eps, "device": device, "dtype": dtype}
+        # pre-norm: the residual stream itself is never normalized before the last layer
         self.input_layernorm = RMSNorm(config.hidden_size, **norm)
         self.attention = GroupedQueryAttention(config, layer, **make)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        # in published checkpoints no layer is dense
         self.dense = layer < config.first_k_dense_replace
         self.mlp = (
             GatedMlp(config.hidden_size, config.intermediate_size, **make)
@@ -135,6 +138,7 @@ class Decoder(nn.Module):
         super().__init__()
         make = {"operations": operations, "device": device, "dtype": dtype}
         self.config = config
+        # looked up row by row: a host may leave the table offloaded
         self.word_embeddings = operations.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList([DecoderLayer(config, i, **make) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
@@ -162,6 +166,7 @@ class LanguageModel(OffloadableModule):
         make = {"operations": operations, "device": device, "dtype": dtype}
         self.config = config
         self.model = Decoder(config, **make)
+        # untied from the embeddings; drawing needs it only for the token after an image
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
     @property
@@ -176,7 +181,7 @@ class LanguageModel(OffloadableModule):
         config, size = self.config, self.dtype.itemsize
         # keys and values of one position, in all layers
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-        chunk = min(prefix, PREFILL_CHUNK)
+        chunk = min(prefix, PREFILL_CHUNK)  # tokens that are computed at once
         scores = 2 * config.num_attention_heads * chunk * prefix * 4
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk
@@ -227,8 +232,9 @@ class LanguageModel(OffloadableModule):
             if start and on_chunk:
                 on_chunk(start)
             chunk = x[None, start : start + PREFILL_CHUNK]
-            tokens = chunk.shape[1]
+            tokens = chunk.shape[1]  # the last chunk is shorter
             positions = torch.arange(cache.length, cache.length + tokens, device=x.device)[None]
+            # images of the prompt take the image router, everything else the text router
             gate = None if image_gate is None else image_gate[None, start : start + PREFILL_CHUNK]
             hidden = self.model(chunk, positions, PrefillAttention(cache, tokens), gate)[0, -1]
             cache.advance(tokens)

@@ -71,9 +71,12 @@ class LowLevelEncoder(nn.Module):
         make = {"operations": operations, "device": device, "dtype": dtype}
         dim, self.grid, self.out_dim = config.embed_dim, config.grid, config.out_dim
         self.patch_embed = PatchEmbed(config.patch_size, dim, **make)
+        # trained along for the teacher's sake; no patch token depends on what it becomes in the semantic decoder
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
+        # a learned table for the native grid, the class token's row last
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, dim, device=device, dtype=dtype))
         self.blocks = BlockStack(config.depth, dim, SwiGLU, **make)
+        # the bottleneck: D numbers a token become C
         self.out_norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.out_proj = operations.Linear(dim, config.out_dim, device=device, dtype=dtype)
 
@@ -123,7 +126,7 @@ class SemanticDecoder(nn.Module):
     ) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.repeat = dim // config.in_dim
+        self.repeat = dim // config.in_dim  # neighbouring channels that each latent channel fills
         self.in_proj = operations.Linear(config.in_dim, dim, device=device, dtype=dtype)
         self.blocks = BlockStack(config.decoder_depth, dim, SwiGLU, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
@@ -153,6 +156,7 @@ class PixelDecoder(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.patch_size = config.patch_size
+        # plain GELU layers, not SwiGLU: the published builder never handed the choice on
         self.blocks = BlockStack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.head = operations.Linear(dim, 3 * config.patch_size**2, device=device, dtype=dtype)
@@ -182,6 +186,7 @@ class MingTok(OffloadableModule):
         super().__init__()
         self.config = config = config or MingTokConfig()
         make = {"operations": operations, "device": device, "dtype": dtype}
+        # each semantic token becomes cells * cells pixel tokens, which are finer
         self.cells = config.semantic_decoder.patch_size // config.pixel_decoder.patch_size  # pixel tokens a side
         self.low_level_encoder = LowLevelEncoder(config.low_level_encoder, **make)
         self.semantic_decoder = SemanticDecoder(config.semantic_decoder, **make)
@@ -216,6 +221,7 @@ class MingTok(OffloadableModule):
         """
         self._check_pixels(pixels)
         self.calls["encode"] += 1
+        # float32 from here on: latents travel, are compared and saved
         raw = self.low_level_encoder(pixels.to(self.device, self.dtype))[:, :-1].float()  # without the class latent
         if not raw.isfinite().all():
             raise nonfinite_error(self.dtype)
@@ -229,7 +235,7 @@ class MingTok(OffloadableModule):
         """
         self.check_latents(latents)
         self.calls["semantic"] += 1
-        latents = latents.float()
+        latents = latents.float()  # other nodes may have worked on them in 16 bit
         raw = self.denormalise(to_tokens(latents).to(self.device))
         tokens = self.semantic_decoder(raw.to(self.dtype)).float().cpu()
         if not tokens.isfinite().all():
@@ -255,6 +261,7 @@ class MingTok(OffloadableModule):
         """
         self.calls["preview"] += 1
         patches = self.patches(tokens.to(self.device, self.dtype))
+        # mid grey is 0 in [-1, 1], so padding with zeros shows what is not drawn yet
         missing = grid[0] * grid[1] - tokens.shape[1]
         return self.assemble(F.pad(patches, (0, 0, 0, 0, 0, missing)), grid).float().clamp(-1, 1)
 

@@ -72,7 +72,7 @@ class TextDecoder:
         open_rows = set(range(cache.rows))
         for count in range(written + 1, self.limit + 1):
             logits = self.language_model.logits(hidden)
-            chosen = self._choose(logits, forbidden)
+            chosen = self._choose(logits, forbidden)  # rows that have ended go on with the others, unread
             for row in sorted(open_rows):
                 out[row].ids.append(chosen[row])
                 if self.keep_logits:
@@ -83,7 +83,7 @@ class TextDecoder:
                 first_row_goes_on = len(out[0].ids) == count - written
                 text = self.stream.push(chosen[0]) if first_row_goes_on else self.stream.text
                 self.on_token(Progress("text", count, self.limit, text))
-            if not open_rows or count == self.limit:
+            if not open_rows or count == self.limit:  # the last token is emitted, and never forwarded
                 break
             ids = torch.tensor(chosen, device=hidden.device)
             hidden = self.language_model.decode(self.language_model.embed(ids)[:, None], cache)[:, 0]
@@ -94,7 +94,7 @@ class TextDecoder:
         if forbidden is not None:
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
-        best = logits.amax(-1, keepdim=True)
+        best = logits.amax(-1, keepdim=True)  # subtracted below, so that no temperature overflows
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
@@ -103,6 +103,7 @@ class TextDecoder:
             temperature = max(self.sampling.temperature, MIN_TEMPERATURE)
             probs = ((logits.cpu() - best) / temperature).softmax(-1).nan_to_num(1)
             probs, order = probs.sort(dim=-1, descending=True)
+            # the nucleus: tokens before which less than top_p has been collected, at least one
             probs[probs.cumsum(-1) - probs >= self.sampling.top_p] = 0
             chosen = order.gather(1, torch.multinomial(probs, 1, generator=self.generator))
         ids = chosen.where(best.isfinite(), NO_TOKEN)[:, 0].tolist()

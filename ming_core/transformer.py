@@ -19,7 +19,7 @@ from .attention import cached_attention, causal_attention
 from .config import HEAD_DIM
 from .kv_cache import LayerCache
 
-LAYER_NORM_EPS = 1e-6
+LAYER_NORM_EPS = 1e-6  # of every LayerNorm in MingTok and the flow head
 
 
 class Attention(nn.Module):
@@ -27,7 +27,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.heads = dim // HEAD_DIM
+        self.heads = dim // HEAD_DIM  # the width of a head is fixed, their number follows
         self.qkv = operations.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.proj = operations.Linear(dim, dim, device=device, dtype=dtype)
 
@@ -42,7 +42,7 @@ class Attention(nn.Module):
             x = causal_attention(q, k, v)
         else:
             x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(b, n, dim))
+        return self.proj(x.transpose(1, 2).reshape(b, n, dim))  # heads side by side again
 
 
 def swiglu_width(dim: int) -> int:
@@ -63,7 +63,8 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = hidden or swiglu_width(dim)
+        hidden = hidden or swiglu_width(dim)  # as many weights as an MLP of four times the width
+        # gate and value in one product: one kernel and one read of x
         self.w12 = operations.Linear(dim, 2 * hidden, device=device, dtype=dtype)
         self.w3 = operations.Linear(hidden, dim, device=device, dtype=dtype)
 

@@ -82,8 +82,10 @@ class UniVision(OffloadableModule):
         seen      bool [B, T], True at positions of images that were looked at rather than drawn: the image router's
         mask      bool [B, T, T], True where a position may attend; None: causal
         """
+        # words and features side by side in one sequence, in the order in which they were said and drawn
         x = torch.where(at[..., None], self.project(features), self.language_model.embed(ids))
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        # one stack of layers for both; only the routers of the experts tell them apart
         hidden = self.language_model.model(x, positions, CausalAttention(mask), seen)
         return UniVisionOutput(self.language_model.logits(hidden), self.flow_head.vis_head(hidden))
 

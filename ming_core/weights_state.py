@@ -16,30 +16,32 @@ SAMPLES = 8  # values of each weight that are looked at, spread over it
 
 
 class WeightsState:
-    """Tells whether a network's weights are those of the last time.
+    """Tells whether the weights of some modules are those of the last time.
 
     Two signs are read: torch counts the in-place changes of a tensor, but not those made through `.data`, and a weight
     that moved to another device is another tensor; a few values of every weight show the rest. Integer weights are left
     out: those of quantized layers are reordered for kernels and still mean the same, and their scales are looked at.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = nn.ModuleList(modules)
         self._versions: dict[str, tuple[weakref.ref[Tensor], int]] = {}
         self._changes = 0
 
     @torch.no_grad()
     def key(self) -> bytes:
         """Equal for equal weights, on whatever device they are."""
-        samples = []
-        for name, weight in self._network.named_parameters():
+        samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for name, weight in self._modules.named_parameters():
             if not weight.is_floating_point() or weight.is_meta or not weight.numel():
                 continue
             self._count(name, weight)
-            flat = weight.detach().flatten()
-            samples.append(flat[:: max(1, len(flat) // SAMPLES)].float())
-        values = torch.cat([sample.cpu() for sample in samples]) if samples else torch.empty(0)
-        return hashlib.blake2b(values.numpy().tobytes() + self._changes.to_bytes(8, "big"), digest_size=16).digest()
+            place = weight.device, weight.dtype
+            samples.setdefault(place, []).append(weight.flatten()[:: max(1, weight.numel() // SAMPLES)])
+        digest = hashlib.blake2b(self._changes.to_bytes(8, "big"), digest_size=16)
+        for group in samples.values():  # one copy from each device: a GPU is waited for once
+            digest.update(torch.cat(group).float().cpu().numpy().tobytes())
+        return digest.digest()
 
     def _count(self, name: str, weight: Tensor) -> None:
         """Count a change when the same tensor has a newer version than the last time."""
