@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     engine = reduced_model(options.tokens)
     side = int(options.tokens**0.5)
-    latents = torch.randn(1, engine.config.llm_config.num_image_tokens_for_gen // side // side * 32, side, side)
+    latents = torch.randn(1, engine.network.flow_head.net.channels, side, side)
     with torch.no_grad():
         source = engine.mingtok.semantic_features(latents)
     masks = {f"{share:.0%} open": block(side, share) for share in SHARES}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..ming_core.checkpoint import INDEX, checkpoint_bytes, checkpoint_kind, stored_quantization
+from ..ming_core.checkpoint import INDEX, Checkpoint, checkpoint_bytes, checkpoint_kind, stored_quantization
 from . import host
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ QUANTIZED = ("int8", "int4")
 PRECISIONS = ("auto", *DTYPES, *QUANTIZED)
 
 
-def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dtype, str | None]:
+def choose_precision(precision: str, kind: str, folder: Path | Checkpoint) -> tuple[torch.dtype, str | None]:
     """(dtype, quantization) for a precision widget. Raises ValueError with the figures when the model cannot fit."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: choose one of {PRECISIONS}")
@@ -109,7 +109,7 @@ def choose_precision(precision: str, kind: str, folder: Path) -> tuple[torch.dty
     return dtype, quantization
 
 
-def _auto_dtype(kind: str, folder: Path) -> torch.dtype:
+def _auto_dtype(kind: str, folder: Path | Checkpoint) -> torch.dtype:
     """float32 on a CPU with plenty of RAM, else the device's 16-bit dtype."""
     compute = host.device()
     memory = host.total_memory(host.offload_device())
@@ -123,7 +123,7 @@ def _auto_dtype(kind: str, folder: Path) -> torch.dtype:
     return half
 
 
-def _check_memory(kind: str, folder: Path, dtype: torch.dtype, quantization: str | None) -> None:
+def _check_memory(kind: str, folder: Path | Checkpoint, dtype: torch.dtype, quantization: str | None) -> None:
     """Raises ValueError when the offload device cannot hold the model. A GPU may: ComfyUI then loads only a part."""
     compute, offload = host.device(), host.offload_device()
     memory, needed = host.total_memory(offload), checkpoint_bytes(folder, kind, dtype, quantization)
@@ -138,7 +138,7 @@ def _check_memory(kind: str, folder: Path, dtype: torch.dtype, quantization: str
     )
 
 
-def _stored_quantization(kind: str, folder: Path) -> str | None:
+def _stored_quantization(kind: str, folder: Path | Checkpoint) -> str | None:
     """The format of a folder's quantized weights, if any. The MingTok inside a folder is never quantized."""
     return stored_quantization(folder) if kind == "univision" else None
 
@@ -157,23 +157,26 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., host.Model]
     folder = find_checkpoints(kind).get(name)
     if folder is None:
         raise ValueError(missing_message(name, kind))
-    dtype, quantization = choose_precision(precision, kind, folder)
-    key = (kind, str(folder), file_state(folder), dtype, quantization or _stored_quantization(kind, folder))
+    checkpoint = Checkpoint.open(folder)  # config and headers are read once for all that follows
+    dtype, quantization = choose_precision(precision, kind, checkpoint)
+    key = (kind, str(folder), file_state(folder), dtype, quantization or _stored_quantization(kind, checkpoint))
     loaded = _live.get(key)
     if loaded is None:
-        host.make_room(checkpoint_bytes(folder, kind, dtype, quantization))
+        host.make_room(checkpoint_bytes(checkpoint, kind, dtype, quantization))
         log.info("loading %s as %s", folder, quantization or dtype)
-        loaded = host.managed(_read(folder, dtype, quantization, loader), name)
+        loaded = host.managed(_read(checkpoint, dtype, quantization, loader), name)
         _live[key] = loaded
     return loaded
 
 
-def _read(folder: Path, dtype: torch.dtype, quantization: str | None, loader: Callable[..., host.Model]) -> host.Model:
+def _read(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, loader: Callable[..., host.Model]
+) -> host.Model:
     """Read a model from disk, with a progress bar in percent."""
     report = host.progress(100)
     options = {"quantization": quantization} if quantization else {}
     return loader(
-        folder,
+        checkpoint,
         device=host.offload_device(),
         dtype=dtype,
         operations=host.operations(),
