@@ -86,5 +86,5 @@ def test_without_a_mask_encode_gives_an_all_white_one_with_which_an_edit_is_what
 
 
 def test_a_black_mask_says_what_to_do(loaded, picture):
-    with pytest.raises(ValueError, match="black everywhere.*invert the mask"):
+    with pytest.raises(ValueError, match=r"black everywhere.*invert the mask"):
         edit(loaded, features=picture, mask=torch.zeros(1, 16, 16))
