@@ -162,12 +162,12 @@ def batch(loaded):
 
 def test_a_batch_is_computed_a_few_pictures_at_a_time_and_is_what_it_would_be_one_by_one(comfy, batch):
     mingtok, pictures = batch
-    (latent,) = run("MingTokEncode", mingtok=mingtok, image=pictures)
+    latent, _ = run("MingTokEncode", mingtok=mingtok, image=pictures)
     (features,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=latent)
     (images,) = run("MingTokDecode", mingtok=mingtok, features=features)
     assert [[value for value, _, _ in bar] for bar in comfy.bars] == [[8, 16, 20]] * 3
     for i in (0, 7, 8, 19):
-        (single,) = run("MingTokEncode", mingtok=mingtok, image=pictures[i : i + 1])
+        single, _ = run("MingTokEncode", mingtok=mingtok, image=pictures[i : i + 1])
         (one,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=single)
         torch.testing.assert_close(features.split()[i].latents, one.latents, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(features.split()[i].tokens, one.tokens, rtol=1e-4, atol=1e-4)
@@ -177,7 +177,7 @@ def test_a_batch_is_computed_a_few_pictures_at_a_time_and_is_what_it_would_be_on
 @pytest.mark.parametrize("node", ["MingTokEncode", "MingTokSemanticFeatures", "MingTokDecode"])
 def test_a_large_batch_can_be_stopped_in_between(comfy, batch, node):
     mingtok, pictures = batch
-    (latent,) = run("MingTokEncode", mingtok=mingtok, image=pictures)
+    latent, _ = run("MingTokEncode", mingtok=mingtok, image=pictures)
     (features,) = run("MingTokSemanticFeatures", mingtok=mingtok, latent=latent)
     given = {"MingTokEncode": {"image": pictures}, "MingTokSemanticFeatures": {"latent": latent}}
     comfy.bars.clear()

@@ -53,7 +53,7 @@ def image(height=40, width=40, channels=3, batch=1, seed=0):
 
 
 def features_of(small, picture):
-    (latent,) = node("MingTokEncode", mingtok=small[1], image=picture)
+    latent, _ = node("MingTokEncode", mingtok=small[1], image=picture)
     return node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)[0]
 
 
@@ -78,7 +78,7 @@ def test_values_outside_the_range_are_clamped_and_half_precision_is_taken():
 @pytest.mark.parametrize("fit", ["center crop", "stretch", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7), (32, 32), (500, 33)])
 def test_pictures_of_any_size_encode_and_decode(small, fit, size):
-    (latent,) = node("MingTokEncode", mingtok=small[1], image=image(*size), fit=fit, detail="standard")
+    latent, _ = node("MingTokEncode", mingtok=small[1], image=image(*size), fit=fit, detail="standard")
     assert latent["samples"].shape == (1, 8, 4, 4) and latent["samples"].dtype == torch.float32
     (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
     (picture,) = node("MingTokDecode", mingtok=small[1], features=features)
@@ -86,7 +86,7 @@ def test_pictures_of_any_size_encode_and_decode(small, fit, size):
 
 
 def test_high_detail_is_twice_the_side_and_decodes_to_twice_the_side(small):
-    (latent,) = node("MingTokEncode", mingtok=small[1], image=image(), detail="high")
+    latent, _ = node("MingTokEncode", mingtok=small[1], image=image(), detail="high")
     assert latent["samples"].shape == (1, 8, 8, 8)
     (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
     assert node("MingTokDecode", mingtok=small[1], features=features)[0].shape == (1, 64, 64, 3)
@@ -155,7 +155,7 @@ def test_pictures_go_where_comfyui_wants_them(small, monkeypatch):
 
 
 def test_latents_are_given_and_taken_as_copies(small):
-    (latent,) = node("MingTokEncode", mingtok=small[1], image=image())
+    latent, _ = node("MingTokEncode", mingtok=small[1], image=image())
     (features,) = node("MingTokSemanticFeatures", mingtok=small[1], latent=latent)
     before = features.digest()
     latent["samples"].zero_()
@@ -582,9 +582,9 @@ def test_a_batch_of_pictures_is_resized_a_few_at_a_time(small, monkeypatch):
     resized, exact = [], mingtok.to_pixels
     monkeypatch.setattr(mingtok, "to_pixels", lambda some, *how: resized.append(len(some)) or exact(some, *how))
     frames = torch.rand(mingtok.AT_ONCE + 3, 40, 50, 3, generator=torch.Generator().manual_seed(1))
-    (latent,) = node("MingTokEncode", mingtok=small[1], image=frames)
+    latent, _ = node("MingTokEncode", mingtok=small[1], image=frames)
     assert resized == [mingtok.AT_ONCE, 3]
-    (last,) = node("MingTokEncode", mingtok=small[1], image=frames[-1:])
+    last, _ = node("MingTokEncode", mingtok=small[1], image=frames[-1:])
     torch.testing.assert_close(latent["samples"][-1:], last["samples"], rtol=1e-4, atol=1e-4)
 
 
