@@ -29,17 +29,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
     mask: bool [B, 1, T, T], True where a query may attend; None: causal.
     """
+    # torch refuses a mask together with is_causal; told only the latter, its fused kernels skip the hidden half
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def cached_attention(q: Tensor, cache: LayerCache, k: Tensor, v: Tensor) -> Tensor:
     """Store the new keys and values [B, heads, T, d] and attend to all that the cache holds, causally."""
-    tokens, empty = q.shape[2], not cache.length
+    tokens, empty = q.shape[2], not cache.length  # before `append` changes the length
     k, v = cache.append(k, v)
     if tokens == 1 and q.is_cuda:
         return single_query_attention(q, k, v, cache.attn_mask(1))
+    # a static cache hands out its unfilled slots too, so it needs its mask even for the first tokens
     if empty and cache.cache_position is None:
         return causal_attention(q, k, v)
+    # is_causal would be wrong over a past: torch aligns its triangle with the first key, not with the last
     return F.scaled_dot_product_attention(q, k, v, attn_mask=cache.attn_mask(tokens))
 
 
@@ -49,9 +52,11 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     Used on CUDA, where torch's fused attention goes to cuDNN on newer GPUs: reports say that it plans anew for every N
     and is wrong for one query on some cards. Not measured: there was no GPU to do so.
     """
+    # (B, heads, 1, N); scaling the query takes d products a head, scaling the scores would take N
     scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
     if mask is not None:
         scores = scores.where(mask, float("-inf"))
+    # float32 as far as the softmax, whose exponentials magnify rounding; its results can bear the cast
     return scores.softmax(-1).to(q.dtype) @ v
 
 
@@ -61,8 +66,11 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     mask: bool [T, N]; None: T = N, causal, or T = 1. Each key/value head serves a group of query heads.
     """
     kv_heads, n, d = k.shape
+    # key/value head j serves the G query heads from j * G on, so that reshaping is enough: (kv, G, T, d)
     q = q.reshape(kv_heads, -1, q.shape[2], d)
+    # (kv, G, N, d), views: no head is copied here for the queries that it serves
     k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    # torch's own triangle starts at the first key, so it fits only where nothing came before
     causal = mask is None and q.shape[2] == n
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).flatten(0, 1)[None]
 
@@ -88,17 +96,22 @@ def shared_prefix_attention(
     kv_heads, length, _ = prefix_k.shape
     q = q.reshape(rows, kv_heads, -1, d)  # (rows, kv, group * T, d)
     scaled = q.float() * d**-0.5
+    # the queries of all rows in one product: the prefix, 57 KB a position in bf16, is read once, not once a row
     # (kv, rows, group * T, P), then (kv, rows, group * T, n)
     past = (scaled.transpose(0, 1).reshape(kv_heads, -1, d) @ prefix_k.float().mT).view(kv_heads, rows, -1, length)
     if prefix_bias is not None:
+        # -inf is safe: every token sees at least itself, so no softmax is left without a finite score
         past = past + prefix_bias[None, :, None]
     recent = (scaled @ own_k.float().mT).transpose(0, 1)
     if own_mask is not None:
+        # (kv, rows, group, T, n) for the mask, which knows tokens but no groups
         recent = recent.unflatten(2, (-1, tokens)).where(own_mask, float("-inf")).flatten(2, 3)
     # only the scores are put together and taken apart: keys and values stay where they are
     weights = torch.cat([past, recent], dim=-1).softmax(-1).to(q.dtype)
     past, recent = weights.split([length, own_k.shape[2]], dim=-1)
+    # (rows, kv, group * T, d)
     gathered = (past.reshape(kv_heads, -1, length) @ prefix_v).view(kv_heads, rows, -1, d).transpose(0, 1)
+    # the two parts only need adding: one softmax has normalised them together
     return (gathered + recent.transpose(0, 1) @ own_v).reshape(rows, heads, tokens, d)
 
 
@@ -109,9 +122,10 @@ class CausalAttention:
     """
 
     def __init__(self, mask: Tensor | None = None) -> None:
-        self.mask = None if mask is None else mask[:, None]
+        self.mask = None if mask is None else mask[:, None]  # (B, 1, T, T), for all heads alike
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # (B, heads, T, d): this copies each key/value head for its group, but only training comes here
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return causal_attention(q, k, v, self.mask)
 
@@ -122,6 +136,7 @@ class PrefillAttention:
     def __init__(self, cache: PrefillCache, tokens: int) -> None:
         self.cache, self.mask = cache, None
         if cache.length and tokens > 1:
+            # (T, N), built once for all layers; query t stands at position cache.length + t, which shifts the diagonal
             mask = torch.ones(tokens, cache.length + tokens, dtype=torch.bool, device=cache.keys.device)
             self.mask = mask.tril(cache.length)
 
@@ -137,8 +152,8 @@ class DecodeAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prefix, own = self.cache.prefix, self.cache.layers[layer]
-        end = prefix.length
-        recent = own.append(k, v)
+        end = prefix.length  # its buffers may be longer, and hold no values from there on
+        recent = own.append(k, v)  # stored before attending: a token attends to itself
         return shared_prefix_attention(
             q,
             (prefix.keys[layer, :, :end], prefix.values[layer, :, :end]),

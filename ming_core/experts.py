@@ -34,7 +34,7 @@ class GatedMlp(nn.Module):
         self, dim: int, hidden: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        make = {"bias": False, "device": device, "dtype": dtype}
+        make = {"bias": False, "device": device, "dtype": dtype}  # no linear layer of this model has biases
         self.gate_proj = operations.Linear(dim, hidden, **make)
         self.up_proj = operations.Linear(dim, hidden, **make)
         self.down_proj = operations.Linear(hidden, dim, **make)
@@ -46,7 +46,7 @@ class GatedMlp(nn.Module):
 class OneExpert(NamedTuple):
     """A route on which all rows go through one expert."""
 
-    expert: int
+    expert: int  # on the host, which is why this route synchronizes
 
 
 class ExpertPerRow(NamedTuple):
@@ -96,6 +96,7 @@ class StackedLinear(StackedWeight):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        # over all layers these are 15.5 B of the model's 18.8 B values: 31.0 GB in bf16
         # Not called `weight`: ComfyUI sets attributes of that name on modules that it leaves offloaded.
         self.values = nn.Parameter(torch.empty(count, out_features, in_features, device=device, dtype=dtype))
 
@@ -103,14 +104,17 @@ class StackedLinear(StackedWeight):
         if kind is OneExpert:
             return True
         fast = grouped_product_serves(x) if kind is SortedRows else x.is_cuda and pairs <= self.gather_limit
+        # both other kinds read the weights where they are; offloaded ones have to be fetched, expert by expert
         return fast and all_on(x.device, self)
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         if isinstance(route, OneExpert):
+            # indexed before the copy: 12 MB of bf16 (gate and up) or 6 MB (down) cross the bus, not those of 64 experts
             return F.linear(x, self.values[route.expert].to(x.device, x.dtype, non_blocking=True))
         if isinstance(route, ExpertPerRow):
+            # the index copies an [N, K] matrix for each row, on the device: cheap for few rows only
             return torch.einsum("pnk,pk->pn", self.values[route.experts].to(x.dtype), x)
-        return grouped_product(x, self.values.mT.to(x.dtype), route.ends)
+        return grouped_product(x, self.values.mT.to(x.dtype), route.ends)  # mT is a view, (E, K, N)
 
 
 def dispatch(weights: Iterable[StackedWeight], x: Tensor, pairs: int) -> type[Route]:
@@ -122,7 +126,7 @@ def dispatch(weights: Iterable[StackedWeight], x: Tensor, pairs: int) -> type[Ro
                   host has to know which experts those are
     """
     for kind in (SortedRows, ExpertPerRow):
-        if all(weight.serves(kind, x, pairs) for weight in weights):
+        if all(weight.serves(kind, x, pairs) for weight in weights):  # they share one route
             return kind
     return OneExpert
 
@@ -137,6 +141,8 @@ class Experts(nn.Module):
     def __init__(self, count: int, dim: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.count = count
+        # stacked, where the checkpoint has 3 * 64 tensors a layer: so one kernel can serve all experts, and gate and up
+        # read their input once
         self.gate_up: StackedWeight = StackedLinear(count, dim, 2 * hidden, device=device, dtype=dtype)
         self.down: StackedWeight = StackedLinear(count, hidden, dim, device=device, dtype=dtype)
 
@@ -145,7 +151,8 @@ class Experts(nn.Module):
 
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
-        outputs = self.outputs(x, chosen, self.dispatch(x, chosen.numel()))
+        outputs = self.outputs(x, chosen, self.dispatch(x, chosen.numel()))  # (T, k, H)
+        # as published: the outputs are cast to float32 one by one, and only their sum is cast back
         return (outputs.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def dispatch(self, x: Tensor, pairs: int) -> type[Route]:
@@ -160,7 +167,7 @@ class Experts(nn.Module):
         """Every token of x [T, H] through each of its chosen experts [T, k], by a kind of route -> [T, k, H]."""
         experts = chosen.flatten()
         if kind is ExpertPerRow:
-            rows = x.repeat_interleave(chosen.shape[1], 0)
+            rows = x.repeat_interleave(chosen.shape[1], 0)  # (T * k, H), in order: nothing to restore
             return self._multiply(rows, ExpertPerRow(experts)).unflatten(0, chosen.shape)
         order = experts.argsort(stable=True)  # pairs of one expert stand together
         restored = torch.empty_like(order)  # the inverse permutation
@@ -168,32 +175,39 @@ class Experts(nn.Module):
         rows = x[order // chosen.shape[1]]  # (T * k, H): pair p belongs to token p // k
         if kind is SortedRows:
             ids = torch.arange(self.count, device=x.device)
+            # (E,), by binary search: bincount would make the host wait for the device
             ends = torch.searchsorted(experts[order], ids, right=True, out_int32=True)
             out = self._multiply(rows, SortedRows(ends))
         else:
+            # here the host waits; minlength, since the last experts may have no rows
             groups = rows.split(torch.bincount(experts, minlength=self.count).tolist())
+            # an expert without rows is skipped, and its weights never read: one token reads 6 of 64
             out = torch.cat([self._multiply(group, OneExpert(e)) for e, group in enumerate(groups) if len(group)])
-        return out[restored].unflatten(0, chosen.shape)
+        return out[restored].unflatten(0, chosen.shape)  # (T, k, H), in the order of x
 
     def _multiply(self, x: Tensor, route: Route) -> Tensor:
         """Rows x [P, H] through their experts -> [P, H]."""
-        gate, up = self.gate_up(x, route).chunk(2, dim=-1)
+        gate, up = self.gate_up(x, route).chunk(2, dim=-1)  # (P, I) each
         return self.down(F.silu(gate) * up, route)
 
     def gathered_bytes(self, pairs: int) -> int:
         """The most that a GPU copies of the experts' weights for up to so many pairs."""
+        # three matrices of 2048 * 1408 values, 17 MB in bf16
         per_expert = sum(p.nbytes for p in self.parameters()) // self.count
+        # bounded, at 1.1 GB in bf16: for more pairs `dispatch` takes another route
         return min(self.gate_up.gather_limit, pairs) * per_expert
 
 
 def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows x [P, K] by weights [E, K, N] -> [P, N]: those up to ends[e], and after ends[e - 1], by weights[e]."""
+    # older releases of torch have it only under the private name
     run = getattr(F, "grouped_mm", None) or torch._grouped_mm
     return run(x, weights, offs=ends)
 
 
 def grouped_product_serves(x: Tensor) -> bool:
     """Whether torch has a grouped product for x that does not synchronize with the device."""
+    # for other dtypes torch has no such kernel, or a loop that synchronizes
     return x.is_cuda and x.dtype == torch.bfloat16 and not needs_gradient(x) and _grouped_product_works(x.device)
 
 
@@ -206,15 +220,17 @@ def _grouped_product_works(device: torch.device) -> bool:
     """
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
+    # a generator of its own leaves the global random state as it was
     generator = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(s, generator=generator).to(device, torch.bfloat16) for s in ((5, 64), (3, 32, 64)))
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)  # an expert without rows is common
     try:
         found = grouped_product(x, weights.mT, ends)
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError) as error:  # no such function, or no kernel in this build
         log.info("no grouped product on %s (%s)", device, error)
         return False
     expected = torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[2].T])
+    # sums of 64 products are about 8 in size, where bf16 rounds by up to 0.03
     return torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.1)
 
 
@@ -232,16 +248,18 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         dim, hidden = config.hidden_size, config.moe_intermediate_size
         make = {"device": device, "dtype": dtype}
-        self.top_k = config.num_experts_per_tok
+        self.top_k = config.num_experts_per_tok  # published: 6 of 64
         # one router for text and drawn images, one for images that were looked at; the experts are the same
+        # a third one in the checkpoint, audio_gate, is never used and so not loaded
         self.gate = operations.Linear(dim, config.num_experts, bias=False, **make)
         self.image_gate = operations.Linear(dim, config.num_experts, bias=False, **make)
         self.experts = Experts(config.num_experts, dim, hidden, **make)
+        # two shared experts are published as one that is twice as wide, 2 * 1408
         self.shared_experts = GatedMlp(dim, config.num_shared_experts * hidden, operations=operations, **make)
 
     def forward(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
         """The layer's output for x [..., H]. image_gate bool [...]: tokens for the image router; None: no token."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])  # (T, H): routing is by token, whatever the rows
         chosen, weights = self.route(flat, None if image_gate is None else image_gate.reshape(-1))
         return self.experts(flat, chosen, weights).view_as(x) + self.shared_experts(x)
 
@@ -249,11 +267,14 @@ class MixtureOfExperts(nn.Module):
         """The experts of x [T, H], int64 [T, k], best first, and their weights float32 [T, k], which sum to 1."""
         scores = self.scores(x, image_gate)
         weights, chosen = scores.topk(self.top_k, dim=-1)
+        # as published without an epsilon, since the best of E probabilities is at least 1 / E
         return chosen, weights / weights.sum(-1, keepdim=True)
 
     def scores(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
         """Probability of every expert, float32 [T, E]."""
         logits = self.gate(x)
         if image_gate is not None:
+            # both routers for every token: 64 columns cost little, picking tokens out would synchronize. Drawn tokens
+            # are not among these: by the image router, latents of the reference cases are off by 0.7 to 1.0
             logits = torch.where(image_gate[:, None], self.image_gate(x), logits)
         return logits.float().softmax(-1)

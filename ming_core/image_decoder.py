@@ -37,7 +37,9 @@ class GuidanceRows(NamedTuple):
     @classmethod
     def of(cls, guidance: Guidance, masks: int, renorm: bool = False) -> GuidanceRows:
         """Of `masks` possible rows. renorm: the solver needs the conditional velocity even where its weight is 0."""
+        # three rows: v = g_t v_c + (1 - g_i) v_u + (g_i - g_t) v_t, so equal guidances leave the last row out
         weights = guidance.weights(masks)
+        # a third row adds 5 % to the bytes of a token, since weights are shared, but half to its FLOPs
         used = [i for i, w in enumerate(weights) if i == 0 or w != 0]
         return cls(used, tuple(weights[i] for i in used if weights[i] != 0 or renorm))
 
@@ -63,6 +65,7 @@ class KeptTokens(NamedTuple):
     def spans(self) -> Iterator[tuple[int, int, bool]]:
         """(start, end, whether all images keep them) of consecutive tokens, in order."""
         start = 0
+        # a token that only some images keep is drawn in all of them: the rows of a cache grow together
         for kept, run in itertools.groupby(self.kept.all(0).tolist()):
             end = start + len(list(run))
             yield start, end, kept
@@ -83,6 +86,7 @@ class DrawnImages:
 
     def progress(self) -> Progress:
         done, total = self.length, self.latents.shape[1]
+        # views: copies for every token would cost memory and time that most listeners do not need
         return Progress("image", done, total, latents=self.latents[:, :done], tokens=self.tokens[:, :done])
 
 
@@ -104,9 +108,10 @@ class ImageDecoder:
         kept: KeptTokens | None = None,
     ) -> None:
         self.network, self.cache, self.rows = network, cache, rows
+        # drawn on the CPU, whatever the device: a seed means the same everywhere
         self.noise = noise.to(network.device)
         self.kept = kept or KeptTokens.none(*noise.shape)
-        self.sources = self.kept.latents.to(network.device)
+        self.sources = self.kept.latents.to(network.device)  # (B, N, C)
         batch, tokens, _ = noise.shape
         llm = network.config.llm_config
         # made for this drawing: embedded times and guidance weights belong to the weights as they are now
@@ -120,13 +125,16 @@ class ImageDecoder:
         )
         self.stream = network.mingtok.stream(batch, tokens)  # once an image: its guidance rows share the features
         width = network.mingtok.config.semantic_decoder.embed_dim
+        # not initialized: nothing may read beyond `length`
         self.images = DrawnImages(torch.empty_like(self.noise), self.noise.new_empty(batch, tokens, width))
+        # `<image>`, as if the model had emitted it: its hidden state is what token 0 is drawn from
         start = torch.full((batch * rows.per_image, 1), llm.image_start_token, device=network.device)
         self.pending = network.language_model.embed(start)  # [B * rows, T, H], embeddings that are not forwarded yet
 
     def draw(self, on_token: OnToken = None) -> DrawnImages:
         """Complete the images. Afterwards `pending` holds the embeddings of the last tokens, not forwarded yet."""
         network = self.network
+        # all whose weights the steps read: a graph holds addresses, so none of them may be offloaded
         with TokenLoop(
             network.device,
             network.language_model,
@@ -134,8 +142,10 @@ class ImageDecoder:
             network.mingtok.semantic_decoder,
             network.linear_proj,
         ) as loop:
+            # from here on the caches may be static, until the loop is left
             draw_token = self._token_steps(loop)
             for start, end, kept in self.kept.spans():
+                # no flow head, and one pass for all of the run: a small part of what drawing it would cost
                 if kept:
                     self._keep(start, end)
                     self._tell(end, on_token)
@@ -146,10 +156,13 @@ class ImageDecoder:
                     draw_token(i)
                     loop.advance()
                     self._tell(i + 1, on_token)
+        # The last feature is left to whoever writes on, since only the conditional rows need it. Nothing is drawn from
+        # it: the published code draws one latent too many and throws it away.
         return self.images
 
     def _tell(self, length: int, on_token: OnToken) -> None:
         self.images.length = length
+        # it may raise: all that is half done here belongs to this drawing alone
         if on_token:
             on_token(self.images.progress())
 
@@ -158,15 +171,18 @@ class ImageDecoder:
         images = self.images
         images.latents[:, start:end] = self.sources[:, start:end]
         expanded = self.stream.append(images.latents[:, start:end])  # (B, n, D)
+        # for a static cache; a dynamic one has counted them in `append`
         self.stream.caches.advance(end - start)
         images.tokens[:, start:end] = expanded
         # as if the model had drawn them: as features, through the text router, in every guidance row
-        embeddings = self.network.project(expanded).repeat_interleave(self.rows.per_image, dim=0)
+        embeddings = self.network.project(expanded).repeat_interleave(self.rows.per_image, dim=0)  # (B * rows, n, H)
         self.pending = torch.cat([self.pending, embeddings], dim=1)
 
     def _forward_pending_run(self) -> None:
         """Prefill all pending embeddings but the last, whose hidden state the next token is drawn from."""
+        # one embedding a row is left, the shape that a captured step takes
         run, self.pending = self.pending[:, :-1], self.pending[:, -1:]
+        # empty unless tokens were kept
         if run.shape[1]:
             self.network.language_model.decode(run, self.cache)
             self.cache.layers.advance(run.shape[1])
@@ -175,20 +191,26 @@ class ImageDecoder:
         """The function that draws token i of every image, from its three steps."""
         network, images, rows = self.network, self.images, self.rows
         language_model, flow_head, batch = network.language_model, network.flow_head, len(self.noise)
+        # a list on the host: asking a tensor on the device would wait for it at every token
         kept, kept_somewhere = self.kept.kept.to(network.device), self.kept.kept.any(0).tolist()
 
+        # three steps rather than one: where the experts wait for the device, the other two can still be captured
         @loop.step(self.cache.layers, synchronizes=language_model.synchronizes(self.pending[:, 0]))
         def condition(x: Tensor) -> tuple[Tensor]:
+            # (B * rows, w); lm_head stays idle while an image is drawn
             z = flow_head.vis_head(language_model.decode(x, self.cache)[:, 0])
+            # (B, rows, w); a conditional row of weight 0 stands first and falls out here
             return (z.unflatten(0, (batch, rows.per_image))[:, -len(rows.weights) :],)
 
         @loop.step()
         def flow(z: Tensor, noise: Tensor) -> tuple[Tensor]:
+            # guidance mixes the velocities of the rows at one common latent, not their results
             return (self.sampler.draw(z, noise),)
 
         @loop.step(self.stream.caches)
         def expand(latent: Tensor) -> tuple[Tensor, Tensor]:
-            token = self.stream.append(latent[:, None])
+            token = self.stream.append(latent[:, None])  # (B, 1, D)
+            # the rows of an image go on with the same feature and differ only in the past that they see
             return token[:, 0], network.project(token).repeat_interleave(rows.per_image, dim=0)
 
         def draw_token(i: int) -> None:

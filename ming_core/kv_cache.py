@@ -21,11 +21,12 @@ from .config import LanguageModelConfig
 class KeyValues(NamedTuple):
     """Keys (after rotary embedding) and values of n consecutive positions: [layers, kv_heads, n, head_dim] each."""
 
-    keys: Tensor
+    keys: Tensor  # right only at the positions that they were rotated for
     values: Tensor
 
     @property
     def bytes(self) -> int:
+        # in bf16 57 KB a position at the published size: 28 layers * 2 * 4 heads * 128 channels * 2 bytes
         return self.keys.nbytes + self.values.nbytes
 
     @property
@@ -37,15 +38,18 @@ class CachePosition:
     """Index of the next token as a tensor on the device, for caches whose shapes must not change (a static cache)."""
 
     def __init__(self, index: int, capacity: int, device: torch.device) -> None:
+        # on the device, since a CUDA graph would keep a Python number as it was when recorded
         self.index = torch.tensor([index], device=device)
-        self._slots = torch.arange(capacity, device=device)
+        self._slots = torch.arange(capacity, device=device)  # (capacity,)
 
     def indices(self, tokens: int) -> Tensor:
         """Indices of the next `tokens` tokens, int64 [tokens]."""
+        # a single token, the usual step, needs no kernel: this is the tensor itself, not a copy
         return self.index if tokens == 1 else self.index + self._slots[:tokens]
 
     def attn_mask(self, tokens: int) -> Tensor:
         """Slots that each of the next `tokens` tokens may attend to: bool [tokens, capacity]."""
+        # causal among the new tokens as well; slots not filled yet come after all of them
         return self._slots <= self.indices(tokens)[:, None]
 
 
@@ -56,9 +60,10 @@ class LayerCache:
     """
 
     def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
+        # not zeroed: what is not filled is never read, except in a static cache, which zeroes it
         self.keys = torch.empty(rows, heads, capacity, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
-        self.length = 0
+        self.length = 0  # a host number: asking for it never waits for the device
         self.cache_position: CachePosition | None = None  # set while the cache is static
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,16 +73,20 @@ class LayerCache:
         capacity is exceeded.
         """
         if self.cache_position is not None:
+            # written by an index on the device, as a slice needs its bounds on the host; `advance` counts the tokens,
+            # since a replayed step does not run this code
             indices = self.cache_position.indices(keys.shape[2])
             self.keys.index_copy_(2, indices, keys)
             self.values.index_copy_(2, indices, values)
             return self.keys, self.values
         end = self.length + keys.shape[2]
+        # a trap without this: a slice beyond the end is empty, and a single token vanishes in it without an error
         if end > self.keys.shape[2]:
             raise ValueError(f"{end} tokens exceed the cache's capacity of {self.keys.shape[2]}")
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
+        # views, (rows, heads, end, head_dim)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def attn_mask(self, tokens: int) -> Tensor | None:
@@ -87,8 +96,9 @@ class LayerCache:
         """
         if self.cache_position is not None:
             return self.cache_position.attn_mask(tokens)
-        if tokens == 1:
+        if tokens == 1:  # there is nothing after the newest token
             return None
+        # `append` has counted the new tokens already, so that the first of them is number length - tokens
         seen = torch.ones(tokens, self.length, dtype=torch.bool, device=self.keys.device)
         return seen.tril(self.length - tokens)
 
@@ -107,11 +117,12 @@ class LayerCaches(list[LayerCache]):
 
     @property
     def cache_position(self) -> CachePosition | None:
-        return self[-1].cache_position
+        return self[-1].cache_position  # the layers share one
 
     def make_static(self) -> None:
         """Keep all shapes from now on; `advance` completes a step."""
         last = self[-1]
+        # one position for all layers, so that a step moves it with one kernel
         position = CachePosition(last.length, last.keys.shape[2], last.keys.device)
         for layer in self:
             layer.cache_position = position
@@ -121,11 +132,13 @@ class LayerCaches(list[LayerCache]):
     def make_dynamic(self) -> None:
         """Grow with every `append` again."""
         for layer in self:
+            # the host has counted along, so there is no length to read back
             layer.cache_position = None
 
     def advance(self, tokens: int = 1) -> None:
         """Complete a step of a static cache; a dynamic one counts by itself."""
         if self.cache_position is not None:
+            # in place: recorded steps read this very tensor
             self.cache_position.index += tokens
             for layer in self:
                 layer.length += tokens
@@ -135,6 +148,7 @@ class PrefillCache:
     """Keys and values of one sequence, preallocated: [layers, kv_heads, capacity, head_dim] each."""
 
     def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
+        # all layers in one tensor, from which a segment is cut in one piece; one sequence, so there is no batch axis
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
@@ -148,6 +162,7 @@ class PrefillCache:
         end = self.length + keys.shape[1]
         self.keys[layer, :, self.length : end] = keys
         self.values[layer, :, self.length : end] = values
+        # views, (kv_heads, end, head_dim)
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def advance(self, tokens: int) -> None:
@@ -156,12 +171,14 @@ class PrefillCache:
     def extend(self, known: KeyValues) -> None:
         """Append positions that were computed before."""
         end = self.length + known.length
+        # they may come from host memory; keys keep the rotation of their old position, wherever they stand in here
         self.keys[:, :, self.length : end] = known.keys
         self.values[:, :, self.length : end] = known.values
         self.length = end
 
     def slice(self, start: int, end: int) -> KeyValues:
         """Copy positions start..end to host memory."""
+        # copy=True, or on a CPU these would be views, which keep the whole buffer alive
         return KeyValues(*(x[:, :, start:end].detach().to("cpu", copy=True) for x in (self.keys, self.values)))
 
 
@@ -177,15 +194,17 @@ class DecodeCache:
         layers, heads, _, head_dim = prefix.keys.shape
         options: dict[str, Any] = {"device": prefix.keys.device, "dtype": prefix.keys.dtype}
         self.prefix, self.rows, self.visible = prefix, rows, visible
+        # rows differ only in what they add: the prompt takes no more memory for three guidance rows than for one
         self.layers = LayerCaches(LayerCache(rows, heads, capacity, head_dim, **options) for _ in range(layers))
         self.prefix_bias: Tensor | None = None  # float32 [rows, P], added to the scores of the prefix
         starts = torch.full((rows,), prefix.length, dtype=torch.long)
         if visible is not None:
+            # hidden positions do not count, as published: counting them moves the reference latents by 0.3 to 0.6
             starts = visible.sum(1)
-            if not visible.all():
+            if not visible.all():  # else there is nothing to add to the scores of any layer
                 bias = torch.zeros(visible.shape).masked_fill(~visible.cpu(), float("-inf"))
                 self.prefix_bias = bias.to(prefix.keys.device)
-        self._starts = starts.to(prefix.keys.device)
+        self._starts = starts.to(prefix.keys.device)  # (rows,)
 
     @property
     def length(self) -> int:
@@ -195,9 +214,10 @@ class DecodeCache:
     def positions(self, tokens: int) -> Tensor:
         """Positions of the next `tokens` of each row, int64 [rows, tokens]."""
         static = self.layers.cache_position
+        # (rows,); for a static cache all on the device, so that a graph records the sum and not its first result
         first = self._starts + (self.length if static is None else static.index)
         if tokens == 1:
-            return first[:, None]
+            return first[:, None]  # (rows, 1), the usual step
         return first[:, None] + torch.arange(tokens, device=first.device)
 
     def fork(self, rows: int, capacity: int, visible: Tensor | None) -> DecodeCache:
@@ -210,13 +230,15 @@ class DecodeCache:
 
     def _copy(self, rows: list[int], capacity: int, visible: Tensor | None) -> DecodeCache:
         other = DecodeCache(self.prefix, capacity, len(rows), visible)
-        index = torch.tensor(rows, device=self.prefix.keys.device)
+        index = torch.tensor(rows, device=self.prefix.keys.device)  # may name a row several times
         for mine, theirs in zip(self.layers, other.layers, strict=True):
+            # (rows, heads, length, head_dim) each; `append` also checks that they fit the new capacity
             theirs.append(mine.keys[index, :, : mine.length], mine.values[index, :, : mine.length])
         return other
 
     def slice(self, row: int, start: int, end: int) -> KeyValues:
         """Copy what one row has added, from its start-th token to its end-th, to host memory."""
+        # (layers, kv_heads, end - start, head_dim): stacked first, so that two transfers do for all layers
         keys = torch.stack([layer.keys[row, :, start:end] for layer in self.layers])
         values = torch.stack([layer.values[row, :, start:end] for layer in self.layers])
         return KeyValues(keys.detach().cpu(), values.detach().cpu())  # stacking has copied them

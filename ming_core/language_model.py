@@ -34,6 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.device, torch.float32)  # it may rest on another device
+        # the weight is multiplied in float32 too: only the product is rounded, as published
         return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
 
@@ -46,9 +47,11 @@ class Rope(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, config: LanguageModelConfig, dtype: torch.dtype) -> Rope:
         """positions int64 [B, T]. Computed in float32, then cast, as published."""
+        # theta 600000: over all 32768 positions the slowest channel turns by 0.07, so no two positions look alike
         d = config.head_dim
         # inv_freq_i = theta^(-2i/d): the first channels turn fast and tell neighbours apart, the last ones slowly
         exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
+        # (B, T, d/2); never in bf16, whose 8 significant bits do not tell position 1000 from 1001
         angles = positions[..., None].float() * (config.rope_theta**-exponents)
         cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)  # (B, 1, T, d/2), for all heads
         # with the sign in the sines, rotating is a multiplication, a roll and one fused multiply-add
@@ -56,6 +59,7 @@ class Rope(NamedTuple):
 
     def rotate(self, x: Tensor) -> Tensor:
         """x [B, heads, T, head_dim]; the first half of the channels is paired with the second."""
+        # one roll swaps the halves, (a, b) -> (b, a), and the negated sines make it (-b, a)
         return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, dims=-1), self.sin)
 
 
@@ -73,6 +77,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
+        # published: 16 query heads on 4 key/value heads, so the cache is a quarter, 57 KB a position in bf16
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         make: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
@@ -88,7 +93,7 @@ class GroupedQueryAttention(nn.Module):
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rope.rotate(qk).split([self.heads, self.kv_heads], dim=1)
         out = attend(self.layer, q, k, v)  # (B, heads, T, d); a cache stores the rotated keys
-        return self.dense(out.transpose(1, 2).reshape(b, t, -1))
+        return self.dense(out.transpose(1, 2).reshape(b, t, -1))  # (B, T, H)
 
 
 class DecoderLayer(nn.Module):
@@ -121,6 +126,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope: Rope, attend: Attend, image_gate: Tensor | None) -> Tensor:
         x = x + self.attention(self.input_layernorm(x), rope, attend)  # (B, T, H)
         normed = self.post_attention_layernorm(x)
+        # a dense MLP has no router, hence no use for the gate
         return x + (self.mlp(normed) if self.dense else self.mlp(normed, image_gate))
 
 
@@ -141,13 +147,14 @@ class Decoder(nn.Module):
         # looked up row by row: a host may leave the table offloaded
         self.word_embeddings = operations.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList([DecoderLayer(config, i, **make) for i in range(config.num_hidden_layers)])
+        # the vision head reads what it gives, as the output layer does: never the raw stream
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, image_gate: Tensor | None = None) -> Tensor:
         """x [B, T, H]; positions int64 [B, T]; image_gate bool [B, T], tokens for the image router -> [B, T, H]."""
         rope = Rope.at(positions, self.config, x.dtype)  # the same for every layer
         for layer in self.layers:
-            x = layer(x, rope, attend, image_gate)
+            x = layer(x, rope, attend, image_gate)  # (B, T, H)
         return self.norm(x)
 
 
@@ -171,6 +178,7 @@ class LanguageModel(OffloadableModule):
 
     @property
     def reference_weight(self) -> Tensor:
+        # a norm is never quantized, so its dtype is the one to compute in
         return self.model.norm.weight
 
     def working_memory(self, prefix: int, rows: int, new: int) -> int:
@@ -182,16 +190,20 @@ class LanguageModel(OffloadableModule):
         # keys and values of one position, in all layers
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
         chunk = min(prefix, PREFILL_CHUNK)  # tokens that are computed at once
+        # float32: the scores of every head and their softmax
         scores = 2 * config.num_attention_heads * chunk * prefix * 4
+        # each token is copied for each of its experts, and their outputs are float32 until they are summed
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk
         copies = max(self._gathered_bytes(rows) * (2 if graphs_requested() else 1), self._gathered_bytes(chunk))
         # float32, once as they come and once as probabilities
         logits = 2 * rows * config.vocab_size * 4
+        # the prefix is stored once for all rows
         return position * (prefix + rows * new) + scores + max(experts, copies) + logits
 
     def _gathered_bytes(self, tokens: int) -> int:
         pairs = tokens * self.config.num_experts_per_tok
+        # layers run one after the other and free their copies: the largest counts
         return max((experts.gathered_bytes(pairs) for experts in self._experts), default=0)
 
     def synchronizes(self, x: Tensor) -> bool:
@@ -209,6 +221,7 @@ class LanguageModel(OffloadableModule):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final-normed hidden states [..., H] -> float32 [..., vocabulary]."""
+        # 0.5 GB of weights in bf16; float32 afterwards, for softmax and sampling
         return self.lm_head(hidden).float()
 
     def new_cache(self, capacity: int) -> PrefillCache:
@@ -231,15 +244,18 @@ class LanguageModel(OffloadableModule):
         for start in range(0, len(x), PREFILL_CHUNK):
             if start and on_chunk:
                 on_chunk(start)
-            chunk = x[None, start : start + PREFILL_CHUNK]
+            chunk = x[None, start : start + PREFILL_CHUNK]  # (1, t, H)
             tokens = chunk.shape[1]  # the last chunk is shorter
+            # a prompt is never compacted: positions run on from what the cache holds
             positions = torch.arange(cache.length, cache.length + tokens, device=x.device)[None]
             # images of the prompt take the image router, everything else the text router
             gate = None if image_gate is None else image_gate[None, start : start + PREFILL_CHUNK]
             hidden = self.model(chunk, positions, PrefillAttention(cache, tokens), gate)[0, -1]
+            # only now, since every layer of a chunk writes to the same positions
             cache.advance(tokens)
         return hidden
 
     def decode(self, x: Tensor, cache: DecodeCache) -> Tensor:
         """Forward the next T embeddings of every row [rows, T, H], all through the text gate -> hidden states alike."""
+        # image tokens too, as published: the image gate would move latents by 0.7 to 1.0
         return self.model(x, cache.positions(x.shape[1]), DecodeAttention(cache))

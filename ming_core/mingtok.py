@@ -32,6 +32,7 @@ def upcast_forward(module: nn.Module, x: Tensor) -> Tensor:
 
     Offloaded weights are left to their layers, which bring them over in the dtype of their input.
     """
+    # copies for this call alone: what is stored keeps its precision, and its size
     upcast = {
         name: p.to(x)
         for name, p in module.named_parameters()
@@ -51,9 +52,9 @@ class PatchEmbed(nn.Module):
         # Not as a convolution, which rounds float32 to TF32 on a GPU unless a global switch says otherwise. Colour is
         # the fastest axis, so that the sums are in the order of the convolution that the numbers were recorded with.
         p = self.proj.kernel_size[0]
-        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)  # (B, h*w, p*p*3)
         weight, bias = self.proj.weight.to(patches), self.proj.bias.to(patches)  # they may be offloaded
-        return F.linear(patches, rearrange(weight, "d c p q -> d (p q c)"), bias)
+        return F.linear(patches, rearrange(weight, "d c p q -> d (p q c)"), bias)  # (B, h*w, D)
 
 
 class LowLevelEncoder(nn.Module):
@@ -69,6 +70,7 @@ class LowLevelEncoder(nn.Module):
     ) -> None:
         super().__init__()
         make = {"operations": operations, "device": device, "dtype": dtype}
+        # published: 16 x 16 patches of 32 pixels at 512 x 512, each 3072 numbers that become a latent of 32
         dim, self.grid, self.out_dim = config.embed_dim, config.grid, config.out_dim
         self.patch_embed = PatchEmbed(config.patch_size, dim, **make)
         # trained along for the teacher's sake; no patch token depends on what it becomes in the semantic decoder
@@ -82,6 +84,7 @@ class LowLevelEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.embed(pixels)  # (B, N + 1, D)
+        # every patch sees all others, so even the first latent tells of the whole image
         for block in self.blocks.layers:
             x = block(x)
         return self.project(x)  # (B, N + 1, C); no norm of the blocks' output before the shortcut, as published
@@ -90,19 +93,21 @@ class LowLevelEncoder(nn.Module):
         """Patch tokens, the class token behind them, positions added."""
         patch = self.patch_embed.proj.kernel_size[0]
         grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
-        patches = self.patch_embed(pixels)
+        patches = self.patch_embed(pixels)  # (B, h*w, D)
         # the class token comes last, so that dropping the last latent leaves those of the patches
         cls = self.cls_token.to(patches).expand(patches.shape[0], -1, -1)
+        # the only position information in all of MingTok: attention adds none
         return torch.cat([patches, cls], dim=1) + self.positions(grid).to(patches)
 
     def project(self, x: Tensor) -> Tensor:
         """To C numbers a token: a projection, plus the mean over each of C groups of channels."""
         # a residual path around the bottleneck: it learns what the means of the channels leave out
-        shortcut = x.unflatten(-1, (self.out_dim, -1)).mean(-1)
+        shortcut = x.unflatten(-1, (self.out_dim, -1)).mean(-1)  # (B, N + 1, C)
         return shortcut + self.out_proj(F.gelu(self.out_norm(x)))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table [1, h*w + 1, D], stretched bicubically where the grid is not the native one."""
+        # taken as it is: the scale below would be a little above 1, and resampling would change the table
         if grid == (self.grid, self.grid):
             return self.pos_embed
         # On the CPU: on Macs older versions of PyTorch have no bicubic interpolation.
@@ -110,6 +115,7 @@ class LowLevelEncoder(nn.Module):
         # As published: the sampling follows this scale (0.1 guards against rounding down), not the output's size.
         scale = tuple((n + 0.1) / self.grid for n in grid)
         table = F.interpolate(to_grid(table, (self.grid, self.grid)), scale_factor=scale, mode="bicubic")
+        # the class token has no place in the grid, so its row is not stretched
         return torch.cat([to_tokens(table), cls], dim=1).to(self.pos_embed)
 
 
@@ -133,12 +139,14 @@ class SemanticDecoder(nn.Module):
 
     def forward(self, raw: Tensor, caches: LayerCaches | None = None) -> Tensor:
         x = self.embed(raw)  # (B, N, D)
+        # causal also where all latents are known, so that an image expands alike whether it was seen or drawn
         for i, block in enumerate(self.blocks.layers):
             x = block(x, causal=True, cache=caches[i] if caches else None)
-        return self.norm(x)
+        return self.norm(x)  # (B, N, D), what the language model sees of an image
 
     def embed(self, raw: Tensor) -> Tensor:
         """Each latent channel fills D / C neighbouring channels; a projection is added."""
+        # the encoder's shortcut backwards: a mean of D / C channels is spread over as many
         return self.in_proj(raw) + raw.repeat_interleave(self.repeat, dim=-1)
 
 
@@ -159,12 +167,13 @@ class PixelDecoder(nn.Module):
         # plain GELU layers, not SwiGLU: the published builder never handed the choice on
         self.blocks = BlockStack(config.decoder_depth, dim, GeluMlp, operations=operations, device=device, dtype=dtype)
         self.norm = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
+        # 768 numbers a pixel token as published: 16 rows of 16 pixels, colour fastest
         self.head = operations.Linear(dim, 3 * config.patch_size**2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         # block by block, so that only one block's weights exist in float32 at a time
         for block in self.blocks.layers:
-            x = upcast_forward(block, x)
+            x = upcast_forward(block, x)  # (B, n, Dp), every token sees all others
         return upcast_forward(self.head, upcast_forward(self.norm, x))
 
 
@@ -190,6 +199,7 @@ class MingTok(OffloadableModule):
         self.cells = config.semantic_decoder.patch_size // config.pixel_decoder.patch_size  # pixel tokens a side
         self.low_level_encoder = LowLevelEncoder(config.low_level_encoder, **make)
         self.semantic_decoder = SemanticDecoder(config.semantic_decoder, **make)
+        # its rows are ordered (row, column, channel) by the cells of a token: 2 * 2 * 1024 as published
         self.sem_to_pix = operations.Linear(
             config.semantic_decoder.embed_dim,
             self.cells**2 * config.pixel_decoder.embed_dim,
@@ -198,7 +208,7 @@ class MingTok(OffloadableModule):
         )
         self.pixel_decoder = PixelDecoder(config.pixel_decoder, **make)
         self.calls: Counter[str] = Counter()
-        self.fingerprint = ""
+        self.fingerprint = ""  # of the first two stages: the pixel decoder changes no latent and no feature
 
     @property
     def patch_size(self) -> int:
@@ -220,13 +230,15 @@ class MingTok(OffloadableModule):
         fp16 is too narrow for the model.
         """
         self._check_pixels(pixels)
+        # counted after the checks: tests hold workflows to the exact number of encodes and decodes
         self.calls["encode"] += 1
         # float32 from here on: latents travel, are compared and saved
         raw = self.low_level_encoder(pixels.to(self.device, self.dtype))[:, :-1].float()  # without the class latent
+        # fp16 ends at 65504; latents that overflowed would show only in what is made of them later
         if not raw.isfinite().all():
             raise nonfinite_error(self.dtype)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        return to_grid(self.normalise(raw), grid)
+        return to_grid(self.normalise(raw), grid)  # (B, C, h, w)
 
     def semantic_features(self, latents: Tensor) -> Features:
         """Normalised latents [B, C, h, w] -> Features, in host memory.
@@ -236,8 +248,8 @@ class MingTok(OffloadableModule):
         self.check_latents(latents)
         self.calls["semantic"] += 1
         latents = latents.float()  # other nodes may have worked on them in 16 bit
-        raw = self.denormalise(to_tokens(latents).to(self.device))
-        tokens = self.semantic_decoder(raw.to(self.dtype)).float().cpu()
+        raw = self.denormalise(to_tokens(latents).to(self.device))  # (B, h*w, C)
+        tokens = self.semantic_decoder(raw.to(self.dtype)).float().cpu()  # (B, h*w, D)
         if not tokens.isfinite().all():
             raise nonfinite_error(self.dtype)
         own = latents.to("cpu", copy=True)  # the caller may write to theirs
@@ -250,7 +262,8 @@ class MingTok(OffloadableModule):
         """
         self.check_features(features)
         self.calls["decode"] += 1
-        patches = self.patches(features.tokens.to(self.device, torch.float32))
+        patches = self.patches(features.tokens.to(self.device, torch.float32))  # (B, N, cells*cells, p*p*3)
+        # nothing bounds the head's output, and pixels outside [-1, 1] would wrap round in 8 bit
         return self.assemble(patches, features.grid).float().clamp(-1, 1)
 
     def preview(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -260,7 +273,7 @@ class MingTok(OffloadableModule):
         dtype of the weights here.
         """
         self.calls["preview"] += 1
-        patches = self.patches(tokens.to(self.device, self.dtype))
+        patches = self.patches(tokens.to(self.device, self.dtype))  # (B, n, cells*cells, p*p*3)
         # mid grey is 0 in [-1, 1], so padding with zeros shows what is not drawn yet
         missing = grid[0] * grid[1] - tokens.shape[1]
         return self.assemble(F.pad(patches, (0, 0, 0, 0, 0, missing)), grid).float().clamp(-1, 1)
@@ -269,12 +282,14 @@ class MingTok(OffloadableModule):
         """Bytes beside the weights for encoding, decoding or drawing `images` of `patches` each."""
         config = self.config
         size, pixel = self.dtype.itemsize, config.pixel_decoder.embed_dim
+        # they run one after the other, so the widest counts
         stages = (
             config.low_level_encoder.embed_dim * patches * size,
             config.semantic_decoder.embed_dim * patches * size,
             pixel * patches * self.cells**2 * 4,  # in float32
         )
         layer = 14 * max(stages)  # the stream, normed, q, k, v, and what is inside SwiGLU
+        # keys and values of the semantic decoder: 98 KB a position in bf16 as published
         streamed = 2 * config.semantic_decoder.decoder_depth * config.semantic_decoder.embed_dim * patches * size
         block = 12 * pixel**2 * 4 if size < 4 else 0  # of the pixel decoder, its weights in float32
         return images * (layer + streamed) + block
@@ -284,6 +299,7 @@ class MingTok(OffloadableModule):
         return SemanticStream(self, rows, capacity)
 
     def normalise(self, raw: Tensor) -> Tensor:
+        # one mean and one scale for all channels: about N(0, 1), which is what the flow head starts from
         return (raw - self.config.mean) / self.config.scaling_factor
 
     def denormalise(self, latents: Tensor) -> Tensor:
@@ -291,6 +307,7 @@ class MingTok(OffloadableModule):
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Semantic tokens [B, N, D] -> patches [B, N, cells*cells, p*p*3], not clamped; float32 tokens in float32."""
+        # (B, N*cells*cells, Dp); not in raster order, which makes no difference without positions
         x = rearrange(upcast_forward(self.sem_to_pix, tokens), "b n (cell d) -> b (n cell) d", cell=self.cells**2)
         return self.pixel_decoder(x).unflatten(1, (-1, self.cells**2))
 
@@ -309,6 +326,7 @@ class MingTok(OffloadableModule):
         """Raises ValueError unless `features` hold images and were made by this tokenizer."""
         if features.batch == 0:
             raise ValueError("these features contain no picture: encode at least one")
+        # shapes do not tell: features of another tokenizer would decode without an error, to a wrong picture
         if features.tokenizer != self.fingerprint:
             raise ValueError(
                 f"these features belong to another tokenizer ({features.tokenizer[:12]}) than this one "
@@ -329,6 +347,7 @@ class MingTok(OffloadableModule):
 
     def check_latents(self, latents: Tensor) -> None:
         """Raises ValueError unless `latents` are normalised latents of images, as `encode` gives them."""
+        # a host's own nodes may have blended, scaled or cropped them
         channels, most = self.config.low_level_encoder.out_dim, MAX_GRID_FACTOR * self.config.low_level_encoder.grid
         shape = tuple(latents.shape)
         if latents.ndim != 4 or latents.shape[0] == 0 or latents.shape[1] != channels:
@@ -353,11 +372,13 @@ class SemanticStream:
         config = mingtok.config.semantic_decoder
         options: dict[str, Any] = {"device": mingtok.device, "dtype": mingtok.dtype}
         heads = config.embed_dim // HEAD_DIM
+        # all of it at once, so that a token copies nothing but its own: 25 MB for 256 tokens in bf16
         self.caches = LayerCaches(
             LayerCache(rows, heads, capacity, HEAD_DIM, **options) for _ in range(config.decoder_depth)
         )
 
     def append(self, latents: Tensor) -> Tensor:
         """The next normalised latents of each image [B, n, C] -> their features [B, n, D]."""
+        # the flow head draws normalised latents, the semantic decoder was trained on raw ones
         raw = self.mingtok.denormalise(latents.float())
         return self.mingtok.semantic_decoder(raw.to(self.mingtok.dtype), self.caches)

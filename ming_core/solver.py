@@ -23,8 +23,9 @@ class Schedule(NamedTuple):
     weights  for each step the weights of the velocities, the newest first: x grows by their weighted sum
     """
 
+    # time 0 is not among them: the last velocity, at 1/steps if nothing is shifted, leads there
     times: Tensor
-    weights: list[tuple[float, ...]]
+    weights: list[tuple[float, ...]]  # host numbers: using them transfers nothing to the device
 
     @property
     def order(self) -> int:
@@ -34,6 +35,7 @@ class Schedule(NamedTuple):
 
 def euler(lengths: list[float]) -> list[tuple[float, ...]]:
     """One velocity a step, as published."""
+    # positive though time falls: the network's velocity points from noise to data
     return [(h,) for h in lengths]
 
 
@@ -42,10 +44,13 @@ def adams_bashforth_2(lengths: list[float]) -> list[tuple[float, ...]]:
 
     The first step is one of Euler. Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, III.5.
     """
+    # the integral over s = 0..h of v + (v - v_before) * s / before; 3/2 h and -1/2 h for steps of one length
     later = [(h + h * h / (2 * before), -h * h / (2 * before)) for before, h in pairwise(lengths)]
+    # one step with an error of second order, h squared, does not lower the order of the whole
     return [(lengths[0],), *later]
 
 
+# every velocity reads 1.81 GB of weights in bf16, so there are only rules that need a single new one a step
 RULES: dict[str, Callable[[list[float]], list[tuple[float, ...]]]] = {"euler": euler, "ab2": adams_bashforth_2}
 METHODS = tuple(RULES)
 
@@ -60,10 +65,10 @@ class Solver:
     Raises ValueError for a method, number of steps or shift that is not possible.
     """
 
-    steps: int | None = None
-    method: str = "euler"
-    renorm: bool = False
-    time_shift: float = 1.0
+    steps: int | None = None  # published: 16, which no tensor's shape tells
+    method: str = "euler"  # on the built-in model, 12 steps of ab2 are as accurate as 16 of this
+    renorm: bool = False  # published as cfg_renorm "channel"
+    time_shift: float = 1.0  # published as time_shifting_factor
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,7 +77,7 @@ class Solver:
             raise ValueError(
                 f"solver steps is {self.steps}: it must be at least 1, or None for the checkpoint's number"
             )
-        if not 0 < self.time_shift < math.inf:
+        if not 0 < self.time_shift < math.inf:  # so that NaN, which fails all comparisons, is refused
             raise ValueError(f"solver time_shift is {self.time_shift}: it must be a number above 0")
 
     def times(self, steps: int) -> Tensor:
@@ -84,7 +89,9 @@ class Solver:
     def schedule(self, steps: int) -> Schedule:
         """The table of this rule. Raises ValueError where `time_shift` leaves steps of no length."""
         times = self.times(steps)
+        # differences of the rounded times, so that the steps end where the network is told they do
         lengths = (times[:-1] - times[1:]).tolist()
+        # strong shifts round neighbouring times to one; Euler adds nothing then, but ab2 divides by the step before
         if self.method != "euler" and not all(lengths):
             raise ValueError(f"solver time_shift {self.time_shift} leaves steps of no length: choose one nearer to 1")
         return Schedule(times[:-1], RULES[self.method](lengths))

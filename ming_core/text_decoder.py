@@ -71,41 +71,50 @@ class TextDecoder:
         out = [WrittenText() for _ in range(cache.rows)]
         open_rows = set(range(cache.rows))
         for count in range(written + 1, self.limit + 1):
-            logits = self.language_model.logits(hidden)
+            logits = self.language_model.logits(hidden)  # float32 (rows, vocabulary)
             chosen = self._choose(logits, forbidden)  # rows that have ended go on with the others, unread
             for row in sorted(open_rows):
                 out[row].ids.append(chosen[row])
                 if self.keep_logits:
+                    # 0.5 MB a token at the published size: in host memory, and only when asked for
                     out[row].logits.append(logits[row].cpu())
                 if chosen[row] in stop:
                     open_rows.discard(row)
             if self.on_token:
                 first_row_goes_on = len(out[0].ids) == count - written
+                # progress tells of the first row alone: once it has ended, its text stands still
                 text = self.stream.push(chosen[0]) if first_row_goes_on else self.stream.text
                 self.on_token(Progress("text", count, self.limit, text))
             if not open_rows or count == self.limit:  # the last token is emitted, and never forwarded
                 break
-            ids = torch.tensor(chosen, device=hidden.device)
+            ids = torch.tensor(chosen, device=hidden.device)  # (rows,)
+            # all rows, ended ones too: a step costs the reading of the weights, not the rows
             hidden = self.language_model.decode(self.language_model.embed(ids)[:, None], cache)[:, 0]
         return out
 
     def _choose(self, logits: Tensor, forbidden: int | None) -> list[int]:
         """The next token of every row. logits float32 [rows, vocabulary]."""
+        # `<image>` in a text would open an image that nobody draws
         if forbidden is not None:
+            # the caller keeps the logits as the model gave them
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
         best = logits.amax(-1, keepdim=True)  # subtracted below, so that no temperature overflows
         if self.sampling.temperature == 0:
+            # greedy, as the published code generates
             chosen = logits.argmax(-1, keepdim=True)
         else:
             # sampled on the CPU, so that a seed means the same on every device; rows that are not finite are, too
             best = best.cpu()
             temperature = max(self.sampling.temperature, MIN_TEMPERATURE)
+            # (rows, vocabulary); a NaN would end multinomial with an error that names no remedy
             probs = ((logits.cpu() - best) / temperature).softmax(-1).nan_to_num(1)
             probs, order = probs.sort(dim=-1, descending=True)
             # the nucleus: tokens before which less than top_p has been collected, at least one
             probs[probs.cumsum(-1) - probs >= self.sampling.top_p] = 0
+            # (rows, 1); multinomial takes weights of any sum
             chosen = order.gather(1, torch.multinomial(probs, 1, generator=self.generator))
+        # one transfer to the host for both, the tokens and whether the logits were finite
         ids = chosen.where(best.isfinite(), NO_TOKEN)[:, 0].tolist()
         if NO_TOKEN in ids:
             raise nonfinite_error(self.language_model.dtype)

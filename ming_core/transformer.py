@@ -28,6 +28,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, *, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.heads = dim // HEAD_DIM  # the width of a head is fixed, their number follows
+        # with biases, as every linear layer of MingTok; no norm of queries or keys
         self.qkv = operations.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.proj = operations.Linear(dim, dim, device=device, dtype=dtype)
 
@@ -37,16 +38,17 @@ class Attention(nn.Module):
         # one product for queries, keys and values of all heads, then taken apart
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
         if cache is not None:  # token by token, causal by nature
-            x = cached_attention(q, cache, k, v)
+            x = cached_attention(q, cache, k, v)  # (B, heads, N, 64)
         elif causal:
             x = causal_attention(q, k, v)
         else:
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = F.scaled_dot_product_attention(q, k, v)  # every token sees all others
         return self.proj(x.transpose(1, 2).reshape(b, n, dim))  # heads side by side again
 
 
 def swiglu_width(dim: int) -> int:
     """Hidden width of a SwiGLU layer: two thirds of 4 * dim, rounded up to a multiple of 8 (768 -> 2048)."""
+    # truncated before it is rounded up, as published: 1024 -> 2730 -> 2736
     return (int(4 * dim * 2 / 3) + 7) // 8 * 8
 
 
@@ -70,7 +72,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)  # the gate and what it lets through, (..., hidden) each
-        return self.w3(F.silu(a) * b)
+        return self.w3(F.silu(a) * b)  # (..., dim)
 
 
 class GeluMlp(nn.Module):
@@ -82,6 +84,7 @@ class GeluMlp(nn.Module):
         self.fc2 = operations.Linear(4 * dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        # the tanh approximation is so near (3.6e-4 in `linear_proj`) that a wrong choice passes for rounding
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -99,13 +102,14 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         make = {"operations": operations, "device": device, "dtype": dtype}
+        # no LayerScale: the published blocks have no weights for it
         self.norm1 = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.attn = Attention(dim, **make)
         self.norm2 = operations.LayerNorm(dim, eps=LAYER_NORM_EPS, device=device, dtype=dtype)
         self.mlp = feed_forward(dim, **make)
 
     def forward(self, x: Tensor, *, causal: bool = False, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), causal=causal, cache=cache)
+        x = x + self.attn(self.norm1(x), causal=causal, cache=cache)  # (B, N, D)
         return x + self.mlp(self.norm2(x))
 
 
@@ -113,8 +117,10 @@ class BlockStack(nn.ModuleList):
     """`depth` blocks, nested one level deeper as in the published key names: blocks.0.{i}."""
 
     def __init__(self, depth: int, dim: int, feed_forward: Callable[..., nn.Module], **make: Any) -> None:
+        # one chunk holds all blocks: the level is there for the key names alone
         super().__init__([nn.ModuleList([Block(dim, feed_forward, **make) for _ in range(depth)])])
 
     @property
     def layers(self) -> list[Block]:
+        # a ModuleList is typed as one of plain modules
         return cast("list[Block]", list(cast(nn.ModuleList, self[0])))

@@ -52,12 +52,17 @@ class UniVision(OffloadableModule):
     ) -> None:
         super().__init__()
         self.config = config = config or UniVisionConfig()
+        # a checkpoint that does not say what tokenizer it has is taken to have the published one
         mingtok = config.mingtok_config or MingTokConfig()
         llm, flow = config.llm_config, config.vishead_diffloss_config
         make: dict[str, Any] = {"operations": operations, "device": device, "dtype": dtype}
+        # published: 0.70 B weights, of which a drawing runs the 0.30 B of the semantic decoder
         self.mingtok = MingTok(mingtok, **make)
+        # 6.3 M weights, and the only way for an image into the language model
         self.linear_proj = _projection(mingtok.semantic_decoder.embed_dim, llm.hidden_size, config.mlp_depth, **make)
+        # 16.8 B weights, of which a token passes 2.2 B: 6 of 64 experts in every layer
         self.language_model = LanguageModel(llm, **make)
+        # 1.3 B weights, most of them read in each of 16 steps: four fifths of the bytes of a drawn token
         self.flow_head = FlowHead(
             llm.hidden_size, mingtok.semantic_decoder.in_dim, flow.diffloss_w, flow.diffloss_d, flow_hidden, **make
         )
@@ -69,6 +74,7 @@ class UniVision(OffloadableModule):
 
     def project(self, tokens: Tensor) -> Tensor:
         """Semantic features [..., D] -> the language model's embeddings [..., H]."""
+        # features that have travelled are float32 and in host memory
         return self.linear_proj(tokens.to(self.device, self.dtype))
 
     def forward(
@@ -83,16 +89,21 @@ class UniVision(OffloadableModule):
         mask      bool [B, T, T], True where a position may attend; None: causal
         """
         # words and features side by side in one sequence, in the order in which they were said and drawn
-        x = torch.where(at[..., None], self.project(features), self.language_model.embed(ids))
+        x = torch.where(at[..., None], self.project(features), self.language_model.embed(ids))  # (B, T, H)
+        # an image has no rows and columns here: its tokens are counted like words, one after the other
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         # one stack of layers for both; only the routers of the experts tell them apart
-        hidden = self.language_model.model(x, positions, CausalAttention(mask), seen)
+        hidden = self.language_model.model(x, positions, CausalAttention(mask), seen)  # (B, T, H), final-normed
+        # Both at every position: which of the two counts depends on the next token, and the loss knows it. The velocity
+        # net is not run, since it needs a noisy latent and a time besides.
         return UniVisionOutput(self.language_model.logits(hidden), self.flow_head.vis_head(hidden))
 
 
 def _projection(width: int, hidden: int, depth: int, *, operations: Any, device: Any, dtype: Any) -> nn.Sequential:
     """`depth` linear layers with (exact) GELU between them."""
+    # GELUs count in the published names: linear_proj.0 and linear_proj.2 have the weights
     layers: list[nn.Module] = [operations.Linear(width, hidden, device=device, dtype=dtype)]
     for _ in range(depth - 1):
+        # (erf): tanh would be off by 3.6e-4 here, which hardly shows in the output of a whole model
         layers += [nn.GELU(), operations.Linear(hidden, hidden, device=device, dtype=dtype)]
     return nn.Sequential(*layers)
