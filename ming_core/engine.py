@@ -26,6 +26,7 @@ from .conversation import Conversation, Image, Part, Segment, Text, guidance_mas
 from .features import Features, to_grid, to_tokens
 from .image_decoder import DrawnImages, GuidanceRows, ImageDecoder, KeptTokens
 from .kv_cache import DecodeCache, KeyValues
+from .locking import ModelLock, exclusive
 from .mingtok import MingTok
 from .offload import nonfinite_error
 from .options import ImageOptions, Sampling, TextOptions
@@ -71,6 +72,11 @@ class Engine:
     @property
     def mingtok(self) -> MingTok:
         return self.network.mingtok
+
+    @property
+    def lock(self) -> ModelLock:
+        """Held by whatever computes with this model, its MingTok included: one thread at a time."""
+        return self.mingtok.lock
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +245,7 @@ class Engine:
 
     # --- Run ------------------------------------------------------------------------------------------------------
 
+    @exclusive
     @torch.no_grad()
     def write(self, plan: RoundPlan[TextOptions], on_token: OnToken = None) -> TextResult:
         """Run a round that answers in text. on_token: see `understand`."""
@@ -256,6 +263,7 @@ class Engine:
         truncated = written.ids[-1] != self._end
         return TextResult(text, written.ids, conversation, prefilled.prefilled, written.stacked_logits(), truncated)
 
+    @exclusive
     @torch.no_grad()
     def draw(self, plan: RoundPlan[ImageOptions], on_token: OnToken = None) -> list[ImageResult]:
         """Run a round that draws, an image a seed. on_token: see `generate_images`."""
@@ -278,6 +286,7 @@ class Engine:
         image_decoder = ImageDecoder(self.network, cache, rows, noise, options.solver, kept)
         return self._draw_rows([prefilled] * images, image_decoder, before, decoder, on_token)
 
+    @exclusive
     @torch.no_grad()
     def generate_batch(self, requests: Sequence[DrawRequest], options: ImageOptions | None = None) -> list[ImageResult]:
         """Many drawing rounds in few passes over the weights, each with a past of its own: one result a request.

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
 from .kv_cache import LayerCache, LayerCaches
+from .locking import ModelLock, exclusive
 from .offload import OffloadableModule, nonfinite_error
 from .transformer import LAYER_NORM_EPS, BlockStack, GeluMlp, SwiGLU
 
@@ -208,6 +209,7 @@ class MingTok(OffloadableModule):
         )
         self.pixel_decoder = PixelDecoder(config.pixel_decoder, **make)
         self.calls: Counter[str] = Counter()
+        self.lock = ModelLock()
         self.fingerprint = ""  # of the first two stages: the pixel decoder changes no latent and no feature
 
     @property
@@ -223,6 +225,7 @@ class MingTok(OffloadableModule):
     def reference_weight(self) -> Tensor:
         return self.low_level_encoder.cls_token
 
+    @exclusive
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> normalised latents, float32 [B, C, h, w].
 
@@ -240,6 +243,7 @@ class MingTok(OffloadableModule):
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         return to_grid(self.normalise(raw), grid)  # (B, C, h, w)
 
+    @exclusive
     def semantic_features(self, latents: Tensor) -> Features:
         """Normalised latents [B, C, h, w] -> Features, in host memory.
 
@@ -255,6 +259,7 @@ class MingTok(OffloadableModule):
         own = latents.to("cpu", copy=True)  # the caller may write to theirs
         return Features(tokens, own, (latents.shape[2], latents.shape[3]), self.fingerprint)
 
+    @exclusive
     def decode(self, features: Features) -> Tensor:
         """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features.
 
@@ -266,6 +271,7 @@ class MingTok(OffloadableModule):
         # nothing bounds the head's output, and pixels outside [-1, 1] would wrap round in 8 bit
         return self.assemble(patches, features.grid).float().clamp(-1, 1)
 
+    @exclusive
     def preview(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The image so far: the first n semantic tokens [B, n, D] -> pixels [B, 3, H, W], mid grey where none is yet.
 
