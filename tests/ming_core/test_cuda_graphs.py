@@ -8,6 +8,7 @@ from ming_univision.ming_core.experts import Experts, OneExpert, SortedRows, Sta
 from ming_univision.ming_core.offload import all_on
 from ming_univision.ming_core.quantization import FORMATS
 from ming_univision.nodes.host import PACK
+from ming_univision.tests.kernels import int4_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +84,7 @@ def test_a_drawing_by_graphs_is_the_drawing(model, picture, graphs, monkeypatch,
         assert found.token_ids == plain.token_ids
 
 
+@int4_kernel
 @pytest.mark.parametrize("quantised", FORMATS)
 def test_quantised_experts_are_replayed_too(graphs, request, quantised):
     """The built-in model, whose experts have shapes that the int4 kernel takes."""

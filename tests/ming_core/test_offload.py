@@ -11,6 +11,7 @@ from ming_univision.ming_core.experts import ExpertPerRow, Experts, OneExpert, S
 from ming_univision.ming_core.kv_cache import DecodeCache, LayerCache, PrefillCache
 from ming_univision.ming_core.language_model import LanguageModel
 from ming_univision.ming_core.quantization import QuantizedStackedLinear
+from ming_univision.tests.kernels import grouped_product, int4_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -124,7 +125,7 @@ def language_model(dtype, width=128):
     [
         (OneExpert, 512, 8, torch.float32),
         (OneExpert, 1200, 8, torch.bfloat16),
-        (SortedRows, 512, 8, torch.bfloat16),
+        pytest.param(SortedRows, 512, 8, torch.bfloat16, marks=grouped_product),
         (ExpertPerRow, 12, 128, torch.float32),
         (ExpertPerRow, 12, 128, torch.bfloat16),
     ],
@@ -140,6 +141,7 @@ def test_a_prompt_asks_for_what_its_experts_take(route, tokens, width, dtype, mo
     assert asked / 4 < memory.most <= asked
 
 
+@int4_kernel
 @pytest.mark.parametrize("quantised", [None, "int8", "int4"])
 @torch.no_grad()
 def test_a_step_asks_for_the_weights_that_a_gpu_copies(quantised, request, monkeypatch):

@@ -33,6 +33,7 @@ from ming_univision.ming_core.quantization import (
     unpack_weights,
 )
 from ming_univision.ming_core.quantization.formats import dequantize, quantize_int4, quantize_int8, split_nibbles
+from ming_univision.tests.kernels import grouped_product, int4_kernel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -91,6 +92,7 @@ def test_the_integers_are_the_same_whatever_the_dtype(kind):
         assert torch.equal(a, b)
 
 
+@int4_kernel
 def test_the_order_of_a_kernel_is_undone_exactly():
     values, _ = quantize_int4(normal(192, 320), 64)
     packed = kernels.pack(values)
@@ -123,6 +125,7 @@ def test_inputs_that_are_slices_of_others_are_taken(kind):
             assert torch.equal(layer(part), layer(part.clone(memory_format=torch.contiguous_format)))
 
 
+@int4_kernel
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize(("wide", "packed"), [(64, True), (192, True), (96, False)])
 def test_int8_through_the_kernel_of_int4_is_the_same(quantised_as_on_a_gpu, rows, wide, packed):
@@ -137,6 +140,7 @@ def test_int8_through_the_kernel_of_int4_is_the_same(quantised_as_on_a_gpu, rows
     assert torch.equal(layer.values, values)
 
 
+@int4_kernel
 def test_every_int8_value_has_its_two_halves():
     values = torch.arange(-128, 128).to(torch.int8).repeat(64, 1)
     halves = kernels._nibbles(values)
@@ -148,6 +152,7 @@ def test_every_int8_value_has_its_two_halves():
     assert torch.equal(found, values.T.bfloat16())
 
 
+@int4_kernel
 def test_weights_in_the_order_of_a_kernel_keep_it_while_they_rest_elsewhere(quantised_as_on_a_gpu, monkeypatch):
     layer, _ = linear("int8")
     x = normal(3, 256, seed=2, dtype=torch.bfloat16)
@@ -171,6 +176,7 @@ def test_a_product_without_a_kernel_is_the_same(kind, monkeypatch):
     assert (fast.float() - slow.float()).norm() / slow.float().norm() < 1e-2
 
 
+@int4_kernel
 @both
 def test_a_kernel_that_gives_wrong_numbers_is_not_used(kind, monkeypatch):
     for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"):
@@ -190,6 +196,7 @@ def test_gradients_pass_through_to_the_input_also_after_a_kernel_has_run(kind):
     assert torch.allclose(a.grad, b.grad, rtol=0.02, atol=0.02)
 
 
+@int4_kernel
 @both
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_weights_stay_usable_when_packing_or_unpacking_them_fails_on_the_way(
@@ -251,6 +258,7 @@ def forget(mixed, *experts):
         mixed.gate_up.scale[expert] = mixed.down.scale[expert] = float("nan")
 
 
+@grouped_product
 def test_experts_give_the_same_on_every_route():
     plain, x, chosen = experts()
     expected = plain.outputs(x, chosen, OneExpert).float()
@@ -271,6 +279,7 @@ def test_quantised_experts_are_experts_of_the_dequantised_weights(kind):
     assert (found - expected).norm() / expected.norm() < 0.02
 
 
+@int4_kernel
 @both
 def test_quantised_experts_give_the_same_sorted_and_gathered(kind, quantised_as_on_a_gpu):
     plain, x, chosen = experts()
@@ -475,6 +484,7 @@ def test_a_model_that_nothing_identifies_is_not_saved_quantised(folder, tmp_path
     assert not (tmp_path / "saved").exists()
 
 
+@int4_kernel
 def test_arranging_back_and_forth_changes_nothing(folder):
     model = load_univision(folder, dtype=torch.bfloat16, quantization="int4")
     before = {name: p.clone() for name, p in model.network.named_parameters()}
@@ -491,6 +501,7 @@ def all_features(model):
     return model.generate_image(Conversation(), "A cat.", max_new_tokens=1).features.tokens
 
 
+@int4_kernel
 @pytest.mark.parametrize("assign", [False, True])
 @both
 def test_a_twin_loaded_from_a_state_dict_gives_the_same_features(kind, assign, folder, quantised_as_on_a_gpu):
@@ -540,6 +551,7 @@ def test_a_state_dict_of_the_wrong_shapes_changes_nothing(quantised_as_on_a_gpu)
         assert torch.equal(layer(x), found)
 
 
+@int4_kernel
 def test_who_only_counts_bytes_gets_packed_values_without_a_copy(quantised_as_on_a_gpu):
     layer, _ = linear("int8")
     with torch.no_grad():
