@@ -84,6 +84,7 @@ def test_a_drawing_by_graphs_is_the_drawing(model, picture, graphs, monkeypatch,
         assert found.token_ids == plain.token_ids
 
 
+@pytest.mark.slow
 @int4_kernel
 @pytest.mark.parametrize("quantised", FORMATS)
 def test_quantised_experts_are_replayed_too(graphs, request, quantised):
