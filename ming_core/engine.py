@@ -240,7 +240,7 @@ class Engine:
         # three guidance rows an image, and the row of those that goes on to the text after it
         images, new = len(options.seeds), 2 * options.max_new_tokens + self.image_tokens
         # two caches have room for all of the text: that before the image, and that after it
-        drawing = language_model.working_memory(length, 4 * images, new)
+        drawing = language_model.working_memory(length, 4 * images, new, in_runs=options.mask is not None)
         return drawing + self.mingtok.working_memory(images, self.config.llm_config.num_image_tokens_for_gen)
 
     # --- Run ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 from .cuda_graphs import TokenLoop
 from .flow_head import Sampler
 from .kv_cache import DecodeCache
+from .language_model import PREFILL_CHUNK
 from .options import Guidance
 from .rounds import OnToken, Progress
 from .solver import Solver
@@ -182,10 +183,10 @@ class ImageDecoder:
         """Prefill all pending embeddings but the last, whose hidden state the next token is drawn from."""
         # one embedding a row is left, the shape that a captured step takes
         run, self.pending = self.pending[:, :-1], self.pending[:, -1:]
-        # empty unless tokens were kept
-        if run.shape[1]:
-            self.network.language_model.decode(run, self.cache)
-            self.cache.layers.advance(run.shape[1])
+        # in pieces of as many tokens as a prefill computes at once: bounded memory, and nothing at all if none was kept
+        for piece in run.split(max(1, PREFILL_CHUNK // len(run)), dim=1) if run.shape[1] else ():
+            self.network.language_model.decode(piece, self.cache)
+            self.cache.layers.advance(piece.shape[1])
 
     def _token_steps(self, loop: TokenLoop) -> Callable[[int], None]:
         """The function that draws token i of every image, from its three steps."""

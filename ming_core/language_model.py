@@ -181,17 +181,20 @@ class LanguageModel(OffloadableModule):
         # a norm is never quantized, so its dtype is the one to compute in
         return self.model.norm.weight
 
-    def working_memory(self, prefix: int, rows: int, new: int) -> int:
+    def working_memory(self, prefix: int, rows: int, new: int, *, in_runs: bool = False) -> int:
         """Bytes beside the weights for `rows` rows that add up to `new` tokens each to a prefix.
 
-        Keys and values are exact; what is computed at once is that of the largest prefill chunk.
+        in_runs: the new tokens come in runs of any length, not one by one. Keys and values are exact; what is computed
+        at once is that of the largest prefill chunk.
         """
         config, size = self.config, self.dtype.itemsize
         # keys and values of one position, in all layers
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-        chunk = min(prefix, PREFILL_CHUNK)  # tokens that are computed at once
+        # tokens that are computed at once, and the keys that each of them may see
+        chunk = min(max(prefix, rows * new if in_runs else 0), PREFILL_CHUNK)
+        keys = prefix + (new if in_runs else 0)
         # float32: the scores of every head and their softmax
-        scores = 2 * config.num_attention_heads * chunk * prefix * 4
+        scores = 2 * config.num_attention_heads * chunk * keys * 4
         # each token is copied for each of its experts, and their outputs are float32 until they are summed
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk

@@ -155,3 +155,20 @@ def test_a_mask_without_a_picture_or_with_one_of_another_grid_is_refused(model):
         large = model.mingtok.semantic_features(torch.randn(1, model.network.flow_head.net.channels, 8, 8))
     with pytest.raises(ValueError, match=r"8x8 tokens.*4x4.*detail standard"):
         model.generate_image(Conversation(), "Blue.", features=large, mask=mask(*SQUARE))
+
+
+def test_a_long_kept_run_is_prefilled_in_pieces_and_its_memory_is_counted(model, picture, monkeypatch):
+    whole = edit(model, picture, ((3, 3),))
+    pieces = []
+    monkeypatch.setattr("ming_univision.ming_core.image_decoder.PREFILL_CHUNK", 12)  # four tokens of three rows
+    model.network.language_model.model.register_forward_pre_hook(lambda _, x: pieces.append(x[0].shape[:2].numel()))
+    model.prefix_cache.clear()
+    found = edit(model, picture, ((3, 3),))
+    torch.testing.assert_close(found.features.latents, whole.features.latents, rtol=0, atol=3e-4)
+    assert pieces[1:5] == [12, 12, 12, 9]  # 15 tokens of three rows, `<image>` among them
+    options = {"seeds": (0, 1, 2, 3)}
+    plain, masked = (
+        model.plan(Conversation(), "Blue.", ImageOptions(mask=one, **options), picture).working_memory
+        for one in (None, mask(*SQUARE))
+    )
+    assert masked > plain
