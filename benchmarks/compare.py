@@ -1,7 +1,7 @@
 """Two checkouts of this project compared: what the same rounds take in each, as ratios made in one run.
 
-    git worktree add /tmp/before f735b59
-    python benchmarks/compare.py /tmp/before . [--repeats 9] [--threads 1] [--reduced 64] [--precision int8]
+    git worktree add ../before f735b59
+    python benchmarks/compare.py ../before . [--repeats 9] [--threads 1] [--reduced 64] [--precision int8]
 
 Each checkout runs in a process of its own, and one waits while the other works: A B A B ... Only the public Python API
 is used, so checkouts whose insides differ can be compared. The model is the built-in one of this checkout or, with

@@ -13,6 +13,7 @@ they were; only keys and values of whole segments go into the prefix cache.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -294,7 +295,7 @@ class Engine:
         `options` hold for all; their `seeds`, `noise` and `start` do not count. What `generate_image` gives for each
         request alone, up to rounding, and the same errors.
         """
-        options = options or ImageOptions()
+        options = dataclasses.replace(options or ImageOptions(), seeds=(0,), noise=None)
         waiting: dict[int, tuple[PrefilledRound, Tensor]] = {}  # by number of the request, with its guidance masks
         results: dict[int, ImageResult] = {}
 
@@ -342,7 +343,12 @@ class Engine:
             prefix.extend(past.cache.slice(0, past.cache.length))
         # positions count what a row sees, so each goes on from the length of its own past
         cache = DecodeCache(prefix, noise[0].shape[1], len(visible), visible)
-        image_decoder = ImageDecoder(self.network, cache, rows, torch.cat(noise) * options.temperature, options.solver)
+        kept = None
+        if options.mask is not None:  # one mask, over the newest image of each past
+            each = [self._kept_tokens(past.transcript, options) for past, _ in rounds]
+            kept = KeptTokens(*(torch.cat(parts) for parts in zip(*filter(None, each), strict=True)))
+        starts = torch.cat(noise) * options.temperature
+        image_decoder = ImageDecoder(self.network, cache, rows, starts, options.solver, kept)
         # never "model decides": the rows would not begin their images at the same step
         before = WrittenText([self.config.llm_config.image_start_token])
         decoder = self._text_decoder(options, Sampling(), None, None)

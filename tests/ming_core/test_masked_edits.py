@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Guidance, Solver, load_conversation, save_conversation
+from ming_univision.ming_core import (
+    Conversation,
+    DrawRequest,
+    Guidance,
+    Solver,
+    load_conversation,
+    save_conversation,
+)
 from ming_univision.ming_core.image_decoder import KeptTokens
 from ming_univision.ming_core.options import ImageOptions
 
@@ -172,3 +179,16 @@ def test_a_long_kept_run_is_prefilled_in_pieces_and_its_memory_is_counted(model,
         for one in (None, mask(*SQUARE))
     )
     assert masked > plain
+
+
+def test_many_prompts_in_one_pass_keep_each_its_own_picture(model, picture):
+    other = picture._replace(latents=picture.latents.flip(-1))
+    with torch.no_grad():
+        other = model.mingtok.semantic_features(other.latents)
+    requests = [DrawRequest("Make it blue.", seed=k, features=one) for k, one in enumerate((picture, other))]
+    results = model.generate_batch(requests, ImageOptions(mask=mask(*SQUARE), max_new_tokens=4))
+    for k, (request, found) in enumerate(zip(requests, results, strict=True)):
+        assert torch.equal(outside(found.features), outside(request.features))
+        model.prefix_cache.clear()
+        alone = edit(model, request.features, seed=k)
+        torch.testing.assert_close(found.features.latents, alone.features.latents, rtol=0, atol=3e-4)
