@@ -38,7 +38,7 @@ def _validate_prompt(text: str | None) -> bool | str:
     return True if text is None or text.strip() else EMPTY_PROMPT
 
 
-def _with_notes(text: str, result: RoundResult, features: Features | None) -> str:
+def _with_notes(result: RoundResult, features: Features | None) -> str:
     """The text to show on the node: what the model wrote, and what the user may not expect of this round."""
     notes = []
     if not result.conversation.images:
@@ -47,9 +47,9 @@ def _with_notes(text: str, result: RoundResult, features: Features | None) -> st
         notes.append(
             f"One message about all {features.batch} pictures. A list instead of a batch makes a round of each."
         )
-    if result.truncated and text:
+    if result.truncated and result.text:
         notes.append("The text was cut off at max_new_tokens.")
-    return "\n\n".join([text, *(f"({note})" for note in notes)] if text else [f"({note})" for note in notes])
+    return "\n\n".join(filter(None, (result.text, *(f"({note})" for note in notes))))
 
 
 class MingUnderstand:
@@ -111,7 +111,7 @@ class MingUnderstand:
 
         node_class = type(self).__name__
         result = engine.write(plan, WritingProgress(node_class, max_new_tokens))
-        host.show_text(_with_notes(result.text, result, features), node_class)
+        host.show_text(_with_notes(result, features), node_class)
         return result.text, result.conversation
 
 
@@ -189,7 +189,7 @@ class _DrawingNode:
         node_class = type(self).__name__
         expected_tokens = max_new_tokens + engine.config.llm_config.num_image_tokens_for_gen
         results = engine.draw(plan, DrawingProgress(node_class, expected_tokens, engine))
-        host.show_text(_with_notes(results[0].text, results[0], features), node_class)
+        host.show_text(_with_notes(results[0], features), node_class)
         return [r.features for r in results], [r.conversation for r in results], [r.text for r in results]
 
 
