@@ -18,6 +18,7 @@ from .images import MingExampleScene, MingImageMetrics
 from .instructions import MingInstruction
 from .loaders import MingTokLoader, MingUniVisionLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
+from .regions import MingRegionMask
 from .rounds import MingEdit, MingGenerate, MingUnderstand
 
 host.register_model_folder()
@@ -35,6 +36,7 @@ DISPLAY_NAMES = {
     MingInstruction: "Ming Instruction",
     MingFeaturesPreview: "Ming Features Preview",
     MingFeaturesCompare: "Ming Features Compare",
+    MingRegionMask: "Ming Region Mask",
     MingFeaturesToLatent: "Ming Features to Latent",
     MingSaveFeatures: "Ming Save Features",
     MingLoadFeatures: "Ming Load Features",

@@ -145,6 +145,17 @@ NODES = {
         {},
         {"heatmap": "IMAGE", "mask": "MASK", "similarity": "FLOAT"},
     ),
+    "MingRegionMask": (
+        "Ming Region Mask",
+        {
+            "features": "MING_FEATURES",
+            "region": "MING_FEATURES",
+            "threshold": ("FLOAT", 0.3, 0, 1),
+            "grow": ("INT", 1, 0, 16),
+        },
+        {},
+        {"mask": "MASK"},
+    ),
     "MingFeaturesToLatent": ("Ming Features to Latent", {"features": "MING_FEATURES"}, {}, {"latent": "LATENT"}),
     "MingSaveFeatures": (
         "Ming Save Features",
