@@ -20,6 +20,7 @@ from .loaders import MingTokLoader, MingUniVisionLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
 from .regions import MingRegionMask
 from .rounds import MingEdit, MingGenerate, MingUnderstand
+from .storyboard import MingConversationStoryboard
 
 host.register_model_folder()
 
@@ -44,6 +45,7 @@ DISPLAY_NAMES = {
     MingLoadConversation: "Ming Load Conversation",
     MingConversationPicture: "Ming Conversation Picture",
     MingConversationTranscript: "Ming Conversation Transcript",
+    MingConversationStoryboard: "Ming Conversation Storyboard",
     MingImageMetrics: "Ming Image Metrics",
 }
 
