@@ -71,9 +71,9 @@ def _exists(path: Path) -> bool:
 def folder_problem(folder: Path) -> str | None:
     """Why a folder of this name cannot be made, whatever the disk holds beside it; None if it can."""
     try:
-        for part in folder.parts:
-            _check_characters(part)
-            _check_length(part, LONGEST_NAME)
+        for name in folder.parts:
+            _check_characters(name)
+            _check_length(name, LONGEST_NAME)
     except ValueError as error:
         return f"the folder's name {error}"
     for part in (folder, *folder.parents):

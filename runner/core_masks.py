@@ -1,12 +1,14 @@
 """The nodes of ComfyUI's core that edits inside a mask and extended pictures need, for runs without ComfyUI.
 
-Ids, sockets, widgets and results are those of ComfyUI 0.33, to the bit. Where core fails with an error of PyTorch, there
-is a sentence here. An IMAGE is float32 [B, H, W, 3] in 0..1, a MASK is float32 [B, H, W] in 0..1, where 1 may change.
+Ids, sockets, widgets and results are those of ComfyUI 0.33, to the bit. Where core fails with an error of PyTorch,
+there is a sentence here. An IMAGE is float32 [B, H, W, 3] in 0..1, a MASK is float32 [B, H, W] in 0..1, and what is 1
+in it may change.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +167,7 @@ class _MaskNode:
 
     RETURN_TYPES: tuple[str, ...] = ("MASK",)
     CATEGORY = "image/mask"
-    WIDGETS: dict[str, Any] = {}
+    WIDGETS: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -185,7 +187,7 @@ class ThresholdMask(_MaskNode):
     """1 where the mask is above `value`, otherwise 0."""
 
     FUNCTION = "threshold"
-    WIDGETS = {"value": _share(0.5)}
+    WIDGETS: ClassVar = {"value": _share(0.5)}
 
     def threshold(self, mask: Tensor, value: float) -> tuple[Tensor]:
         return ((mask > value).float(),)
@@ -195,7 +197,7 @@ class GrowMask(_MaskNode):
     """Widens the white by `expand` pixels, or the black if it is negative."""
 
     FUNCTION = "expand_mask"
-    WIDGETS = {
+    WIDGETS: ClassVar = {
         "expand": ("INT", {"default": 0, "min": -MAX_SIDE, "max": MAX_SIDE, "step": 1}),
         "tapered_corners": ("BOOLEAN", {"default": True}),
     }
@@ -220,7 +222,7 @@ class FeatherMask(_MaskNode):
     """Fades the mask out towards its edges, over the given numbers of pixels."""
 
     FUNCTION = "feather"
-    WIDGETS = {side: _pixels() for side in ("left", "top", "right", "bottom")}
+    WIDGETS: ClassVar = {side: _pixels() for side in ("left", "top", "right", "bottom")}
 
     def feather(self, mask: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor]:
         feathered = _batched(mask).clone()
@@ -241,7 +243,7 @@ class CropMask(_MaskNode):
     """Cuts a rectangle out of a mask. Where it reaches beyond the mask, the result is smaller."""
 
     FUNCTION = "crop"
-    WIDGETS = {"x": _pixels(), "y": _pixels(), "width": _pixels(512, 1), "height": _pixels(512, 1)}
+    WIDGETS: ClassVar = {"x": _pixels(), "y": _pixels(), "width": _pixels(512, 1), "height": _pixels(512, 1)}
 
     def crop(self, mask: Tensor, x: int, y: int, width: int, height: int) -> tuple[Tensor]:
         cut = _batched(mask)[:, y : y + height, x : x + width]
@@ -281,7 +283,7 @@ class ImageToMask:
 class MaskComposite:
     """Combines two masks, where `source`, laid over `destination` at (x, y), covers it."""
 
-    OPERATIONS = {
+    OPERATIONS: ClassVar[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
         "multiply": torch.mul,
         "add": torch.add,
         "subtract": torch.sub,

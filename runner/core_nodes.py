@@ -80,7 +80,7 @@ class LoadImage:
         with _opened(path) as file:
             try:
                 for number, frame in enumerate(ImageSequence.Iterator(file), start=1):
-                    _check_size(path, *frame.size, number)
+                    _check_size(path, frame, number)
                     pixels, mask = _tensors(ImageOps.exif_transpose(frame))
                     if not images or pixels.shape == images[0].shape:
                         images.append(pixels)
@@ -284,11 +284,12 @@ def _opened(path: Path) -> Image.Image:
         raise ValueError(_too_large(path, "")) from None
     except Exception as error:  # whatever Pillow's many readers raise for a damaged header
         raise ValueError(f"{path} cannot be read: {error}") from error
-    _check_size(path, *image.size)
+    _check_size(path, image)
     return image
 
 
-def _check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
+def _check_size(path: Path, image: Image.Image, frames: int = 1) -> None:
+    width, height = image.size
     if width * height * frames > MAX_PIXELS:
         raise ValueError(_too_large(path, f" ({width}x{height}{f', {frames} frames' if frames > 1 else ''})"))
 

@@ -201,7 +201,9 @@ def with_settings(workflow: Workflow, settings: Iterable[str], node_classes: Nod
             problems.append(f'setting "{_short(setting)}": expected NODE.INPUT=VALUE, for example 5.seed=7')
         elif node_id not in workflow:
             known = _listed(f"{known_id} ({_short(_title(node))})" for known_id, node in workflow.items())
-            problems.append(f'setting "{_short(setting)}": there is no node {_short(node_id)}; the workflow has {known}')
+            problems.append(
+                f'setting "{_short(setting)}": there is no node {_short(node_id)}; the workflow has {known}'
+            )
         else:
             problems += _set_input(node_id, workflow[node_id], name, text, node_classes)
     if problems:
@@ -299,7 +301,7 @@ def _check_shape(workflow: Workflow) -> None:
 
 
 def _unknown_types(workflow: Workflow, node_classes: NodeClasses) -> list[str]:
-    problems = []
+    problems: list[str] = []
     for node_id, entry in workflow.items():
         class_type = entry["class_type"]
         if class_type not in node_classes:
@@ -480,7 +482,12 @@ def _widget_value(socket: Socket, value: Any, check_bounds: bool) -> Any:
         raise ValueError(f"expected a link to an output of type {socket.kind}, not the value {_shown(value)}")
     if len(kinds) > 1:
         return value
-    convert: dict[str, Callable[[Any], Any]] = {"INT": _as_int, "FLOAT": _as_float, "STRING": _as_text, "BOOLEAN": _as_bool}
+    convert: dict[str, Callable[[Any], Any]] = {
+        "INT": _as_int,
+        "FLOAT": _as_float,
+        "STRING": _as_text,
+        "BOOLEAN": _as_bool,
+    }
     value = convert.get(socket.kind, _as_choice)(value)
     if check_bounds:
         _check_bounds(socket, value)
@@ -500,7 +507,9 @@ def _check_bounds(socket: Socket, value: Any) -> None:
     below, above = low is not None and value < low, high is not None and value > high
     if below or above:
         allowed = f"{low} to {high}" if None not in (low, high) else f"{low} or more" if below else f"{high} or less"
-        raise ValueError(f"{_shown(value)} is {'below the minimum' if below else 'above the maximum'}; it must be {allowed}")
+        raise ValueError(
+            f"{_shown(value)} is {'below the minimum' if below else 'above the maximum'}; it must be {allowed}"
+        )
 
 
 def _as_int(value: Any) -> int:

@@ -11,8 +11,9 @@ import torch
 from ming_univision.runner.core_masks import NODE_CLASS_MAPPINGS
 
 try:
-    import nodes as core
     from comfy_extras import nodes_images, nodes_mask
+
+    import nodes as core
 except ImportError:
     core = None
 
