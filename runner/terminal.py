@@ -71,7 +71,8 @@ def _run(workflow: str | Path, settings: Iterable[str], image: str | Path | None
         graph = read_workflow(workflow)
         if image is not None:
             graph = with_image(graph, image)
-        graph = with_settings(graph, settings, known_node_classes())
+        if settings := list(settings):
+            graph = with_settings(graph, settings, known_node_classes())
         run_workflow(graph, output_dir=folder, on_event=reporter)
     except WorkflowError as error:
         reporter.stop(f"Refused: {error}")
