@@ -194,10 +194,10 @@ def _check_patches(patcher: Any) -> None:
     if "manual_cast_dtype" in patcher.object_patches:
         unfit.append("another dtype to compute in")
     if unfit:
+        more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
         raise ValueError(
-            f"another node changed this model in a way that has no effect on it: {unfit[0]}"
-            f"{f' (and {len(unfit) - 1} more)' if len(unfit) > 1 else ''}. Remove that node; only weights and biases of "
-            "linear and normalization layers that are not quantized can be patched"
+            f"another node changed this model in a way that has no effect on it: {unfit[0]}{more}. Remove that node; "
+            "only weights and biases of linear and normalization layers that are not quantized can be patched"
         )
 
 
@@ -271,13 +271,14 @@ def operations() -> Any:
                 super()._load_from_state_dict(*args, **kwargs)
 
         class Embedding(base_embedding):
-            """A table that stays where it was loaded to: a few rows travel to the GPU instead of all of it."""
+            """A table that stays where it was loaded to, and is looked up there (`LanguageModel.embed`)."""
 
             rests = True  # our patcher neither counts it nor moves it
             weight: Tensor
 
             def forward(self, ids: Tensor) -> Tensor:
-                return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
+                """Overridden so that the table is never copied as a whole."""
+                return F.embedding(ids, self.weight)
 
             def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
                 """Follow a change of the dtype, but not to another device."""
@@ -304,6 +305,8 @@ def _patcher_class(has_experts: bool) -> Any:
         only, so the experts are the ones to leave behind. ComfyUI would keep room free for streaming them whole, up to
         three layers of them; but experts that are left behind fetch only what is routed to, and need no such buffer.
         """
+
+        size: int
 
         def model_size(self) -> int:
             """Bytes that a GPU holds when all is loaded."""

@@ -351,7 +351,11 @@ def test_the_word_embedding_follows_a_change_of_dtype(checkpoint_folder):
 
 # --- Changes that other packs make --------------------------------------------------------------------------------
 
-PATCHED = "language_model.lm_head.weight", "language_model.model.layers.1.attention.dense.weight", "flow_head.vis_head.1.bias"
+PATCHED = (
+    "language_model.lm_head.weight",
+    "language_model.model.layers.1.attention.dense.weight",
+    "flow_head.vis_head.1.bias",
+)
 
 
 def patched(loaded: host.Loaded, *names: str) -> host.Loaded:
@@ -411,7 +415,10 @@ def nothing(*_): ...
         (lambda p: p.set_model_unet_function_wrapper(nothing), "model_function_wrapper"),
         (lambda p: p.add_wrapper("diffusion_model", nothing), "wrappers for diffusion_model"),
         (lambda p: p.set_model_compute_dtype(torch.float16), "dtype"),
-        (lambda p: p.add_hook_patches(comfy.hooks.WeightHook(), {"network.language_model.lm_head.weight": ()}), "hooks"),
+        (
+            lambda p: p.add_hook_patches(comfy.hooks.WeightHook(), {"network.language_model.lm_head.weight": ()}),
+            "hooks",
+        ),
     ],
     ids=["patch", "sampler", "unet", "wrapper", "dtype", "hook"],
 )
