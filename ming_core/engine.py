@@ -334,7 +334,9 @@ class Engine:
         ]
         length = sum(past.cache.length for past, _ in rounds)
         prefix = self.network.language_model.new_cache(length)
-        visible = torch.zeros(len(rounds) * rows.per_image, length, dtype=torch.bool)  # (B * rows, all pasts)
+        visible = torch.zeros(
+            len(rounds) * rows.per_image, length, dtype=torch.bool, device="cpu"
+        )  # (B * rows, all pasts)
         for k, (past, masks) in enumerate(rounds):
             own = slice(prefix.length, prefix.length + past.cache.length)
             # everything outside a row's own past stays hidden from it
@@ -532,7 +534,8 @@ class Engine:
         if given is None:
             # a generator for each, so that an image is the same alone and in a batch
             draws = [
-                torch.randn(tokens, channels, generator=round_generator(seed, "image", transcript)) for seed in seeds
+                torch.randn(tokens, channels, generator=round_generator(seed, "image", transcript), device="cpu")
+                for seed in seeds
             ]
             return torch.stack(draws)  # (B, N, C)
         if given.ndim != 3 or len(given) != len(seeds):

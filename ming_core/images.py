@@ -116,7 +116,7 @@ def _plane_ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def _blur(x: Tensor) -> Tensor:
     """[H, W], only where the Gaussian window fits; smaller pictures use the middle of the window."""
-    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64, device="cpu") - 5) ** 2) / (2 * 1.5**2))
     for axis in (0, 1):
         n = min(11, x.shape[axis])
         w = window[(11 - n) // 2 : (11 - n) // 2 + n]

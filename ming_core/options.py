@@ -121,7 +121,7 @@ class ImageOptions:
         """The tokens of each image that may change, bool [seeds, h * w]; all of them without a mask."""
         batch = len(self.seeds)
         if self.mask is None:
-            return torch.ones(batch, grid[0] * grid[1], dtype=torch.bool)
+            return torch.ones(batch, grid[0] * grid[1], dtype=torch.bool, device="cpu")
         white = (self.mask.float().cpu() > WHITE).float()
         white = white.reshape(-1, 1, *white.shape[-2:])
         # the largest of each token's pixels; a mask coarser than the grid covers several tokens with a pixel

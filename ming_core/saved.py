@@ -48,7 +48,7 @@ def save_conversation(conversation: Conversation, path: str | Path) -> None:
     images = conversation.images
     ids = [i for s in conversation.segments if isinstance(s, Text) for i in s.ids]
     tensors = {f"latents.{i}": p.features.latents[0] for i, p in enumerate(images)}
-    tensors["ids"] = torch.tensor(ids, dtype=torch.int32)
+    tensors["ids"] = torch.tensor(ids, dtype=torch.int32, device="cpu")
     parts = [{"generated": p.generated, "segments": [_about(s) for s in p.segments]} for p in conversation.parts]
     write_tensors(path, tensors, {"format": CONVERSATION_FORMAT, "model": conversation.model, "parts": parts})
 

@@ -82,7 +82,7 @@ class Solver:
 
     def times(self, steps: int) -> Tensor:
         """The steps + 1 points in time, float32, from 1 (noise) down to 0 (data)."""
-        u = torch.linspace(0, 1, steps + 1)
+        u = torch.linspace(0, 1, steps + 1, device="cpu")
         # in this order of operations: the network sees 1000 * t, so the last bit matters
         return 1 - u / (u + self.time_shift - self.time_shift * u)
 

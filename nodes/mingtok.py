@@ -81,7 +81,9 @@ class MingTokEncode:
             raise ValueError(f"detail is {detail!r}: choose one of {tuple(DETAILS)}")
         side = DETAILS[detail] * tokenizer.native_side
         check_images(image, side, fit)
-        fitted = torch.ones(1, side, side) if mask is None else fit_mask(mask_of_image(mask, image), side, fit)
+        fitted = (
+            torch.ones(1, side, side, device="cpu") if mask is None else fit_mask(mask_of_image(mask, image), side, fit)
+        )
         patches = (side // tokenizer.patch_size) ** 2
         host.load_to_gpu(mingtok, tokenizer.working_memory(min(len(image), AT_ONCE), patches))
         latents = in_batches(len(image), lambda few: tokenizer.encode(to_pixels(image[few], side, fit)))
