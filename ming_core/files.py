@@ -16,11 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .json_files import FileError
+
 HEADER = "ming"  # the metadata entry that holds the JSON
-
-
-class FileError(ValueError):
-    """A file that cannot be read or written: the message names it and says what to do."""
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
