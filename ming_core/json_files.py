@@ -11,11 +11,11 @@ import json
 import math
 import os
 import stat
-from typing import Any, NoReturn
+from typing import Any
 
 MAX_BYTES = 16 << 20  # twenty times the header or the index of the published model; a tokenizer.json may be longer
 MAX_DEPTH = 64  # nested lists and objects; the files that are read here have fewer than ten
-MAX_DIGITS = 300  # of a whole number: one with more is beyond the largest float
+MAX_DIGITS = 300  # of a whole number: one with more is beyond the largest float, and takes long to read
 
 
 class FileError(ValueError):
@@ -52,12 +52,20 @@ def read_json(
     data = source if isinstance(source, bytes) else read_file(source, max_bytes=max_bytes, what=what, remedy=remedy)
     if len(data) > max_bytes:
         raise FileError(f"{what} is too long ({len(data)} bytes, where at most {max_bytes} are read): {remedy}")
+    numbers: list[_NotFinite] = []  # that no program can count with
+
+    def number(text: str) -> Any:
+        value = float(text)
+        return value if math.isfinite(value) else _noted(_NotFinite(repr(value)), numbers)
+
+    def whole(text: str) -> Any:
+        if len(text) <= MAX_DIGITS:
+            return int(text)
+        return _noted(_NotFinite(f"{text[:20]}... ({len(text)} digits)"), numbers)
+
     try:
-        value = json.loads(
-            data.decode("utf-8-sig"), parse_constant=_not_a_number, parse_float=_finite, parse_int=_whole
-        )
-        if _is_deeper(value, max_depth):
-            raise RecursionError
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8 text (byte {error.start}): {remedy}") from None
     except json.JSONDecodeError as error:
@@ -65,8 +73,10 @@ def read_json(
         raise FileError(f"{what} is not valid JSON: {error.msg} at {where}; {remedy}") from None
     except RecursionError:
         raise FileError(f"{what} is nested more than {max_depth} levels deep: {remedy}") from None
-    except ValueError as error:
-        raise FileError(f"{what} is not valid JSON: {error}; {remedy}") from None
+    if _is_deeper(value, max_depth):
+        raise FileError(f"{what} is nested more than {max_depth} levels deep: {remedy}")
+    if numbers:
+        raise FileError(f"{what}: {_place_of(numbers[0], value)} is {numbers[0]}, not a finite number; {remedy}")
     return value
 
 
@@ -130,25 +140,27 @@ def _kind(mode: int) -> str:
     return "a device"
 
 
-def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
+class _NotFinite(str):
+    """What a number that cannot be used is called in a message; it stands for the number until it is refused."""
 
 
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {_short(digits)} is not finite")
-    return value
+def _noted(number: _NotFinite, numbers: list[_NotFinite]) -> _NotFinite:
+    numbers.append(number)
+    return number
 
 
-def _whole(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"the number {_short(digits)} has {len(digits)} digits")
-    return int(digits)
-
-
-def _short(digits: str) -> str:
-    return digits if len(digits) <= 20 else f"{digits[:20]}..."
+def _place_of(wanted: Any, value: Any) -> str:
+    """Where an object is in nested lists and objects: llm_config.rope_scaling[0]."""
+    places = [("", value)]
+    while places:
+        place, value = places.pop()
+        if value is wanted:
+            break
+        if isinstance(value, dict):
+            places += [(f"{place}.{key[:60]}".lstrip("."), child) for key, child in value.items()]
+        elif isinstance(value, list):
+            places += [(f"{place}[{i}]", child) for i, child in enumerate(value)]
+    return place or "it"
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
