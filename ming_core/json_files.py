@@ -7,11 +7,15 @@ is wrong is one FileError that names the file.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 import os
 import stat
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 16 << 20  # twenty times the header or the index of the published model; a tokenizer.json may be longer
 MAX_DEPTH = 64  # nested lists and objects; the files that are read here have fewer than ten
@@ -128,6 +132,24 @@ def unreadable(what: str | os.PathLike[str], error: OSError) -> FileError:
 def printable(text: str) -> str:
     """The text with halves of characters (lone surrogates, as in file names of other systems) written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def log_left_out(path: str | os.PathLike[str], error: Exception) -> None:
+    """Say in the log that a list goes without this file or folder: once, until it changes or has another fault.
+
+    Lists are asked for again on every page load.
+    """
+    try:
+        found = os.lstat(path)
+        state = (found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+    except (OSError, ValueError):
+        state = (0, 0, 0)
+    _log_once(printable(str(path)), state, printable(str(error)))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _log_once(path: str, state: tuple[int, ...], error: str) -> None:
+    log.warning("%s is left out of the list: %s", path, error)
 
 
 def _kind(mode: int) -> str:
