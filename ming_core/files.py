@@ -94,7 +94,7 @@ class _CutOff(_HeaderFault):
 def _metadata(found: Any) -> dict[str, str]:
     metadata = {} if found is None else found
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _HeaderFault("__metadata__ is not an object of texts")
+        raise _HeaderFault("its metadata are not an object of texts")
     return metadata
 
 
@@ -285,7 +285,7 @@ def _format(about: Any) -> str:
 def _require_format(path: str | Path, about: Any, wanted: str) -> None:
     found = _format(about)
     if found != wanted:
-        kind = f'"{found}"' if found else "unknown"
+        kind = f'"{found[:60]}"' if found else "unknown"
         raise FileError(f'{path}: the format of this file is {kind}, expected "{wanted}": choose another file')
 
 

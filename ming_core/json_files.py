@@ -119,7 +119,7 @@ def check_regular(path: str | os.PathLike[str], *, what: str = "") -> os.stat_re
     except ValueError:  # a null character, or half a character
         raise FileError(f"{what!r} is not a file name: rename the file") from None
     if not stat.S_ISREG(found.st_mode):
-        raise FileError(f"{what} is {_kind(found.st_mode)}, not a file: move it away")
+        raise FileError(f"{what} is {_kind(found.st_mode)}, not a file: put the file in its place")
     return found
 
 

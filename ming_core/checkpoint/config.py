@@ -79,7 +79,7 @@ class CheckpointConfig:
         try:
             return read_config(cls, self.entries)
         except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+            raise CheckpointError(f"{self.path}: {error}; correct it, or {REDOWNLOAD_FILE}") from error
 
 
 def _read_entries(path: Path) -> dict[str, Any]:
