@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .checks import check_features
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
 from .kv_cache import LayerCache, LayerCaches
@@ -330,8 +331,7 @@ class MingTok(OffloadableModule):
 
     def check_features(self, features: Features) -> None:
         """Raises ValueError unless `features` hold images and were made by this tokenizer."""
-        if features.batch == 0:
-            raise ValueError("these features contain no picture: encode at least one")
+        check_features("features", features)
         # shapes do not tell: features of another tokenizer would decode without an error, to a wrong picture
         if features.tokenizer != self.fingerprint:
             raise ValueError(
