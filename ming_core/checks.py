@@ -51,12 +51,10 @@ def check_tensor(name: str, value: object, content: str = "") -> Tensor:
     if value.is_meta:
         raise ValueError(f"{name} is on the meta device, where tensors have no values: compute it on a real device")
     if value.is_nested or value.layout != torch.strided:
-        raise ValueError(f"{name} is a sparse or nested tensor: make it dense, for example with to_dense()")
+        raise ValueError(f"{name} is a sparse or nested tensor: make it dense first")
     if value.dtype not in (*FLOATS, torch.bool):
-        raise ValueError(
-            f"{name} holds {str(value.dtype).removeprefix('torch.')}: it must be float32 (or float16, bfloat16, "
-            f"float64){content and f' {content}'}; convert it first"
-        )
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} holds {dtype}: convert it to float32{content and f' with values {content}'}")
     return value
 
 

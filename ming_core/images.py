@@ -79,7 +79,9 @@ def check_image(images: object, name: str = "image") -> Tensor:
     """Raises ValueError for what is no IMAGE by type or shape; reads no pixel. 0..255 is not guessed at."""
     images = check_tensor(name, images, "from 0 to 1")
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
-        raise ValueError(f"{name} is {list(images.shape)}: an IMAGE is [batch, height, width, 1, 3 or 4 channels]")
+        raise ValueError(
+            f"{name} is {list(images.shape)}: connect an IMAGE, which is [batch, height, width, 1, 3 or 4 channels]"
+        )
     if 0 in images.shape:
         raise ValueError(f"there is no picture in this batch ({name} is {list(images.shape)}): connect one or more")
     return images
@@ -89,7 +91,7 @@ def check_mask(masks: object, name: str = "mask") -> Tensor:
     """Raises ValueError for what is no MASK [batch, height, width]."""
     masks = check_tensor(name, masks, "from 0 to 1")
     if masks.ndim != 3 or 0 in masks.shape:
-        raise ValueError(f"{name} is {list(masks.shape)}: a MASK is [batch, height, width]")
+        raise ValueError(f"{name} is {list(masks.shape)}: connect a MASK, which is [batch, height, width]")
     _check_finite(name, masks)
     return masks
 

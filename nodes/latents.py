@@ -24,11 +24,13 @@ def from_latent(latent: dict[str, Any]) -> tuple[torch.Tensor, int]:
     if not isinstance(kind, str) or kind != LATENT_TYPE:
         raise ValueError(f"this LATENT is of type {described(kind)}: connect one from MingTok Encode")
     samples = latent.get("samples")
+    if isinstance(samples, torch.Tensor):
+        found = str(list(check_tensor("the tensor in this LATENT", samples).shape))
+    else:
+        found = "nothing" if samples is None else type(samples).__name__
     if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
-        found = list(samples.shape) if isinstance(samples, torch.Tensor) else type(samples).__name__
         raise ValueError(
             f"this LATENT holds {found}, not images [batch, channels, height, width]: connect one from MingTok Encode"
         )
-    samples = check_tensor("the tensor in this LATENT", samples)
     depth = whole_number(f"{DEPTH} of this LATENT", latent.get(DEPTH, 0), 0, MAX_DEPTH)
     return samples.detach().to("cpu", torch.float32, copy=True), depth
