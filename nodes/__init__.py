@@ -15,6 +15,7 @@ from .features import (
     MingSaveFeatures,
 )
 from .images import MingExampleScene, MingImageMetrics
+from .inputs import checked
 from .instructions import MingInstruction
 from .loaders import MingTokLoader, MingUniVisionLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
@@ -49,7 +50,7 @@ DISPLAY_NAMES = {
     MingImageMetrics: "Ming Image Metrics",
 }
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in DISPLAY_NAMES}
+NODE_CLASS_MAPPINGS = {cls.__name__: checked(cls) for cls in DISPLAY_NAMES}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: name for cls, name in DISPLAY_NAMES.items()}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

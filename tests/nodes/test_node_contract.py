@@ -142,7 +142,7 @@ NODES = {
     "MingFeaturesCompare": (
         "Ming Features Compare",
         {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES", "threshold": ("FLOAT", 0.15, 0, 2)},
-        {},
+        {"mingtok": "MINGTOK"},
         {"heatmap": "IMAGE", "mask": "MASK", "similarity": "FLOAT"},
     ),
     "MingRegionMask": (
