@@ -167,12 +167,18 @@ NODES = {
     "MingSaveConversation": (
         "Ming Save Conversation",
         {"conversation": "MING_CONVERSATION", "filename_prefix": ("STRING", "conversation")},
-        {},
+        {"overwrite": "BOOLEAN"},
         {},
     ),
     "MingLoadConversation": (
         "Ming Load Conversation",
         {"model": "MING_UNIVISION", "file": []},
+        {},
+        {"conversation": "MING_CONVERSATION"},
+    ),
+    "MingContinueConversation": (
+        "Ming Continue Conversation",
+        {"model": "MING_UNIVISION", "name": ("STRING", "chat")},
         {},
         {"conversation": "MING_CONVERSATION"},
     ),
