@@ -6,7 +6,6 @@ rule is nothing but its `Schedule`, and one loop (`flow_head.Sampler`) runs them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import real_number, whole_number
+
+MAX_STEPS = 10_000  # the table of a schedule has a row for each; beyond it nothing is gained
 
 
 class Schedule(NamedTuple):
@@ -71,14 +74,13 @@ class Solver:
     time_shift: float = 1.0  # published as time_shifting_factor
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"solver method {self.method!r} is unknown: choose one of {METHODS}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(
-                f"solver steps is {self.steps}: it must be at least 1, or None for the checkpoint's number"
-            )
-        if not 0 < self.time_shift < math.inf:  # so that NaN, which fails all comparisons, is refused
-            raise ValueError(f"solver time_shift is {self.time_shift}: it must be a number above 0")
+        if self.steps is not None:  # else the checkpoint's number
+            object.__setattr__(self, "steps", whole_number("solver steps", self.steps, 1, MAX_STEPS))
+        object.__setattr__(self, "time_shift", real_number("solver time_shift", self.time_shift, 0))
+        if not self.time_shift:
+            raise ValueError("solver time_shift is 0: it must be above 0")
 
     def times(self, steps: int) -> Tensor:
         """The steps + 1 points in time, float32, from 1 (noise) down to 0 (data)."""

@@ -487,6 +487,12 @@ def _clear_text(node_class: str) -> None:
         _nodes_with_text.discard((context.node_id, node_class))
 
 
+def preview(images: Tensor) -> dict:
+    """What an output node returns as "ui" for the page to show images [B, H, W, 3] on it; nothing without ComfyUI."""
+    core_nodes = sys.modules.get("nodes") if comfy else None
+    return core_nodes.PreviewImage().save_images(images)["ui"] if hasattr(core_nodes, "PreviewImage") else {}
+
+
 def _client() -> str | None:
     """The client that queued the running prompt, if it is still connected."""
     client = getattr(_server(), "client_id", None)

@@ -35,7 +35,7 @@ CONVERSATION = socket("MING_CONVERSATION", "Earlier rounds to continue from.")
 
 def _validate_prompt(text: str | None) -> bool | str:
     """For VALIDATE_INPUTS. None means that the prompt is linked; it is checked when the node runs."""
-    return True if text is None or text.strip() else EMPTY_PROMPT
+    return EMPTY_PROMPT if isinstance(text, str) and not text.strip() else True
 
 
 def _with_notes(result: RoundResult, features: Features | None) -> str:
@@ -239,10 +239,9 @@ class MingGenerate(_DrawingNode):
         return self.run_round(model, prompt, None, conversation, **widgets)
 
 
-NOT_CONNECTED = object()
 NO_PICTURE = (
-    "there is no picture to edit: connect features (MingTok Encode, then MingTok Semantic Features) or a conversation "
-    "that contains a picture; to draw from text alone, use Ming Generate (MingGenerate)"
+    "features: there is no picture to edit; connect MingTok Semantic Features, or a conversation that contains a "
+    "picture; to draw from text alone, use Ming Generate (MingGenerate)"
 )
 
 
@@ -255,7 +254,7 @@ class MingEdit(_DrawingNode):
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "model": MODEL,
+                "model": socket("MING_UNIVISION", MODEL[1]["tooltip"], lazy=True),  # see check_lazy_status
                 "instruction": prompt("What to change. Ming Instruction has ready-made instructions."),
                 "seed": cls.SEED,
                 "batch_size": cls.BATCH,
@@ -284,11 +283,15 @@ class MingEdit(_DrawingNode):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls, instruction: str | None = None, features: object = NOT_CONNECTED, conversation: object = NOT_CONNECTED
-    ) -> bool | str:
-        """A linked input arrives as None."""
-        return NO_PICTURE if features is conversation is NOT_CONNECTED else _validate_prompt(instruction)
+    def VALIDATE_INPUTS(cls, instruction: str | None = None) -> bool | str:
+        """Pictures are no part of it: ComfyUI shows what it returns on every input that it takes."""
+        return _validate_prompt(instruction)
+
+    def check_lazy_status(self, features: object = None, conversation: object = None, **_: object) -> list[str]:
+        """ComfyUI asks this before it loads the model, so that an edit of no picture fails before that."""
+        if features is conversation is None:
+            raise ValueError(NO_PICTURE)
+        return ["model"]
 
     def edit(
         self,

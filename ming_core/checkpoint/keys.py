@@ -20,6 +20,8 @@ from ..univision import UniVision
 
 SCALE = "_scale"  # ends the keys of scales
 SAFETENSORS_DTYPES = ("F32", "F16", "BF16")
+# Read too, and converted: what other programs make of a checkpoint. fp8 only without scales (reader.py).
+OTHER_DTYPES = ("F64", "F8_E4M3", "F8_E5M2")
 QUANTIZED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 
 PREFIXES = {  # names of modules -> keys, in a Ming-UniVision
@@ -39,7 +41,7 @@ class ParamSlice(NamedTuple):
     parameter: str
     place: tuple  # its index in the parameter; () for the whole
     shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = SAFETENSORS_DTYPES  # that a file may hold it in
+    dtypes: tuple[str, ...] = (*SAFETENSORS_DTYPES, *OTHER_DTYPES)  # that a file may hold it in
 
 
 def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
@@ -49,7 +51,7 @@ def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
         published = published_name(path) if isinstance(model, UniVision) else path
         for name, parameter in module.named_parameters(recurse=False):
             dtype = QUANTIZED_DTYPES.get(parameter.dtype)
-            dtypes = (dtype,) if dtype else SAFETENSORS_DTYPES
+            dtypes = (dtype,) if dtype else (*SAFETENSORS_DTYPES, *OTHER_DTYPES)
             last = name
             if isinstance(module, (QuantizedWeight, StackedWeight)):
                 last = {"values": "weight", "scale": "weight" + SCALE}.get(name, name)
