@@ -13,7 +13,7 @@ DRAWING = {
     "text_guidance": ("FLOAT", 3.0, 0, 20),
     "steps": ("INT", 16, 1, 64),
     "temperature": ("FLOAT", 1.0, 0, 2),
-    "solver": ["euler", "ab2"],
+    "solver": ["euler", "ab2", "data_ab2"],
     "start": ["draw now", "model decides"],
     "max_new_tokens": ("INT", 64, 1, 4096),
     "image_guidance": ("FLOAT", 1.1, 0, 10),
