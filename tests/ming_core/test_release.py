@@ -280,13 +280,10 @@ def test_two_files_that_give_a_token_two_ids_or_two_tokens_one_are_refused(folde
     assert special_ids(folder)["<image>"] == 99
 
 
-@pytest.mark.parametrize("decoder", [[], {"x": {"content": "a"}}, {"-1": {"content": "a"}}, {"1": "a"}, {"1": {}}])
+@pytest.mark.parametrize("decoder", [[5], {"x": {"content": "a"}}, {"-1": {"content": "a"}}, {"1": "a"}, {"1": {}}])
 def test_a_list_of_special_tokens_that_is_none_is_refused(folder, decoder):
     edit_json(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=decoder))
-    if decoder:
-        assert "added_tokens_decoder is not a list of tokens by id" in refusal(folder)
-    else:
-        assert load_univision(folder)
+    assert "added_tokens_decoder is not a list of tokens by id" in refusal(folder)
 
 
 def test_a_token_beyond_the_embeddings_is_refused(folder):
@@ -357,8 +354,8 @@ def entry(dtype="F32", shape=(2,), data_offsets=(0, 8), **more):
         ({"a": entry(shape=[1], data_offsets=[0, 4])}, "12 bytes at the end belong to no tensor"),
         ({"a": entry(data_offsets=[16, 24])}, "cut off in tensor a"),
         ({"\ud800": entry()}, "a tensor is called '\\ud800'"),
-        ({"a": entry(), "__metadata__": []}, "__metadata__ is not an object of texts"),
-        ({"a": entry(), "__metadata__": {"x": 1}}, "__metadata__ is not an object of texts"),
+        ({"a": entry(), "__metadata__": []}, "its metadata are not an object of texts"),
+        ({"a": entry(), "__metadata__": {"x": 1}}, "its metadata are not an object of texts"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}}', "a.data_offsets[1] is inf"),
         (b'{"a":' * 100_000, "nested more than 64 levels deep"),
         (b'{"a":' + b"[]," * 30_000_000, "its header is too long"),
@@ -403,8 +400,10 @@ def test_absurd_entries_of_config_json_are_refused_in_under_a_second(folder, wha
     assert "config.json" in refusal(folder)
     assert time.monotonic() - start < 1
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        checkpoint_bytes(folder, "univision", torch.float32)
+    try:
+        assert checkpoint_bytes(folder, "univision", torch.float32) > 1 << 50  # which no machine has, and nodes say so
+    except CheckpointError as error:
+        assert "config.json" in str(error)
     assert time.monotonic() - start < 1
 
 
