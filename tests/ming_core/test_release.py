@@ -301,6 +301,22 @@ def test_a_tokenizer_that_makes_special_tokens_of_what_a_user_types_is_refused(f
     assert "makes the special token" in refusal(folder)
 
 
+@pytest.mark.parametrize("i", [1 << 32, (1 << 32) - 1, -1, 1.5, "1", None])
+def test_an_id_that_would_take_all_memory_or_is_none_is_refused_before_the_library_sees_it(folder, i):
+    edit_json(folder / "tokenizer.json", lambda t: t["model"]["vocab"].update(A=i))
+    assert f"the token A has the id {i}" in refusal(folder)
+
+
+@pytest.mark.parametrize("table", ["////////////", "AAAABA==", 5, [], "x"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_table_of_characters_that_says_to_be_longer_than_it_is_does_not_end_the_process(folder, table, nested):
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    if nested:
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}, normalizer]}
+    edit_json(folder / "tokenizer.json", lambda t: t.update(normalizer=normalizer))
+    assert "tokenizer.json" in refusal(folder)
+
+
 @needs_pipes
 def test_the_tokenizer_library_is_handed_no_file_but_the_two_and_those_must_be_files(folder, checkpoint_folder):
     for name in ("chat_template.jinja", "vocab.json", "merges.txt"):
