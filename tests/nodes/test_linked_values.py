@@ -193,15 +193,19 @@ def test_inputs_are_checked_also_where_they_are_given_by_position():
 
         @classmethod
         def INPUT_TYPES(cls):
-            return {"required": {"number": ("INT", {"default": 0, "min": 0, "max": 9})}}
+            number = ("INT", {"default": 0, "min": 0, "max": 9})
+            return {"required": {"number": number, "switch": ("BOOLEAN", {}), "other": ("AUDIO", {})}}
 
-        def run(self, number):
-            return number
+        def run(self, number, switch=True, other=None):
+            return number, switch, other
 
-    node = checked(Node)
-    assert node().run(np.int64(4)) == node().run(number=4.0) == 4
+    node, audio = checked(Node), object()
+    assert node().run(np.int64(4)) == node().run(number=4.0) == (4, True, None)
+    assert node().run(4, np.bool_(False), audio) == (4, False, audio)  # a type of another pack goes through
     with pytest.raises(ValueError, match="number is 10: it must be from 0 to 9"):
         node().run(10)
+    with pytest.raises(ValueError, match="switch is 1: it must be true or false"):
+        node().run(1, 1)
 
 
 BROKEN = {
