@@ -35,8 +35,8 @@ def file_name(default: str) -> tuple:
     return "STRING", {"default": default, "tooltip": "File name in output/ming; a counter is added."}
 
 
-def socket(kind: str, tooltip: str, **more: Any) -> tuple:
-    return kind, {"tooltip": tooltip, **more}
+def socket(kind: str, tooltip: str) -> tuple:
+    return kind, {"tooltip": tooltip}
 
 
 def seed(tooltip: str, *, changes: bool, **more: Any) -> tuple:
