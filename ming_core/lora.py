@@ -199,7 +199,9 @@ def _refuse_other_kinds(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         for part, kind in OTHER_KINDS.items():
             if part in key:
-                raise FileError(f"{path}: this is {kind} (it has {key}), and only plain LoRA can be used: lora_A, lora_B")
+                raise FileError(
+                    f"{path}: this is {kind} (it has {key}), and only plain LoRA can be used: lora_A, lora_B"
+                )
 
 
 def _by_layer(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

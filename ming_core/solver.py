@@ -7,6 +7,7 @@ before it, weighted, and a part of the last change. So a rule is nothing but its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise

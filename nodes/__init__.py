@@ -9,6 +9,7 @@ from .conversation import (
     MingSaveConversation,
 )
 from .features import (
+    MingFeaturesBatch,
     MingFeaturesCompare,
     MingFeaturesPreview,
     MingFeaturesToLatent,
@@ -39,6 +40,7 @@ DISPLAY_NAMES = {
     MingInstruction: "Ming Instruction",
     MingFeaturesPreview: "Ming Features Preview",
     MingFeaturesCompare: "Ming Features Compare",
+    MingFeaturesBatch: "Ming Features Batch",
     MingRegionMask: "Ming Region Mask",
     MingFeaturesToLatent: "Ming Features to Latent",
     MingSaveFeatures: "Ming Save Features",

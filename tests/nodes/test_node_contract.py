@@ -145,6 +145,12 @@ NODES = {
         {"mingtok": "MINGTOK"},
         {"heatmap": "IMAGE", "mask": "MASK", "similarity": "FLOAT"},
     ),
+    "MingFeaturesBatch": (
+        "Ming Features Batch",
+        {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES"},
+        {},
+        {"features": "MING_FEATURES"},
+    ),
     "MingRegionMask": (
         "Ming Region Mask",
         {
