@@ -173,6 +173,18 @@ def test_hidden_files_that_macos_leaves_beside_the_weights_are_passed_over(folde
     assert load_univision(folder).fingerprint == load_univision(checkpoint_folder).fingerprint
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_a_weight_that_is_not_finite_is_named(folder, value, dtype, quantization):
+    tensors = {key: t.to(dtype) for key, t in tensors_of(folder).items()}
+    key = "model.model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[key].view(-1)[-1] = value
+    rewrite(folder, tensors)
+    message = refusal(folder, quantization=quantization)
+    assert f"model.safetensors: tensor {key} holds NaN or infinite values: download this file again" in message
+
+
 # --- Other forms of the same weights ------------------------------------------------------------------------------
 
 
