@@ -7,17 +7,6 @@ is wrong is one FileError that names the file.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import json
-import math
-import os
-import stat
-from typing import Any, NoReturn
-
-MAX_BYTES = 16 << 20  # twenty times the header or the index of the published model; a tokenizer.json may be longer
-MAX_DEPTH = 64  # nested lists and objects; the files that are read here have fewer than ten
-MAX_DIGITS = 300  # of a whole number: one with more is beyond the largest float
-=======
 import functools
 import json
 import logging
@@ -31,7 +20,6 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 16 << 20  # twenty times the header or the index of the published model; a tokenizer.json may be longer
 MAX_DEPTH = 64  # nested lists and objects; the files that are read here have fewer than ten
 MAX_DIGITS = 300  # of a whole number: one with more is beyond the largest float, and takes long to read
->>>>>>> w-release
 
 
 class FileError(ValueError):
@@ -68,14 +56,6 @@ def read_json(
     data = source if isinstance(source, bytes) else read_file(source, max_bytes=max_bytes, what=what, remedy=remedy)
     if len(data) > max_bytes:
         raise FileError(f"{what} is too long ({len(data)} bytes, where at most {max_bytes} are read): {remedy}")
-<<<<<<< HEAD
-    try:
-        value = json.loads(
-            data.decode("utf-8-sig"), parse_constant=_not_a_number, parse_float=_finite, parse_int=_whole
-        )
-        if _is_deeper(value, max_depth):
-            raise RecursionError
-=======
     numbers: list[_NotFinite] = []  # that no program can count with
 
     def number(text: str) -> Any:
@@ -90,7 +70,6 @@ def read_json(
     try:
         text = data.decode("utf-8-sig")
         value = json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
->>>>>>> w-release
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8 text (byte {error.start}): {remedy}") from None
     except json.JSONDecodeError as error:
@@ -98,15 +77,10 @@ def read_json(
         raise FileError(f"{what} is not valid JSON: {error.msg} at {where}; {remedy}") from None
     except RecursionError:
         raise FileError(f"{what} is nested more than {max_depth} levels deep: {remedy}") from None
-<<<<<<< HEAD
-    except ValueError as error:
-        raise FileError(f"{what} is not valid JSON: {error}; {remedy}") from None
-=======
     if _is_deeper(value, max_depth):
         raise FileError(f"{what} is nested more than {max_depth} levels deep: {remedy}")
     if numbers:
         raise FileError(f"{what}: {_place_of(numbers[0], value)} is {numbers[0]}, not a finite number; {remedy}")
->>>>>>> w-release
     return value
 
 
@@ -145,11 +119,7 @@ def check_regular(path: str | os.PathLike[str], *, what: str = "") -> os.stat_re
     except ValueError:  # a null character, or half a character
         raise FileError(f"{what!r} is not a file name: rename the file") from None
     if not stat.S_ISREG(found.st_mode):
-<<<<<<< HEAD
-        raise FileError(f"{what} is {_kind(found.st_mode)}, not a file: move it away")
-=======
         raise FileError(f"{what} is {_kind(found.st_mode)}, not a file: put the file in its place")
->>>>>>> w-release
     return found
 
 
@@ -164,8 +134,6 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-<<<<<<< HEAD
-=======
 def log_left_out(path: str | os.PathLike[str], error: Exception) -> None:
     """Say in the log that a list goes without this file or folder: once, until it changes or has another fault.
 
@@ -184,7 +152,6 @@ def _log_once(path: str, state: tuple[int, ...], error: str) -> None:
     log.warning("%s is left out of the list: %s", path, error)
 
 
->>>>>>> w-release
 def _kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"
@@ -195,27 +162,6 @@ def _kind(mode: int) -> str:
     return "a device"
 
 
-<<<<<<< HEAD
-def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {_short(digits)} is not finite")
-    return value
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"the number {_short(digits)} has {len(digits)} digits")
-    return int(digits)
-
-
-def _short(digits: str) -> str:
-    return digits if len(digits) <= 20 else f"{digits[:20]}..."
-=======
 class _NotFinite(str):
     """What a number that cannot be used is called in a message; it stands for the number until it is refused."""
 
@@ -237,7 +183,6 @@ def _place_of(wanted: Any, value: Any) -> str:
         elif isinstance(value, list):
             places += [(f"{place}[{i}]", child) for i, child in enumerate(value)]
     return place or "it"
->>>>>>> w-release
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

@@ -2,6 +2,7 @@
 
 from . import host
 from .conversation import (
+    MingContinueConversation,
     MingConversationPicture,
     MingConversationTranscript,
     MingLoadConversation,
@@ -46,6 +47,7 @@ DISPLAY_NAMES = {
     MingLoadFeatures: "Ming Load Features",
     MingSaveConversation: "Ming Save Conversation",
     MingLoadConversation: "Ming Load Conversation",
+    MingContinueConversation: "Ming Continue Conversation",
     MingConversationPicture: "Ming Conversation Picture",
     MingConversationTranscript: "Ming Conversation Transcript",
     MingConversationStoryboard: "Ming Conversation Storyboard",

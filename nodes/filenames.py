@@ -18,15 +18,10 @@ CONTROL = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters, line and
 def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int]:
     """Return the folder, base name and first free number for a `filename_prefix`, counted as ComfyUI does.
 
-    The prefix may contain subfolders and %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second%.
+    The prefix may contain subfolders and the fields of `filled`.
     The folder is not created. Raises ValueError for a prefix outside `folder`, OSError for an unreadable folder.
     """
-    now = time.localtime()
-    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
-    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
-    fields |= {name: f"{number:02}" for name, number in pairs.items()}
-    for name, text in fields.items():
-        prefix = prefix.replace(f"%{name}%", text)
+    prefix = filled(prefix, width, height)
     full = Path(os.path.normpath(check_prefix(prefix, folder)))
     # %batch_num% is replaced by the node that saves a batch, so existing files have a number in its place
     name = r"\d+".join(map(re.escape, os.path.normcase(full.name).split("%batch_num%")))
@@ -34,6 +29,17 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
     names = os.listdir(full.parent) if full.parent.is_dir() else []
     numbers = [int(match[1]) for name in names if (match := counted.match(os.path.normcase(name)))]
     return full.parent, full.name, max(numbers, default=0) + 1
+
+
+def filled(prefix: str, width: int = 0, height: int = 0) -> str:
+    """The prefix with %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second% filled in."""
+    now = time.localtime()
+    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
+    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
+    fields |= {name: f"{number:02}" for name, number in pairs.items()}
+    for name, text in fields.items():
+        prefix = prefix.replace(f"%{name}%", text)
+    return prefix
 
 
 def create_numbered(folder: Path, name: str, number: int, suffix: str) -> tuple[Path, int]:

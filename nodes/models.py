@@ -116,9 +116,9 @@ def missing_message(name: Any, kind: str) -> str:
     windows = " (in PowerShell, put & before it; with ComfyUI portable, use a full Python such as py instead)"
     hint = windows if os.name == "nt" else ""
     close = difflib.get_close_matches(name, found, n=1)
-    meant = f'; did you mean "{close[0]}"?' if close else "."
+    meant = f'did you mean "{close[0]}"? ' if close else ""
     return (
-        f'the model "{name[:200]}" was not found{meant} Put its folder (config.json, *.safetensors, tokenizer files) '
+        f'{meant}the model "{name[:200]}" was not found. Put its folder (config.json, *.safetensors, tokenizer files) '
         f"in {' or '.join(map(str, places))}. The published model is {repository} ({size}), from "
         f"https://huggingface.co/{repository} or https://modelscope.cn/models/{repository}; put it in "
         f'{places[0] / published}, or download it there with "{sys.executable}" "{host.PACK / "quickstart.py"}" '

@@ -13,7 +13,7 @@ DRAWING = {
     "text_guidance": ("FLOAT", 3.0, 0, 20),
     "steps": ("INT", 16, 1, 64),
     "temperature": ("FLOAT", 1.0, 0, 2),
-    "solver": ["euler", "ab2"],
+    "solver": ["euler", "ab2", "data_ab2"],
     "start": ["draw now", "model decides"],
     "max_new_tokens": ("INT", 64, 1, 4096),
     "image_guidance": ("FLOAT", 1.1, 0, 10),
@@ -167,12 +167,18 @@ NODES = {
     "MingSaveConversation": (
         "Ming Save Conversation",
         {"conversation": "MING_CONVERSATION", "filename_prefix": ("STRING", "conversation")},
-        {},
+        {"overwrite": "BOOLEAN"},
         {},
     ),
     "MingLoadConversation": (
         "Ming Load Conversation",
         {"model": "MING_UNIVISION", "file": []},
+        {},
+        {"conversation": "MING_CONVERSATION"},
+    ),
+    "MingContinueConversation": (
+        "Ming Continue Conversation",
+        {"model": "MING_UNIVISION", "name": ("STRING", "chat")},
         {},
         {"conversation": "MING_CONVERSATION"},
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from ming_univision.runner.workflow import WorkflowError, plan, read_workflow, with_image, with_settings
@@ -222,12 +223,13 @@ def test_hostile_json_is_one_error_that_names_the_file(tmp_path):
     for content, expected in {
         "[" * 100_000: "nested more than 64 levels",
         '{"1": ' + "9" * 5000 + "}": "5000 digits",
-        '{"1": NaN}': "NaN is not a number",
-        '{"1": 1e999}': "is not finite",
+        '{"1": NaN}': "nan, not a finite number",
+        '{"1": 1e999}': "not a finite number",
     }.items():
         (tmp_path / "x.json").write_text(content)
-        with pytest.raises(WorkflowError, match=rf"x\.json .*{expected}"):
+        with pytest.raises(WorkflowError, match=re.escape(expected)) as caught:
             read_workflow(tmp_path / "x.json")
+        assert "x.json" in str(caught.value)
     with pytest.raises(WorkflowError, match="is a folder"):
         read_workflow(tmp_path)
 
