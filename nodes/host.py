@@ -491,7 +491,7 @@ def _clear_text(node_class: str) -> None:
 
 def preview(images: Tensor) -> dict:
     """What an output node returns as "ui" for the page to show images [B, H, W, 3] on it; nothing without ComfyUI."""
-    core_nodes = sys.modules.get("nodes") if comfy else None
+    core_nodes: Any = sys.modules.get("nodes") if comfy else None
     return core_nodes.PreviewImage().save_images(images)["ui"] if hasattr(core_nodes, "PreviewImage") else {}
 
 
