@@ -12,9 +12,9 @@ import functools
 import hashlib
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .experts import ExpertPerRow, OneExpert, Route, StackedWeight
+from .offload import OffloadableModule
 
 
 class LowRank(NamedTuple):
@@ -60,7 +61,7 @@ def _digest(layers: Mapping[str, LowRank]) -> bytes:
         down, up, scale = layers[name]
         digest.update(f"{name} {tuple(down.shape)} {tuple(up.shape)} {down.dtype} {up.dtype} {scale!r}".encode())
         for tensor in (down, up):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -101,12 +102,11 @@ class Adapters:
         return self._joined[dtype]
 
     @contextlib.contextmanager
-    def applied_to(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-        """Compute with these and no other LoRAs. Within it other adapters may be applied, and take over meanwhile."""
-        joined = {
-            name: LowRank(layer.down.to(device), layer.up.to(device)) for name, layer in self.joined(dtype).items()
-        }
-        with branches(network, joined):
+    def applied_to(self, network: OffloadableModule) -> Iterator[None]:
+        """Compute with these and no other LoRAs. The branches are brought to the device, and freed at the end."""
+        layers = self.joined(network.dtype)
+        here = {name: LowRank(down.to(network.device), up.to(network.device)) for name, (down, up, _) in layers.items()}
+        with branches(network, here):
             yield
 
 
@@ -123,6 +123,29 @@ def _join(strengths: Mapping[Lora, float], dtype: torch.dtype) -> dict[str, LowR
         name: LowRank(torch.cat([down for down, _ in of_layer], dim=-2), torch.cat([up for _, up in of_layer], dim=-1))
         for name, of_layer in parts.items()
     }
+
+
+class Adapted(Protocol):
+    @property
+    def adapters(self) -> Adapters: ...
+    @property
+    def network(self) -> OffloadableModule: ...
+
+
+Owner = TypeVar("Owner", bound=Adapted)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def adapted(method: Callable[Concatenate[Owner, Arguments], Result]) -> Callable[Concatenate[Owner, Arguments], Result]:
+    """A method that computes with its owner's adapters. It must hold the model's lock: the network is shared."""
+
+    @functools.wraps(method)
+    def with_adapters(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with owner.adapters.applied_to(owner.network):
+            return method(owner, *args, **kwargs)
+
+    return with_adapters
 
 
 @contextlib.contextmanager

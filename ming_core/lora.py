@@ -10,8 +10,8 @@ which are stacked in the model, are one by one in a file.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,9 +23,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .adapters import Lora, LowRank
-from .checkpoint.keys import published_name
+from .checkpoint.keys import SAFETENSORS_DTYPES, published_name
 from .experts import StackedWeight
-from .files import FileError, write_whole
+from .files import TensorInfo, read_header, write_whole
+from .json_files import FileError, read_json
 from .quantization import QuantizedWeight
 from .quantization.formats import width_of
 from .univision import UniVision
@@ -58,6 +59,7 @@ OTHER_KINDS = {  # parts of keys -> kinds of files whose change is not up @ down
     "lora_B.bias": "a LoRA with biases",
     "lora_up.bias": "a LoRA with biases",
 }
+GET_AGAIN = "get it again"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -151,115 +153,116 @@ def read_lora(path: str | Path, network: UniVision) -> Lora:
     a LoRA, of which nothing fits, or in which a layer has another shape than in the network.
     """
     path = Path(path)
-    tensors = _read(path)
-    _refuse_other_kinds(path, tensors)
-    by_layer = _by_layer(path, tensors)
-    layers, names = targets(network), _Names(targets(network))
-    scale_of = _peft_scale(path)
-    fitting: dict[str, Pair] = {}
-    unknown: list[str] = []
-    for given, parts in by_layer.items():
-        name = names.find(given)
-        if name is None:
-            unknown.append(given)
-        elif name in fitting:
-            raise FileError(f"{path}: the layer {name} is in it twice, the second time as {given}: get another file")
-        else:
-            fitting[name] = _pair(path, given, parts, layers[name], scale_of)
-    if not fitting:
-        raise FileError(
-            f"{path}: nothing in this LoRA fits this model. It is for {len(unknown)} layers such as {unknown[0]}, and "
-            f"this model has layers such as {next(iter(layers))}: it belongs to another model, choose another file"
-        )
-    if unknown:
-        log.warning(
-            "%s: %d of %d layers fit this model; left out: %s",
-            path.name,
-            len(fitting),
-            len(by_layer),
-            ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""),
-        )
-    else:
-        log.info("%s: all %d layers fit", path.name, len(fitting))
-    return Lora(path.name, _stacked(fitting, layers, network))
-
-
-def _read(path: Path) -> dict[str, Tensor]:
+    stored, _ = read_header(path, remedy=GET_AGAIN)
+    _refuse_other_kinds(path, stored)
+    by_layer, layers = _by_layer(path, stored), targets(network)
+    found = _matched(path, by_layer, layers)
+    peft = _peft_config(path)
+    pairs: dict[str, Pair] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            # cloned: a mapped tensor would keep the file open, and change when the file does
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
-        raise FileError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path}: damaged or not a safetensors file ({error}); get it again") from None
+            for name, given in found.items():
+                # cloned: a mapped tensor would keep the file open, and change when the file does
+                tensors = {part: file.get_tensor(info.key).clone() for part, info in by_layer[given].items()}
+                pairs[name] = _pair(path, given, tensors, peft)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} cannot be read ({error}): {GET_AGAIN}") from error
+    return Lora(path.name, _by_module(pairs, layers, network))
 
 
 def _refuse_other_kinds(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         for part, kind in OTHER_KINDS.items():
             if part in key:
-                raise FileError(
-                    f"{path}: this is {kind} (it has {key}), and only plain LoRA can be used: lora_A, lora_B"
-                )
+                raise FileError(f"{path} is {kind} (it has {key}), and only plain LoRA can be used: get it as one")
 
 
-def _by_layer(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_layer(path: Path, stored: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """The tensors "down", "up" and perhaps "alpha" of every layer, by the names that the file gives them."""
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        if match is None:
-            continue
-        if not tensor.is_floating_point() and match["part"] != "alpha":
-            raise FileError(f"{path}: {key} holds {tensor.dtype}, and a LoRA is of floating-point numbers")
-        by_layer.setdefault(match["layer"], {})[PARTS[match["part"]]] = tensor
+    by_layer: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in stored.items():
+        if match := KEY.fullmatch(key):
+            by_layer.setdefault(match["layer"], {})[PARTS[match["part"]]] = info
     by_layer = {layer: parts for layer, parts in by_layer.items() if set(parts) != {"alpha"}}
     if not by_layer:
-        raise FileError(f"{path}: this is not a LoRA: it has no lora_A and lora_B, nor lora_down and lora_up")
+        raise FileError(
+            f"{path} is not a LoRA: it has no lora_A and lora_B, nor lora_down and lora_up; choose another file"
+        )
     for layer, parts in by_layer.items():
-        for part, other in (("down", "lora_A"), ("up", "lora_B")):
+        for part, names in (("down", "lora_A or lora_down"), ("up", "lora_B or lora_up")):
             if part not in parts:
-                raise FileError(f"{path}: {layer} has no {other} ({part}): the file is incomplete, get it again")
+                raise FileError(f"{path}: {layer} has no {names}: the file is incomplete, {GET_AGAIN}")
+            if parts[part].dtype not in SAFETENSORS_DTYPES:
+                raise FileError(
+                    f"{path}: {parts[part].key} is stored as {parts[part].dtype}, and a LoRA must be stored as one of "
+                    f"{', '.join(SAFETENSORS_DTYPES)}: get it as one of these"
+                )
     return by_layer
 
 
-def _pair(path: Path, given: str, parts: Mapping[str, Tensor], target: Target, scale_of: Any) -> Pair:
-    """The tensors of one layer, checked."""
-    down, up = parts["down"], parts["up"]
-    rows, width = target.shape
-    if down.ndim != 2 or up.ndim != 2 or down.shape[1] != width or up.shape[0] != rows or down.shape[0] != up.shape[1]:
+def _matched(
+    path: Path, by_layer: Mapping[str, Mapping[str, TensorInfo]], layers: Mapping[str, Target]
+) -> dict[str, str]:
+    """Published names of layers -> the names that the file gives them. Raises FileError; see `read_lora`."""
+    names, found, unknown = _Names(layers), dict[str, str](), list[str]()
+    for given, parts in by_layer.items():
+        name = names.find(given)
+        if name is None:
+            unknown.append(given)
+            continue
+        if name in found:
+            raise FileError(f"{path}: it has {name} twice, as {found[name]} and as {given}: {GET_AGAIN}")
+        (rows, width), down, up = layers[name].shape, parts["down"].shape, parts["up"].shape
+        if len(down) != 2 or len(up) != 2 or not down[0] or (up[0], down[1]) != (rows, width) or down[0] != up[1]:
+            raise FileError(
+                f"{path}: {given} is {list(up)} by {list(down)}, and that layer of this model is [{rows}, {width}]: "
+                "the LoRA belongs to another model, choose another file"
+            )
+        found[name] = given
+    if not found:
+        example = next(name for name in layers if ".attention." in name)
         raise FileError(
-            f"{path}: {given} is {list(up.shape)} by {list(down.shape)}, and that layer of this model is "
-            f"[{rows}, {width}]: the LoRA belongs to another model, choose another file"
+            f"{path}: nothing in this LoRA fits this model. It is for {len(unknown)} layers such as {unknown[0]}, and "
+            f"this model has layers such as {example}: it belongs to another model, choose another file"
         )
-    rank = down.shape[0]
-    if rank == 0 or not (down.isfinite().all() and up.isfinite().all()):
-        raise FileError(f"{path}: {given} holds NaN, infinite values or nothing: the file is damaged, get it again")
-    scale = float(parts["alpha"]) / rank if "alpha" in parts else scale_of(given, rank)
+    if unknown:
+        named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        log.warning("%s: %d of %d layers fit, left out are %s", path.name, len(found), len(by_layer), named)
+    else:
+        log.info("%s: all of its %d layers fit", path.name, len(found))
+    return found
+
+
+def _pair(path: Path, given: str, tensors: Mapping[str, Tensor], peft: Mapping[str, Any]) -> Pair:
+    down, up = tensors["down"], tensors["up"]
+    rank = len(down)
+    scale = float(tensors["alpha"]) / rank if "alpha" in tensors else _peft_scale(peft, given, rank)
+    if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(scale)):
+        raise FileError(f"{path}: {given} holds NaN or infinite values: the file is damaged, {GET_AGAIN}")
     return Pair(down, up, scale)
 
 
-def _peft_scale(path: Path) -> Any:
-    """scale(layer, rank) of a file without alphas: from PEFT's config beside it; 1 without one."""
-    config: dict[str, Any] = {}
-    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
-        try:
-            config = json.loads((path.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{path.parent / PEFT_CONFIG}: cannot be read ({error}); get it again") from None
-
-    def scale(layer: str, rank: int) -> float:
-        alpha = config.get("lora_alpha", rank)
-        for pattern, value in config.get("alpha_pattern", {}).items():
-            if re.fullmatch(rf"(.*\.)?{pattern}", layer):
-                alpha = value
-        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-    return scale
+def _peft_config(path: Path) -> Mapping[str, Any]:
+    """What PEFT wrote beside the file, where alphas are; empty for a file of another kind."""
+    config = path.parent / PEFT_CONFIG
+    if path.name != PEFT_FILE or not config.is_file():
+        return {}
+    found = read_json(config, remedy=GET_AGAIN)
+    if not isinstance(found, dict):
+        raise FileError(f"{config} is not a JSON object: {GET_AGAIN}")
+    return found
 
 
-def _stacked(pairs: Mapping[str, Pair], layers: Mapping[str, Target], network: UniVision) -> dict[str, LowRank]:
+def _peft_scale(peft: Mapping[str, Any], layer: str, rank: int) -> float:
+    """alpha / rank of a layer without an alpha of its own; 1 where nothing tells it."""
+    alpha = peft.get("lora_alpha", rank)
+    for pattern, value in (peft.get("alpha_pattern") or {}).items():
+        if layer == pattern or layer.endswith(f".{pattern}"):
+            alpha = value
+    return float(alpha) / (rank**0.5 if peft.get("use_rslora") else rank)
+
+
+def _by_module(pairs: Mapping[str, Pair], layers: Mapping[str, Target], network: UniVision) -> dict[str, LowRank]:
     """Branches by the names of modules; those of stacked experts are stacked too."""
     found: dict[str, LowRank] = {}
     stacks: dict[str, list[tuple[Target, Pair]]] = {}
@@ -305,8 +308,8 @@ def save_lora(path: str | Path, layers: Mapping[str, LowRank], network: UniVisio
         layer = layers.get(target.module)
         if layer is None:
             continue
-        own = () if target.expert is None else (target.expert,)  # the slice of a stack that is this expert's
-        down, up = layer.down[own], layer.up[(*own, target.rows)]
+        down = layer.down if target.expert is None else layer.down[target.expert]
+        up = (layer.up if target.expert is None else layer.up[target.expert])[target.rows]
         alpha = torch.tensor(layer.scale * len(down), dtype=torch.float32, device="cpu")
         for part, tensor in (("lora_A", down), ("lora_B", up), ("alpha", alpha)):
             tensors[f"{name}.{part}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

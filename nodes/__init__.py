@@ -20,6 +20,7 @@ from .images import MingExampleScene, MingImageMetrics
 from .inputs import checked
 from .instructions import MingInstruction
 from .loaders import MingTokLoader, MingUniVisionLoader
+from .lora import MingLoraLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
 from .regions import MingRegionMask
 from .rounds import MingEdit, MingGenerate, MingUnderstand
@@ -30,6 +31,7 @@ host.register_model_folder()
 DISPLAY_NAMES = {
     MingTokLoader: "Load MingTok",
     MingUniVisionLoader: "Load Ming-UniVision",
+    MingLoraLoader: "Ming LoRA",
     MingExampleScene: "Ming Example Scene",
     MingTokEncode: "MingTok Encode",
     MingTokSemanticFeatures: "MingTok Semantic Features",

@@ -39,6 +39,12 @@ NODES = {
         {},
         {"model": "MING_UNIVISION", "mingtok": "MINGTOK"},
     ),
+    "MingLoraLoader": (
+        "Ming LoRA",
+        {"model": "MING_UNIVISION", "lora_name": [], "strength": ("FLOAT", 1.0, -10, 10)},
+        {},
+        {"model": "MING_UNIVISION"},
+    ),
     "MingExampleScene": (
         "Ming Example Scene",
         {
@@ -224,7 +230,8 @@ SEED_CHANGES = {"MingUnderstand": False, "MingGenerate": True, "MingEdit": True,
 
 
 @pytest.fixture(autouse=True)
-def empty_folders(tmp_path):
+def empty_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "own_lora_folder", lambda: tmp_path)
     with host.folders(output=tmp_path, input=tmp_path):
         yield
 
