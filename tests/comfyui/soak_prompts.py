@@ -12,6 +12,7 @@ COLORS = ("red", "blue", "green", "yellow", "purple", "pink")
 BACKGROUNDS = ("white", "black", "navy", "mint")
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("left", "right", "top", "bottom")
+SMALL = "small"  # a model with random weights that takes a tenth of the time, so that there can be many prompts
 KEPT = 3  # runs of save_and_continue whose files are loaded again
 # Kinds of prompts, and how often each comes: shipped workflows, and two that load what `kept` saved.
 LOAD_CONVERSATION, LOAD_FEATURES = "load a conversation", "load features"
@@ -25,8 +26,8 @@ KINDS = {
     "multi_round_edit": 1,
     "branch_edits": 1,
     "save_and_continue": 2,
-    LOAD_CONVERSATION: 2,
-    LOAD_FEATURES: 2,
+    LOAD_CONVERSATION: 1,
+    LOAD_FEATURES: 1,
 }
 
 
@@ -52,8 +53,18 @@ def question(rng: random.Random) -> str:
 
 
 def any_prompt(rng: random.Random) -> dict:
-    """A prompt of a random kind."""
-    return prompt(*rng.choices(list(KINDS), list(KINDS.values())), rng)
+    """A prompt of a random kind: one of four for the built-in model, the others for the small one."""
+    (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+    graph = prompt(kind, rng)
+    if kind != LOAD_CONVERSATION and rng.random() < 0.75:  # a saved conversation belongs to the built-in model
+        for node in graph.values():
+            if "model_name" in node["inputs"]:
+                node["inputs"]["model_name"] = SMALL
+    return graph
+
+
+def is_of_small_model(graph: dict) -> bool:
+    return any(node["inputs"].get("model_name") == SMALL for node in graph.values())
 
 
 def prompt(kind: str, rng: random.Random) -> dict:
