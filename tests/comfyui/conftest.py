@@ -5,7 +5,6 @@ Without a ComfyUI checkout nothing is collected here, and the last line of the r
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import tempfile
@@ -18,16 +17,14 @@ from ming_univision.tests.comfyui.browser import Page
 from ming_univision.tests.comfyui.finding import (
     NO_BROWSER,
     NO_CHECKOUT,
-    PACK,
     NotFound,
     find_browser,
     find_checkout,
     find_python,
 )
-from ming_univision.tests.comfyui.server import Server, ServerError
+from ming_univision.tests.comfyui.server import API_WORKFLOWS, Server, ServerError, read_workflow
 
 HERE = Path(__file__).resolve().parent
-API_WORKFLOWS = {file.stem: file for file in sorted((PACK / "workflows" / "api").glob("*.json"))}
 USED = pytest.StashKey[list]()  # what the checks ran on, for the table's head
 DOWN = pytest.StashKey[bool]()  # whether a server did not start
 
@@ -125,15 +122,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def workflow():
     """workflow(name, {"3.seed": 5}) reads a shipped workflow in the API format and changes inputs."""
-
-    def read(name: str, changes: dict | None = None) -> dict:
-        prompt = json.loads(API_WORKFLOWS[name].read_text(encoding="utf-8"))
-        for key, value in (changes or {}).items():
-            node, socket = key.split(".")
-            prompt[node]["inputs"][socket] = value
-        return prompt
-
-    return read
+    return read_workflow
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
