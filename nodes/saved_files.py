@@ -31,7 +31,6 @@ def save_new_file(prefix: str, write: Callable[[Path], None]) -> dict:
 def replace_file(prefix: str, write: Callable[[Path], None]) -> dict:
     """Write prefix.safetensors in output/ming and show its name. If it exists, `write` replaces it whole."""
     path = file_without_number(prefix)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path)
     return _shown(path)
 

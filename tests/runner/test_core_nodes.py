@@ -262,6 +262,7 @@ UNUSABLE = {
     "\ud800": "contains half a character",
     "x" * 300: "is too long .*: use at most 236",
     "x" * 300 + "/x": "is too long .*: use at most 255",
+    "a/" * 20_000 + "x": "is too long .*: use at most [0-9]{3}",
 }
 
 
