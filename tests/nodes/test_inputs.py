@@ -375,13 +375,23 @@ def test_a_gpu_that_is_slow_in_16_bits_computes_in_them_where_32_do_not_fit(monk
         models.choose_precision("fp32", "univision", published)
 
 
-def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published):
-    sizes = {"cuda": 80e9, "cpu": 32e9}
-    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+@pytest.mark.parametrize("gpu", ["cuda", "xpu"])
+def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published, gpu):
+    sizes = {gpu: 80e9, "cpu": 32e9}
+    monkeypatch.setattr(host, "device", lambda: torch.device(gpu))
     monkeypatch.setattr(host, "offload_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(host, "half_dtype", lambda on: torch.bfloat16)
     monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
     with pytest.raises(ValueError, match=r"this machine has 32\.0 GB: .* or start ComfyUI with --highvram"):
+        models.choose_precision("auto", "univision", published)
+
+
+def test_no_gpu_is_pointed_out_where_it_shares_the_ram(monkeypatch, published):
+    monkeypatch.setattr(host, "device", lambda: torch.device("mps"))
+    monkeypatch.setattr(host, "offload_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(host, "half_dtype", lambda on: torch.bfloat16)
+    monkeypatch.setattr(host, "total_memory", lambda on: 80e9 if on.type == "mps" else 32e9)
+    with pytest.raises(ValueError, match=r"choose a smaller precision, or a smaller model$"):
         models.choose_precision("auto", "univision", published)
 
 
