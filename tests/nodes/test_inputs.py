@@ -721,7 +721,7 @@ def widgets():
                 yield node_id, name, options["min"] - step
                 yield node_id, name, options["max"] + step
                 yield node_id, name, "many"
-            elif isinstance(kind, list) and name != "file":  # files have a test of their own
+            elif isinstance(kind, list) and name not in ("file", "lora_name"):  # files have tests of their own
                 yield node_id, name, "no such choice"
 
 
