@@ -56,7 +56,7 @@ def graphs(monkeypatch, captured_steps):
 DRAWINGS = {
     "from a prompt": {},
     "an edit, with three rows": {"edit": True, "guidance": Guidance(2.0, 1.3)},
-    "inside a mask, in runs": {"edit": True, "mask": torch.tensor([[0, 1, 1, 0]] * 4)},
+    "inside a mask, in runs": {"edit": True, "mask": torch.tensor([[False, True, True, False]] * 4)},
     "without guidance": {"guidance": Guidance(1.0, 1.0)},
     "two pictures": {"seeds": [1, 2]},
     "second order and renorm": {"solver": Solver(4, "ab2", renorm=True)},
