@@ -21,6 +21,8 @@ from .experts import Experts, GatedMlp, MixtureOfExperts
 from .kv_cache import DecodeCache, PrefillCache
 from .offload import OffloadableModule
 
+# before its fused kernel, torch rounded to 16 bit before it multiplied by the weight
+ROUNDS_ONCE = hasattr(torch.ops.aten, "_fused_rms_norm")
 PREFILL_CHUNK = 512  # tokens forwarded at once; bounds the mask of a chunk to [512, length so far]
 
 
@@ -33,9 +35,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.device, torch.float32)  # it may rest on another device
+        weight = self.weight.to(x.device)  # it may rest on another device
         # the weight is multiplied in float32 too: only the product is rounded, as published
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        if ROUNDS_ONCE and weight.dtype == x.dtype:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)  # one kernel on a GPU
+        return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), self.eps).to(x.dtype)
 
 
 class Rope(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ming_univision.ming_core.attention import shared_prefix_attention, single_query_attention
+from ming_univision.ming_core.attention import prefix_bias, shared_prefix_attention, single_query_attention
 
 HEADS, KV_HEADS, DIM, PREFIX, OWN = 8, 2, 64, 300, 40
 
@@ -47,6 +47,6 @@ def test_rows_see_their_own_part_of_the_prefix_and_earlier_tokens_alone():
     visible[1, 50:200] = False
     own = torch.ones(3, OWN, dtype=torch.bool).tril(OWN - 3)
     bias = torch.zeros(2, PREFIX).masked_fill(~visible, float("-inf"))
-    found = shared_prefix_attention(q, tuple(kv[:2]), tuple(kv[2:]), bias, own)
+    found = shared_prefix_attention(q, tuple(kv[:2]), tuple(kv[2:]), prefix_bias(bias, HEADS // KV_HEADS * 3), own)
     mask = torch.cat([visible[:, None].expand(-1, 3, -1), own.expand(2, -1, -1)], dim=2)[:, None]
     torch.testing.assert_close(found, whole(q, *kv, mask=mask), rtol=1e-4, atol=1e-5)
