@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import statistics
 import threading
 import time
@@ -32,7 +31,7 @@ from ming_core import Conversation, Engine, UniVision
 from ming_core.checkpoint import INDEX, in_shards
 from ming_core.checkpoint.keys import checkpoint_keys
 from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config
-from ming_core.cuda_graphs import SWITCH, Recorder
+from ming_core.cuda_graphs import Recorder
 
 GB = 1e9
 SHARD = 2e9  # bytes
@@ -195,7 +194,7 @@ def run_on_gpu(folder: Path, precisions: list[str]) -> None:
             first = engine.generate_image(Conversation(), PROMPT, max_new_tokens=1)
             for images in (1, 4):
                 for rows, past in ((2, Conversation()), (3, first.conversation)):
-                    plain, graphs = (drawing_time(engine, past, images, switch) for switch in ("0", "1"))
+                    plain, graphs = (drawing_time(engine, past, images, recorded) for recorded in (False, True))
                     floor = image_bytes(engine.network, images, rows) / bandwidth
                     if Recorder.failed:  # after one failure this process records no more graphs
                         graphs = math.nan
@@ -212,9 +211,9 @@ def print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def drawing_time(engine: Engine, past: Conversation, images: int, graphs: str) -> float:
-    """Seconds of a round that draws, with CUDA graphs ("1") or without: the median of three after one to warm up."""
-    os.environ[SWITCH] = graphs
+def drawing_time(engine: Engine, past: Conversation, images: int, graphs: bool) -> float:
+    """Seconds of a round that draws, with CUDA graphs or without: the median of three after one to warm up."""
+    engine.network.language_model.cuda_graphs = graphs
     times = []
     for _ in range(4):
         torch.cuda.synchronize()

@@ -2,7 +2,8 @@
 
     causal_attention         a whole sequence at once: training, and the semantic decoder
     cached_attention         new tokens of every row over that row's own cache: the semantic decoder, token by token
-    prefill_attention        new tokens of one sequence over its cache, grouped key/value heads
+    prefill_attention        new tokens of one sequence over its cache, grouped key/value heads; on GPUs
+                             fused_prefill_attention
     shared_prefix_attention  new tokens of several rows over a prefix that they share and their own caches, in one
                              softmax: guidance rows and the images of a batch
 
@@ -17,9 +18,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from .kv_cache import DecodeCache, LayerCache, PrefillCache
 
+# enable_gqa; torch 2.4 has none
+TORCH_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
 # (layer, queries [B, heads, T, d], keys and values [B, kv_heads, T, d]) -> [B, heads, T, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -73,6 +77,18 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     # torch's own triangle starts at the first key, so it fits only where nothing came before
     causal = mask is None and q.shape[2] == n
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).flatten(0, 1)[None]
+
+
+def fused_prefill_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`prefill_attention` of q [1, heads, T, d], k and v [kv_heads, N, d], by the fused kernels of a GPU.
+
+    They take the causal triangle of the last T positions without a mask, and key/value heads without copies.
+    """
+    causal, k, v = causal_lower_right(q.shape[2], k.shape[1]), k[None], v[None]
+    if TORCH_GROUPS_HEADS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
 
 
 def shared_prefix_attention(
@@ -157,14 +173,15 @@ class PrefillAttention:
     """Attention of the next `tokens` positions of a sequence that is being prefilled."""
 
     def __init__(self, cache: PrefillCache, tokens: int) -> None:
-        self.cache, self.mask = cache, None
-        if cache.length and tokens > 1:
+        self.cache, self.mask, self.fused = cache, None, cache.keys.is_cuda
+        if cache.length and tokens > 1 and not self.fused:
             # (T, N), built once for all layers; query t stands at position cache.length + t, which shifts the diagonal
             mask = torch.ones(tokens, cache.length + tokens, dtype=torch.bool, device=cache.keys.device)
             self.mask = mask.tril(cache.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return prefill_attention(q, *self.cache.append(layer, k[0], v[0]), self.mask)
+        keys, values = self.cache.append(layer, k[0], v[0])
+        return fused_prefill_attention(q, keys, values) if self.fused else prefill_attention(q, keys, values, self.mask)
 
 
 class DecodeAttention:

@@ -271,7 +271,7 @@ class Sampler:
     def _guided(self, v: Tensor) -> Tensor:
         """Velocities of the guidance rows [B, g, C] -> [B, C]."""
         # published as v_u + g * (v_c - v_u), here multiplied out
-        guided = (self.guidance_weights * v).sum(1)  # (B, C), float32 like the weights, which add up to 1
+        guided = (self.guidance_weights * v).sum(1).float()  # (B, C); the weights are float32 and add up to 1
         if not self.renorm:
             return guided
         # long guided velocities overshoot: hold them to the length of the conditional one

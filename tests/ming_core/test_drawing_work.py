@@ -20,7 +20,7 @@ from ming_univision.ming_core.experts import ExpertPerRow, OneExpert, StackedLin
 from ming_univision.ming_core.flow_head import FlowHead, Modulation, Modulations, Sampler
 from ming_univision.ming_core.image_decoder import GuidanceRows, ImageDecoder
 from ming_univision.ming_core.kv_cache import DecodeCache
-from ming_univision.ming_core.language_model import PREFILL_CHUNK, LanguageModel
+from ming_univision.ming_core.language_model import PREFILL_CHUNK, Decoder, LanguageModel
 from ming_univision.ming_core.univision import UniVision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -250,6 +250,25 @@ def test_a_long_prompt_is_prefilled_without_a_square_mask():
         prefix = model.new_cache(n)
         assert model.prefill(x, prefix).isfinite().all() and prefix.length == n
     assert n * 8 <= largest.elements <= n * PREFILL_CHUNK
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [2 * PREFILL_CHUNK + 1, PREFILL_CHUNK + 1, PREFILL_CHUNK, 3, 1])
+def test_no_chunk_of_a_long_prompt_is_left_with_a_single_token(monkeypatch, n):
+    network, chunks, forward = published_depth(), [], Decoder.forward
+    network.language_model.model.layers = network.language_model.model.layers[:1]
+
+    def watched(self, x, *arguments):
+        chunks.append(x.shape[1])
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    x = torch.randn(n, 32, generator=torch.Generator().manual_seed(1))
+    finished: list[int] = []
+    network.language_model.prefill(x, network.language_model.new_cache(n), on_chunk=finished.append)
+    assert sum(chunks) == n and max(chunks) <= PREFILL_CHUNK and (n == 1 or min(chunks) > 1)
+    assert len(chunks) == -(-n // PREFILL_CHUNK)
+    assert finished == [sum(chunks[:i]) for i in range(1, len(chunks))]
 
 
 # --- nothing waits for the device ---------------------------------------------------------------------------------
