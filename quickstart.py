@@ -4,6 +4,7 @@
     python quickstart.py run WORKFLOW.json [--set NODE.INPUT=VALUE ...] [--image FILE] [--output DIR]
     python quickstart.py download [NAME] [--to DIR]
     python quickstart.py quantize SOURCE TARGET [--format int4]
+    python quickstart.py doctor [--quick]
     python quickstart.py test [pytest's arguments]
     python quickstart.py comfyui [--dir CHECKOUT] [--python FILE] [--browser FILE]
 
