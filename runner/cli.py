@@ -75,6 +75,10 @@ def _workflow_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="the folder for results (default: output/ beside quickstart.py)"
     )
+    _settings_argument(parser)
+
+
+def _settings_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         metavar="NODE.INPUT=VALUE",
@@ -82,6 +86,25 @@ def _workflow_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         help='change an input, for example 5.seed=7, or "5.features=[3,0]" for a link; can be given more than once',
+    )
+
+
+def _map_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("workflow", metavar="WORKFLOW.json", type=_existing_file)
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument(
+        "--table",
+        metavar="FILE",
+        type=_existing_file,
+        help="a row for each run: CSV, tab-separated, JSON lines or Parquet, with columns NODE.INPUT, image and id",
+    )
+    rows.add_argument("--images", metavar="FOLDER", type=_existing_folder, help="a run for each picture in a folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for results, or an fsspec URL")
+    _settings_argument(parser)
+    parser.epilog = (
+        "Every row gets a folder in DIR/rows, and results.jsonl has a line for each. Run it again to go on with the rows\n"
+        "that are not done: those that failed, that were interrupted, or that were changed since. Relative paths in a\n"
+        "table begin in its folder. An empty cell leaves what the workflow has. A column that begins with # is a remark."
     )
 
 
@@ -147,6 +170,18 @@ def _run_workflow(options: Namespace) -> int:
     return terminal.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
 
 
+def _map(options: Namespace) -> int:
+    from .table import command
+
+    return command.main(
+        options.workflow,
+        table=options.table,
+        images=options.images,
+        out=options.out,
+        settings=options.settings,
+    )
+
+
 def _download(options: Namespace) -> int:
     from . import download
 
@@ -180,6 +215,7 @@ def _comfyui(options: Namespace) -> int:
 COMMANDS = (
     Command("demo", "ask about a picture and edit it over several rounds", _demo_arguments, _run_workflow),
     Command("run", "run a workflow in the API format", _run_arguments, _run_workflow),
+    Command("map", "run a workflow for each row of a table, or for each picture in a folder", _map_arguments, _map),
     Command(
         "download",
         "download a published model, or resume or verify a download",
