@@ -2,6 +2,7 @@
 
     python quickstart.py demo [--image FILE] [--output DIR]
     python quickstart.py run WORKFLOW.json [--set NODE.INPUT=VALUE ...] [--image FILE] [--output DIR]
+    python quickstart.py map WORKFLOW.json (--table FILE | --images FOLDER) --out DIR [--set NODE.INPUT=VALUE ...]
     python quickstart.py download [NAME] [--to DIR]
     python quickstart.py quantize SOURCE TARGET [--format int4]
     python quickstart.py test [pytest's arguments]

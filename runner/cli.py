@@ -102,9 +102,10 @@ def _map_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for results, or an fsspec URL")
     _settings_argument(parser)
     parser.epilog = (
-        "Every row gets a folder in DIR/rows, and results.jsonl has a line for each. Run it again to go on with the rows\n"
-        "that are not done: those that failed, that were interrupted, or that were changed since. Relative paths in a\n"
-        "table begin in its folder. An empty cell leaves what the workflow has. A column that begins with # is a remark."
+        "Every row gets a folder in DIR/rows, and DIR/results.jsonl has a line for each. Run it again to go on with\n"
+        "the rows that are not done: those that failed, were interrupted, or were changed since. Relative paths in a\n"
+        "table begin in its folder. An empty cell leaves what the workflow has. A column that begins with # is a\n"
+        "remark."
     )
 
 

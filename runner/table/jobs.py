@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -110,9 +111,10 @@ def _with_cells(workflow: Workflow, row: Row, folder: Path, node_classes: NodeCl
             raise TableError(f"{row.where}, column {IMAGE}: {error}") from None
     values = {_place(column): value for column, value in cells.items()}
     for (node_id, name), value in values.items():
-        file = folder / str(value)
-        if workflow.get(node_id, {}).get("class_type") == LOAD_IMAGE and name == "image" and file.is_file():
-            values[node_id, name] = str(file)
+        if name == "image" and workflow[node_id]["class_type"] == LOAD_IMAGE:
+            file = os.path.join(folder, str(value))
+            if os.path.isfile(file):  # otherwise it may be in the input folder
+                values[node_id, name] = file
     return with_inputs(workflow, values, node_classes)
 
 

@@ -77,7 +77,7 @@ def table_of_images(folder: str | Path) -> Table:
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if is_image_file(path))
     if not files:
         raise TableError(f"there is no picture in {folder}")
-    return Table(_rows([{ID: file.as_posix(), IMAGE: str(file)} for file in files]), folder)
+    return Table(_rows([{ID: file.as_posix(), IMAGE: file.as_posix()} for file in files]), folder)
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[Row]:
@@ -132,6 +132,8 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict[str, Any]]:
                         f"row {number} has {len(cells)} cells, and the table {len(header)} columns: put a text with a "
                         f"{'comma' if delimiter == ',' else 'tab'} into double quotes"
                     )
+                if len(cells) < len(header):
+                    raise TableError(f"row {number}, column {header[len(cells)]}: it is missing")
                 yield {name: cell or None for name, cell in zip(header, cells, strict=False)}
         except csv.Error as error:
             raise TableError(f"{path}, line {lines.line_num}: {error}") from None
