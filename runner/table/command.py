@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from ..session import known_node_classes
 from ..terminal import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
-from ..workflow import NodeClasses, Workflow, WorkflowError, read_workflow, with_settings
+from ..workflow import NodeClasses, WorkflowError, read_workflow, with_settings
 from .jobs import Job, in_sharing_order, make_jobs
 from .results import Record, Results, ResultsError, open_results
-from .rows import Table, TableError, read_table, table_of_images
+from .rows import TableError, read_table, table_of_images
 from .worker import RowRunner
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where a line cannot be redrawn
@@ -28,6 +28,9 @@ def main(
     images: str | Path | None = None,
     out: str | Path,
     settings: Sequence[str] = (),
+    ray: str | None = None,
+    workers: int | None = None,
+    batch: int = 1,
     node_classes: NodeClasses | None = None,
     stream: TextIO | None = None,
 ) -> int:
@@ -37,6 +40,9 @@ def main(
         table, images: a table, or a folder of pictures in place of one.
         out: the folder for results, or an fsspec URL.
         settings: NODE.INPUT=VALUE, inputs to change in all rows.
+        ray: the address of a Ray cluster; empty means Ray on this machine, and None no Ray.
+        workers: with Ray, the number of processes; None means one for each GPU.
+        batch: rows that are drawn in one pass.
         node_classes: the class of each node type; None means `known_node_classes()`.
         stream: where progress is printed; None means the standard output.
     """
@@ -49,7 +55,18 @@ def main(
         rows = read_table(table) if table is not None else table_of_images(images or ".")
         results = open_results(out)
         with results.in_use():
-            return _run(graph, rows, results, node_classes, progress)
+            jobs = make_jobs(rows, graph, node_classes)
+
+            def run(waiting: Sequence[Job]) -> Iterator[Record]:
+                if ray is None:
+                    return run_here(waiting, results, node_classes, batch)
+                from . import ray_pool
+
+                return ray_pool.run_on_ray(
+                    waiting, results, address=ray, workers=workers, batch=batch, nodes=ray_pool.NODES
+                )
+
+            return _run(jobs, results, run, progress, node_classes)
     except (WorkflowError, TableError, ResultsError) as error:
         progress.say(f"Refused: {error}")
         return EXIT_REFUSED
@@ -58,8 +75,13 @@ def main(
         return EXIT_INTERRUPTED
 
 
-def _run(graph: Workflow, table: Table, results: Results, node_classes: NodeClasses, progress: Progress) -> int:
-    jobs = make_jobs(table, graph, node_classes)
+def _run(
+    jobs: Sequence[Job],
+    results: Results,
+    run: Callable[[Sequence[Job]], Iterator[Record]],
+    progress: Progress,
+    node_classes: NodeClasses,
+) -> int:
     before = results.done()
     waiting = in_sharing_order([job for job in jobs if job.key not in before], node_classes)
     records = {job.key: {**before[job.key], "row": job.row_id} for job in jobs if job.key in before}
@@ -67,7 +89,7 @@ def _run(graph: Workflow, table: Table, results: Results, node_classes: NodeClas
     results.write_table(_in_order(jobs, records))
     interrupted = False
     try:
-        for record in run_here(waiting, results, node_classes):
+        for record in run(waiting) if waiting else ():
             records[record["key"]] = record
             results.append(record)
             progress.finished(record)
@@ -77,11 +99,11 @@ def _run(graph: Workflow, table: Table, results: Results, node_classes: NodeClas
     return progress.end(records.values(), len(jobs), interrupted)
 
 
-def run_here(jobs: Iterable[Job], results: Results, node_classes: NodeClasses) -> Iterator[Record]:
+def run_here(jobs: Iterable[Job], results: Results, node_classes: NodeClasses, batch: int = 1) -> Iterator[Record]:
     """Runs jobs one after another in this process; yields the record of each."""
-    runner = RowRunner(results, node_classes=node_classes)
+    runner = RowRunner(results, node_classes=node_classes, batch=batch)
     try:
-        yield from map(runner.run, jobs)
+        yield from runner.run_all(jobs)
     finally:
         runner.close()
 

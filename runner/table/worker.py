@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..execution import ExecutionError, NodeResult
@@ -22,12 +22,17 @@ class RowRunner:
         *,
         input_dir: str | Path | None = None,
         node_classes: NodeClasses | None = None,
+        batch: int = 1,
     ):
-        self.results = results
+        self.results, self.batch = results, batch
         self.session = Session(node_classes, input_dir=input_dir)
 
     def close(self) -> None:
         self.session.close()
+
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[Record]:
+        """Runs jobs one after another, and yields the record of each."""
+        yield from map(self.run, jobs)
 
     def run(self, job: Job) -> Record:
         """Runs a row and commits its results. A row that fails is a record too; only an interrupt is raised."""

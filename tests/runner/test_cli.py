@@ -51,14 +51,28 @@ def test_map_takes_a_table_or_a_folder_of_pictures(
     workflow, table = str(tmp_path / "x.json"), str(tmp_path / "t.csv")
     assert cli.main(["map", workflow, "--table", table, "--out", "there", "--set", "1.a=1"]) == 3
     assert cli.main(["map", workflow, "--images", str(tmp_path), "--out", "s3://bucket/there"]) == 3
-    plain = {"table": None, "images": None, "settings": []}
+    assert cli.main(["map", workflow, "--table", table, "--out", "x", "--ray", "--workers", "2", "--batch", "4"]) == 3
+    assert cli.main(["map", workflow, "--table", table, "--out", "x", "--ray", "ray://head:10001"]) == 3
+    plain = {"table": None, "images": None, "settings": [], "ray": None, "workers": None, "batch": 1}
+    both = plain | {"table": Path(table), "out": "x"}
     assert calls == [
         ("command", (Path(workflow),), plain | {"table": Path(table), "out": "there", "settings": ["1.a=1"]}),
         ("command", (Path(workflow),), plain | {"images": tmp_path, "out": "s3://bucket/there"}),
+        ("command", (Path(workflow),), both | {"ray": "", "workers": 2, "batch": 4}),
+        ("command", (Path(workflow),), both | {"ray": "ray://head:10001"}),
     ]
-    for rows in ([], ["--table", table, "--images", str(tmp_path)]):
+    for rows in ([], ["--table", table, "--images", str(tmp_path)], ["--table", table, "--batch", "0"]):
         with pytest.raises(SystemExit):
             cli.main(["map", workflow, "--out", "there", *rows])
+
+
+def test_ray_is_asked_for_only_with_its_option(tmp_path):
+    for name in ("x.json", "t.csv"):
+        (tmp_path / name).write_text("")
+    words = ["map", str(tmp_path / "x.json"), "--table", str(tmp_path / "t.csv"), "--out", "there"]
+    for options, extras in ((words, ()), ([*words, "--ray"], ("ray",)), (["demo"], ())):
+        parsed = cli.parse(options)
+        assert parsed.command.extras(parsed) == extras
 
 
 def test_download_takes_a_published_name_and_a_folder(calls):
