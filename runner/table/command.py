@@ -103,7 +103,7 @@ def run_here(jobs: Iterable[Job], results: Results, node_classes: NodeClasses, b
     """Runs jobs one after another in this process; yields the record of each."""
     runner = RowRunner(results, node_classes=node_classes, batch=batch)
     try:
-        yield from runner.run_all(jobs)
+        yield from runner.run(jobs)
     finally:
         runner.close()
 

@@ -82,7 +82,7 @@ class GroupRunner:
 
     def __call__(self, group: dict[str, str]) -> list[dict[str, str]]:
         jobs = [Job(**job) for job in json.loads(group["jobs"])]
-        return [{"record": json.dumps(record)} for record in self._runner.run_all(jobs)]
+        return [{"record": json.dumps(record)} for record in self._runner.run(jobs)]
 
 
 def _groups(jobs: Sequence[Job], workers: int, batch: int) -> list[dict[str, str]]:
