@@ -26,6 +26,7 @@ class Command:
     help: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
+    extras: Callable[[Namespace], Sequence[str]] = lambda options: ()  # of EXTRAS in quickstart.py
     needs_tests: bool = False  # a published pack comes without them
     runs_in_comfyui: bool = False  # any Python with requirements.txt will do, and no environment is made for it
 
@@ -75,6 +76,10 @@ def _workflow_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="the folder for results (default: output/ beside quickstart.py)"
     )
+    _settings_argument(parser)
+
+
+def _settings_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         metavar="NODE.INPUT=VALUE",
@@ -82,6 +87,39 @@ def _workflow_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         help='change an input, for example 5.seed=7, or "5.features=[3,0]" for a link; can be given more than once',
+    )
+
+
+def _map_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("workflow", metavar="WORKFLOW.json", type=_existing_file)
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument(
+        "--table",
+        metavar="FILE",
+        type=_existing_file,
+        help="a row for each run: CSV, tab-separated, JSON lines or Parquet, with columns NODE.INPUT, image and id",
+    )
+    rows.add_argument("--images", metavar="FOLDER", type=_existing_folder, help="a run for each picture in a folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for results, or an fsspec URL")
+    _settings_argument(parser)
+    parser.add_argument(
+        "--batch", metavar="N", type=_positive, default=1, help="draw N rows in one pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="spread the rows over all GPUs with Ray, of this machine or of the cluster at ADDRESS",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_positive, help="with --ray, the number of processes (default: one for each GPU)"
+    )
+    parser.epilog = (
+        "Every row gets a folder in DIR/rows, and DIR/results.jsonl has a line for each. Run it again to go on with\n"
+        "the rows that are not done: those that failed, were interrupted, or were changed since. Relative paths in a\n"
+        "table begin in its folder. An empty cell leaves what the workflow has. A column that begins with # is a\n"
+        "remark."
     )
 
 
@@ -128,6 +166,13 @@ def _comfyui_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="keep the temporary folders, with the server's log")
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def _existing_file(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_file():
@@ -153,6 +198,25 @@ def _run_workflow(options: Namespace) -> int:
     from . import terminal
 
     return terminal.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
+
+
+def _map(options: Namespace) -> int:
+    from .table import command
+
+    return command.main(
+        options.workflow,
+        table=options.table,
+        images=options.images,
+        out=options.out,
+        settings=options.settings,
+        ray=options.ray,
+        workers=options.workers,
+        batch=options.batch,
+    )
+
+
+def _map_extras(options: Namespace) -> Sequence[str]:
+    return () if options.ray is None else ("ray",)
 
 
 def _download(options: Namespace) -> int:
@@ -194,6 +258,13 @@ def _comfyui(options: Namespace) -> int:
 COMMANDS = (
     Command("demo", "ask about a picture and edit it over several rounds", _demo_arguments, _run_workflow),
     Command("run", "run a workflow in the API format", _run_arguments, _run_workflow),
+    Command(
+        "map",
+        "run a workflow for each row of a table, or for each picture in a folder",
+        _map_arguments,
+        _map,
+        extras=_map_extras,
+    ),
     Command(
         "download",
         "download a published model, or resume or verify a download",

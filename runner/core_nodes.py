@@ -53,7 +53,7 @@ class LoadImage:
     @classmethod
     def INPUT_TYPES(cls):
         folder = Path(host.input_directory())
-        files = sorted(f.name for f in folder.iterdir() if _is_image(f)) if folder.is_dir() else []
+        files = sorted(f.name for f in folder.iterdir() if is_image_file(f)) if folder.is_dir() else []
         return {"required": {"image": (files, {"image_upload": True})}}
 
     RETURN_TYPES = ("IMAGE", "MASK")
@@ -257,7 +257,7 @@ NODE_CLASS_MAPPINGS = {
 }
 
 
-def _is_image(path: Path) -> bool:
+def is_image_file(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()
 
 
