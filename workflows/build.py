@@ -49,13 +49,16 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 IMAGE_NODES, TEXT_NODES = {"SaveImage", "PreviewImage", "MingConversationStoryboard"}, {"PreviewAny"}
 
 # Pixels of the page at 100 %.
-TITLE, SOCKET, WIDGET, EDGE = 30, 20, 24, 14
+TITLE, SOCKET, EDGE = 30, 20, 14
+WIDGET, MODERN_WIDGET, MODERN_FOOTER = 24, 28, 30  # the latter two in Nodes 2.0; a footer has the pack's name
 TEXT = 72  # a text box of several lines
 WIDTH = 290  # of a column
-BETWEEN_COLUMNS, BETWEEN_NODES, BETWEEN_ROWS = 74, 74, 70
+BETWEEN_COLUMNS, BETWEEN_NODES, BETWEEN_ROWS = 76, 58, 30
 GROUP_EDGE, GROUP_TITLE = 14, 34
-LANE = 26  # from lane to lane
-ABOVE_ROW = TITLE + GROUP_EDGE + GROUP_TITLE + 24  # from the top of a row to its lowest lane
+LANE = 18  # from lane to lane
+BESIDE_OUTPUT = 14  # from node to wire, and from wire to wire, where they go up or down to their lanes
+BEFORE_INPUT = 46  # from where a wire leaves its lane to the node that it goes to
+ABOVE_ROW = TITLE + GROUP_EDGE + GROUP_TITLE + 20  # from the top of a row to its lowest lane
 NOTE_ID = 1000
 NOTE_COLORS = {"color": "#1d2733", "bgcolor": "#2a3847"}
 OPTIONAL, LIST = 7, 6  # shapes of sockets
@@ -221,17 +224,21 @@ def api_graph(template: Template) -> dict[str, Any]:
 
 
 def height(node: Node) -> int:
-    """The height that the classic rendering needs; Nodes 2.0 needs less where there are advanced widgets."""
+    """The height that a node needs in the classic rendering and in Nodes 2.0, which hides advanced widgets."""
     declared = sockets(node.type)
     rows = max(sum(not s.is_widget for s in declared), len(outputs(node.type)), 1)
-    widgets = 0
-    for socket in declared:
+    fixed = EDGE + SOCKET * rows + (node.area if node.type in IMAGE_NODES | TEXT_NODES else 0)
+    classic = modern = fixed
+    for socket in (s for s in declared if s.is_widget):
         if socket.options.get("multiline"):
-            widgets += node.area or TEXT
-        elif socket.is_widget:
-            widgets += WIDGET * (2 if socket.options.get("control_after_generate") else 1)
-    area = node.area if node.type in IMAGE_NODES | TEXT_NODES else 0
-    return EDGE + SOCKET * rows + widgets + area
+            classic += node.area or TEXT
+            modern += node.area or TEXT
+        else:
+            classic += WIDGET * (2 if socket.options.get("control_after_generate") else 1)
+            modern += 0 if socket.options.get("advanced") else MODERN_WIDGET
+    if node.type in NODE_CLASS_MAPPINGS:
+        modern += MODERN_FOOTER * (2 if any(s.options.get("advanced") for s in declared) else 1)
+    return max(classic, modern)
 
 
 def lanes_of(template: Template) -> dict[int, list[Out]]:
@@ -335,6 +342,13 @@ def links_of(template: Template) -> list[Link]:
     return links
 
 
+def add_reroute(reroutes: list[dict[str, Any]], x: int, y: int, links: list[int], parent: int | None) -> int:
+    """Add a reroute that these links pass, coming from the reroute `parent`; returns its id."""
+    before = {"parentId": parent} if parent else {}
+    reroutes.append({"id": len(reroutes) + 1, **before, "pos": [x, y], "linkIds": links})
+    return len(reroutes)
+
+
 def reroutes_of(template: Template, links: list[Link], found: Mapping[int, Place], tops: Mapping[int, int]) -> tuple:
     """The reroutes of all wires that travel in lanes, and by which reroute each of those wires arrives.
 
@@ -355,25 +369,19 @@ def reroutes_of(template: Template, links: list[Link], found: Mapping[int, Place
                 and not is_next(source[:2], found[link.target][:2])
             ]
             y = tops[row] - ABOVE_ROW - LANE * number
-            start = source.x + source.width + 20 + 9 * (len(outs) - number)
-            backwards = row != source.row
-            spots = sorted({found[link.target].x - 46 for link in taken}, reverse=backwards)
-            parent = None
-            for x in [start, *spots]:
-                passing = [
-                    link.id
-                    for link in taken
-                    if x == start or (found[link.target].x - 46 <= x if backwards else found[link.target].x - 46 >= x)
-                ]
-                reroutes.append({"id": len(reroutes) + 1, "pos": [x, y], "linkIds": passing})
-                if parent:
-                    reroutes[-1]["parentId"] = parent
-                parent = len(reroutes)
-                arrivals += [
-                    {"id": link.id, "parentId": parent}
-                    for link in taken
-                    if x != start and found[link.target].x - 46 == x
-                ]
+            beside = [o for o in outs[number:] if found[o.node][:2] == source[:2]]
+            start = source.x + source.width + BESIDE_OUTPUT * len(beside)
+            trunk = add_reroute(reroutes, start, y, [link.id for link in taken], None)
+            leaving = sorted(taken, key=lambda link: found[link.target].x)
+            left = [link for link in leaving if found[link.target].x <= start]
+            right = [link for link in leaving if found[link.target].x > start]
+            for passing in (left[::-1], right):
+                parent, at = trunk, start
+                for k, link in enumerate(passing):
+                    x = found[link.target].x - BEFORE_INPUT
+                    if x != at:
+                        parent, at = add_reroute(reroutes, x, y, [p.id for p in passing[k:]], parent), x
+                    arrivals.append({"id": link.id, "parentId": parent})
     return reroutes, sorted(arrivals, key=lambda a: a["id"])
 
 
@@ -451,7 +459,7 @@ def note_node(template: Template, place: Place, order: int) -> dict[str, Any]:
         "outputs": [],
         "title": "About this template",
         "properties": {},
-        "widgets_values": [f"# {does}\n\n## {tries}"],
+        "widgets_values": [f"# {does}\n\n# {tries}"],
         **NOTE_COLORS,
     }
 

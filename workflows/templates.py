@@ -15,7 +15,7 @@ LOAD, READ, ROUND, RESULT = "#5f9ea8", "#78a878", "#d0a94e", "#b58ad0"  # colors
 SCENE = "a large red circle at the left and a small blue star at the right on a white background"
 MODEL, MINGTOK, IMAGE, FEATURES = Out(1, "model"), Out(1, "mingtok"), Out(2, "image"), Out(4, "features")
 SWAP = "or Load Image"
-DECODE_COLUMN = 54 + 74  # height of MingTok Decode and the space below it
+DECODE_COLUMN = 84 + 58  # height of MingTok Decode and the space below it
 SEED = 7
 
 
@@ -80,7 +80,7 @@ def save(number: int, image: Out, file: str, area: int = 300, label: str = "afte
 
 
 def before_and_after(decoder: Node, first: Node, last: Node, width: int = 300) -> Group:
-    """The picture that was edited and the result side by side, the decoder above the first."""
+    """The picture that was edited and the result side by side, the decoder above the first to save width."""
     return group(
         "Before and after", RESULT, column(width, decoder, first), column(width, Space(DECODE_COLUMN), last)
     )
@@ -89,8 +89,8 @@ def before_and_after(decoder: Node, first: Node, last: Node, width: int = 300) -
 def read_picture(*below: Node | Note | Space) -> tuple[Group, Group]:
     """Load the model and the scene, and encode it; what else goes below the encoder."""
     return (
-        group("Load model and picture", LOAD, column(290, loader(), scene())),
-        group("Encode once", READ, column(236, encode(), *below), column(236, expand())),
+        group("Load model and picture", LOAD, column(306, loader(), scene())),
+        group("Encode once", READ, column(236, encode(), *below), column(258, expand())),
     )
 
 
@@ -144,12 +144,12 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and picture", LOAD, column(290, loader(), scene())),
+                group("Load model and picture", LOAD, column(306, loader(), scene())),
                 group(
                     "Encode once",
                     READ,
                     column(250, encode(), before(8, area=250, label="the picture")),
-                    column(236, expand()),
+                    column(258, expand()),
                 ),
                 group(
                     "Ask",
@@ -219,12 +219,12 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and picture", LOAD, column(290, loader(), scene())),
+                group("Load model and picture", LOAD, column(306, loader(), scene())),
                 group(
                     "What may change",
                     READ,
                     column(
-                        236,
+                        256,
                         node(3, "SolidMask", "nothing", value=0.0, width=512, height=512),
                         node(4, "SolidMask", "the part", value=1.0, width=176, height=176),
                     ),
@@ -240,14 +240,13 @@ TEMPLATES = [
                             y=168,
                             operation="add",
                         ),
-                        Note(560, 190),
                     ),
                 ),
                 group(
                     "Encode once",
                     READ,
                     column(236, encode(6, mask=Out(5, "MASK"))),
-                    column(236, expand(7, Out(6, "latent"))),
+                    column(258, expand(7, Out(6, "latent"))),
                 ),
             ),
             (
@@ -268,7 +267,7 @@ TEMPLATES = [
                 group(
                     "Lay it over the picture",
                     READ,
-                    column(220, decode(9, Out(8, "features"))),
+                    column(220, decode(9, Out(8, "features")), Space(110), Note(550, 180)),
                     column(
                         260,
                         node(
@@ -360,12 +359,12 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and picture", LOAD, column(290, loader(), scene())),
+                group("Load model and picture", LOAD, column(306, loader(), scene())),
                 group(
                     "Make room",
                     READ,
                     column(
-                        236, node(3, "ImageCrop", "the part we have", image=IMAGE, width=256, height=512), Note(560, 190)
+                        236, node(3, "ImageCrop", "the part we have", image=IMAGE, width=256, height=512)
                     ),
                     column(
                         250, node(4, "ImagePadForOutpaint", image=Out(3, "IMAGE"), right=256, feathering=0)
@@ -374,8 +373,8 @@ TEMPLATES = [
                 group(
                     "Encode once",
                     READ,
-                    column(236, encode(5, Out(4, "IMAGE"), mask=Out(4, "MASK"))),
-                    column(236, expand(6, Out(5, "latent"))),
+                    column(236, encode(5, Out(4, "IMAGE"), mask=Out(4, "MASK")), Note(570, 190)),
+                    column(258, expand(6, Out(5, "latent"))),
                 ),
             ),
             (
@@ -393,11 +392,12 @@ TEMPLATES = [
                         ),
                     ),
                 ),
-                before_and_after(
-                    decode(8, Out(7, "features")),
-                    before(10, Out(4, "IMAGE"), 404),
-                    save(9, Out(8, "image"), "extend_picture", 380),
-                    380,
+                group(
+                    "Before and after",
+                    RESULT,
+                    column(220, decode(8, Out(7, "features"))),
+                    column(370, before(10, Out(4, "IMAGE"), 394)),
+                    column(370, save(9, Out(8, "image"), "extend_picture", 370)),
                 ),
             ),
         ),
@@ -415,7 +415,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and photograph", LOAD, column(290, loader(), scene(size=1024))),
+                group("Load model and photograph", LOAD, column(306, loader(), scene(size=1024))),
                 group(
                     "Cut out a part",
                     READ,
@@ -426,7 +426,7 @@ TEMPLATES = [
                     ),
                 ),
                 group(
-                    "Encode once", READ, column(236, encode(4, Out(3, "IMAGE"))), column(236, expand(5, Out(4, "latent")))
+                    "Encode once", READ, column(236, encode(4, Out(3, "IMAGE"))), column(258, expand(5, Out(4, "latent")))
                 ),
                 group(
                     "Edit",
@@ -501,7 +501,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and picture", LOAD, column(290, loader(), scene())),
+                group("Load model and picture", LOAD, column(306, loader(), scene())),
                 group(
                     "Encode once",
                     READ,
@@ -563,8 +563,9 @@ TEMPLATES = [
                 group("4. Refine", ROUND, column(270, edit(13, "4, refine", instruction("refine"), *drawn(11)))),
                 before_and_after(
                     decode(14, Out(13, "features"), "once, at the end"),
-                    before(16),
-                    save(15, Out(14, "image"), "multi_round_edit"),
+                    before(16, area=284),
+                    save(15, Out(14, "image"), "multi_round_edit", 260),
+                    280,
                 ),
             ),
         ),
@@ -582,7 +583,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and picture", LOAD, column(290, loader(), scene(degrade="grey"))),
+                group("Load model and picture", LOAD, column(306, loader(), scene(degrade="grey"))),
                 group(
                     "Take away detail",
                     READ,
@@ -615,7 +616,7 @@ TEMPLATES = [
                     "Encode once",
                     READ,
                     column(236, encode(5, Out(4, "IMAGE"))),
-                    column(236, expand(6, Out(5, "latent"))),
+                    column(258, expand(6, Out(5, "latent"))),
                 ),
             ),
             (
@@ -627,11 +628,12 @@ TEMPLATES = [
                 group(
                     "2. Color", ROUND, column(290, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8)))
                 ),
-                before_and_after(
-                    decode(11, Out(10, "features"), "once, at the end"),
-                    before(13, Out(4, "IMAGE"), 364),
-                    save(12, Out(11, "image"), "super_resolution_then_colorize", 340),
-                    340,
+                group(
+                    "Before and after",
+                    RESULT,
+                    column(220, decode(11, Out(10, "features"))),
+                    column(310, before(13, Out(4, "IMAGE"), 334)),
+                    column(310, save(12, Out(11, "image"), "super_resolution_then_colorize", 310)),
                 ),
             ),
         ),
@@ -649,7 +651,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and picture", LOAD, column(290, loader(), scene(degrade="grey"))),
+                group("Load model and picture", LOAD, column(306, loader(), scene(degrade="grey"))),
                 group(
                     "Take away detail",
                     READ,
@@ -682,7 +684,7 @@ TEMPLATES = [
                     "Encode once",
                     READ,
                     column(236, encode(5, Out(4, "IMAGE"))),
-                    column(236, expand(6, Out(5, "latent"))),
+                    column(258, expand(6, Out(5, "latent"))),
                 ),
             ),
             (
@@ -697,8 +699,8 @@ TEMPLATES = [
                 group("3. Clean", ROUND, column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10)))),
                 before_and_after(
                     decode(13, Out(12, "features"), "once, at the end"),
-                    before(15, Out(4, "IMAGE")),
-                    save(14, Out(13, "image"), "enhance_chain"),
+                    before(15, Out(4, "IMAGE"), 284),
+                    save(14, Out(13, "image"), "enhance_chain", 260),
                 ),
             ),
         ),
@@ -716,7 +718,7 @@ TEMPLATES = [
         ),
         (
             (
-                *read_picture(before(14, area=200, label="the picture")),
+                *read_picture(before(14, area=150, label="the picture")),
                 group(
                     "What does it show?",
                     ROUND,
@@ -916,7 +918,7 @@ TEMPLATES = [
                     "Encode each once",
                     READ,
                     column(236, encode(4), Space(52), encode(5, Out(3, "image"))),
-                    column(236, expand(6, Out(4, "latent")), Space(112), expand(7, Out(5, "latent"))),
+                    column(258, expand(6, Out(4, "latent")), Space(112), expand(7, Out(5, "latent"))),
                     column(
                         240, node(8, "MingFeaturesBatch", features_a=Out(6, "features"), features_b=Out(7, "features"))
                     ),
@@ -972,7 +974,7 @@ TEMPLATES = [
                     "Encode, expand, decode",
                     READ,
                     column(236, encode()),
-                    column(236, expand()),
+                    column(258, expand()),
                     column(220, decode(5, FEATURES)),
                 ),
             ),
