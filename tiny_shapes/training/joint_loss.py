@@ -132,16 +132,22 @@ class JointLoss(nn.Module):
 
     @torch.no_grad()
     def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images."""
-        tok = self.network.mingtok
+        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images.
+
+        Tokens that a mask keeps are fed as those of their source are, noise included: so it is when the model edits.
+        """
+        tok, placed = self.network.mingtok, len(batch.drawn)
         if len(batch.images):
             latents = to_tokens(tok.encode(from_uint8(batch.images)))
         else:
             latents = batch.flow_weights.new_empty(*batch.flow_weights.shape, tok.config.semantic_decoder.in_dim)
-        strength = torch.rand(len(latents), 1, 1, generator=generator) * self.weights.noise
-        noise = strength * torch.randn(latents.shape, generator=generator)
-        fed = latents + noise.to(latents) * batch.drawn[:, None, None]
-        return latents, tok.semantic_decoder(tok.denormalise(fed))
+        strength = torch.rand(placed, 1, 1, generator=generator) * self.weights.noise
+        noise = strength * torch.randn(placed, *latents.shape[1:], generator=generator)
+        fed = latents.clone()
+        fed[:placed] += noise.to(latents) * batch.drawn[:, None, None]
+        for i in (batch.sources >= 0).nonzero().flatten().tolist():  # in order: a source may have one itself
+            fed[i] = torch.where(batch.opened[i, :, None], fed[i], fed[batch.sources[i]])
+        return latents[:placed], tok.semantic_decoder(tok.denormalise(fed[:placed]))
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

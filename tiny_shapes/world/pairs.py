@@ -1,0 +1,65 @@
+"""Questions about two images that are shown in one message: which of them has a thing, and what differs.
+
+Answers are always worded alike: "the first", "the second", "both", "neither"; "the color", "the place",
+"the background", "nothing".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from .descriptions import with_article
+from .edits import Edit
+from .phrasing import pick, vary_spelling, vary_typing
+from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Scene
+
+PAIR_KINDS = ("which", "difference")
+
+WHICH: Mapping[tuple[bool, bool], str] = MappingProxyType(
+    {(True, False): "the first", (False, True): "the second", (True, True): "both", (False, False): "neither"}
+)
+DIFFERENCES: Mapping[str, str] = MappingProxyType(
+    {"recolor": "the color", "move": "the place", "background": "the background", "": "nothing"}
+)
+
+_WHICH = (
+    *("Which of the two has {it}?", "Which picture has {it}?", "Which one has {it}?", "In which picture is {it}?"),
+    *("Which of the two pictures shows {it}?", "Which image has {it}, the first or the second?"),
+)
+_DIFFERENCE = (
+    *("What differs?", "What is the difference?", "What is different?", "What has changed?"),
+    "What is the difference between the two pictures?",
+)
+_ATTRIBUTES = (("shape",), ("shape",), ("color", "shape"), ("color", "shape"), ("color",), ("shape", "position"))
+
+
+def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
+    """A question for which of two scenes has a thing, and its answer."""
+    if rng.random() < 0.1:
+        ground = pick(rng, (first.background, second.background, pick(rng, tuple(BACKGROUNDS))))
+        it, there = f"{with_article(ground)} background", [scene.background == ground for scene in (first, second)]
+    else:
+        names = pick(rng, _ATTRIBUTES)
+        asked = {"shape": pick(rng, SHAPES), "color": pick(rng, tuple(COLORS)), "position": pick(rng, tuple(POSITIONS))}
+        if rng.random() < 0.85:
+            near = pick(rng, pick(rng, (first, second)).objects)
+            asked = {name: getattr(near, name) for name in asked}
+        there = [
+            any(all(getattr(obj, name) == asked[name] for name in names) for obj in scene.objects)
+            for scene in (first, second)
+        ]
+        noun = " ".join([asked["color"]] * ("color" in names) + [asked["shape"] if "shape" in names else "object"])
+        it = with_article(noun) + (f" at the {asked['position']}" if "position" in names else "")
+    text = vary_typing(rng, vary_spelling(rng, pick(rng, _WHICH).format(it=it)))
+    return text, WHICH[there[0], there[1]]
+
+
+def ask_difference(rng: np.random.Generator, edit: Edit | None) -> tuple[str, str]:
+    """A question for what the edit (None: none) from the first scene to the second has changed, and its answer.
+
+    edit: a recolor, a move or a new background.
+    """
+    return vary_typing(rng, pick(rng, _DIFFERENCE)), DIFFERENCES[edit.kind if edit else ""]
