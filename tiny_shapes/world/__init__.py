@@ -19,12 +19,12 @@ NumPy, Pillow and the standard library only; nothing here knows of a model.
 """
 
 from .captions import caption, mentions, terse_caption
-from .clutter import OUTSIDE, cluttered
+from .clutter import OUTSIDE, cluttered, retyped
 from .degrade import DEGRADATIONS, degrade
 from .descriptions import describe, parse_scene
 from .drawing import LABEL_CLASSES, draw, masks, patch_labels
 from .edits import EDIT_KINDS, Edit, edit_region, random_edit, region_image
-from .masking import to_patches
+from .masking import to_mask, to_patches
 from .prompts import TASK_INSTRUCTIONS, instruction
 from .questions import QUESTION_KINDS
 from .scenes import (
@@ -41,7 +41,7 @@ from .scenes import (
     split_of,
 )
 from .scoring import Comparison, DetectedObject, Reading, compare, read_region, read_scene
-from .tasks import LATER_TASKS, TASKS, Dialogue, Task, random_dialogue
+from .tasks import LATER_TASKS, TASKS, Dialogue, NoSceneFoundError, Task, random_dialogue
 
 __all__ = [
     "BACKGROUNDS",
@@ -62,6 +62,7 @@ __all__ = [
     "DetectedObject",
     "Dialogue",
     "Edit",
+    "NoSceneFoundError",
     "Reading",
     "Scene",
     "SceneObject",
@@ -84,8 +85,10 @@ __all__ = [
     "read_region",
     "read_scene",
     "region_image",
+    "retyped",
     "scene_from_seed",
     "split_of",
     "terse_caption",
+    "to_mask",
     "to_patches",
 ]

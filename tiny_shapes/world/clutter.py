@@ -8,7 +8,7 @@ made up, so that the model learns to pass over what it does not know rather than
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -38,7 +38,20 @@ _PRAISE: _Words = (
     ),
 )
 _ADJECTIVES: _Words = (
-    ("beautiful", "nice", "shiny", "cute", "perfect", "simple", "glowing", "bright", "cool", "pretty", "flat", "lovely"),
+    (
+        "beautiful",
+        "nice",
+        "shiny",
+        "cute",
+        "perfect",
+        "simple",
+        "glowing",
+        "bright",
+        "cool",
+        "pretty",
+        "flat",
+        "lovely",
+    ),
     ("gorgeous", "neat", "elegant", "fancy", "glossy", "tidy", "amazing", "charming", "magic", "smooth"),
 )
 _EMOJI: _Words = (
@@ -58,7 +71,25 @@ _PARAMETERS: _Words = (
     ("\nNegative prompt: bad anatomy, watermark", "\nSteps: 30, Sampler: DPM++ 2M, Seed: 42", "\nnegative: jpeg"),
 )
 _WEIGHTS = ("1.1", "1.2", "1.3", "0.9", "1.05", "0.8", "1.5")
-_SYLLABLES = ("ba", "do", "fi", "gra", "ka", "lum", "mi", "no", "pex", "qua", "ri", "sto", "tu", "vo", "wen", "xi", "zu")
+_SYLLABLES = (
+    "ba",
+    "do",
+    "fi",
+    "gra",
+    "ka",
+    "lum",
+    "mi",
+    "no",
+    "pex",
+    "qua",
+    "ri",
+    "sto",
+    "tu",
+    "vo",
+    "wen",
+    "xi",
+    "zu",
+)
 
 _NAMED = re.compile(rf"\b({'|'.join((*COLORS, *SHAPES))})\b", re.IGNORECASE)
 _AN_OBJECT = re.compile(rf"\b(an?|the) (?=(?:{'|'.join((*COLORS, *SHAPES))})\b)", re.IGNORECASE)
@@ -77,6 +108,21 @@ def cluttered(rng: np.random.Generator, prompt: str, unseen: bool = False) -> st
     for _ in range(int(rng.choice((1, 2, 3), p=(0.6, 0.3, 0.1)))):
         prompt = pick(rng, _WAYS)(rng, prompt, unseen)
     return prompt
+
+
+def retyped(rng: np.random.Generator, prompt: str) -> str:
+    """The same words typed another way: in capitals, full-width letters, with tabs, no-break spaces or curly quotes."""
+    return pick(rng, _TYPINGS)(prompt)
+
+
+_TYPINGS: tuple[Callable[[str], str], ...] = (
+    str.upper,
+    str.title,
+    lambda text: text.replace(" ", "\t"),
+    lambda text: f"\n{text.replace(' ', chr(0xA0))}  ",
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    lambda text: text.replace(" ", chr(0x3000)),
+)
 
 
 def _before(rng: np.random.Generator, prompt: str, unseen: bool) -> str:

@@ -18,10 +18,10 @@ from typing import TypeVar
 import numpy as np
 
 from .captions import caption, terse_caption
+from .clutter import OUTSIDE, outside
 from .degrade import degrade
 from .descriptions import describe, parse_scene
 from .drawing import draw
-from .clutter import OUTSIDE, outside
 from .edits import EDIT_KINDS, Edit, random_edit, region_image
 from .masking import completion_mask, edit_mask, grown, padded_image, to_mask, to_patches, visible_part
 from .pairs import PAIR_KINDS, ask_difference, ask_which
@@ -185,6 +185,10 @@ class _State:
         return pixels
 
 
+class NoSceneFoundError(ValueError):
+    """A split is too small for the tasks that were planned: one object in five eval scenes in a row, say."""
+
+
 def random_dialogue(
     rng: np.random.Generator,
     tasks: Iterable[str] | Mapping[str, float] | None = None,
@@ -200,7 +204,8 @@ def random_dialogue(
     split    "train" or "eval"
     rounds   number of tasks; None: one to five
 
-    Raises ValueError for unknown tasks, and for what is impossible, such as removing the only object.
+    Raises ValueError for unknown tasks, and for what is impossible, such as removing the only object; NoSceneFoundError
+    where the split has no such scenes.
     """
     weights = _weights(tasks)
     if rounds is None:
@@ -214,7 +219,9 @@ def random_dialogue(
         if dialogue is not None:
             return dialogue
     names = [step.name for step in plan]
-    raise ValueError(f"found no scenes of {objects} objects for {names} in the split {split!r}: ask for fewer rounds")
+    raise NoSceneFoundError(
+        f"found no scenes of {objects} objects for {names} in the split {split!r}: ask for fewer rounds"
+    )
 
 
 def _weights(tasks: Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
