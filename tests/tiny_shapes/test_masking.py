@@ -1,5 +1,7 @@
 """Masks of edits, and images to complete."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -55,7 +57,7 @@ def test_after_a_region_the_image_comes_again_and_the_mask_is_mostly_that_region
 
 def test_a_masked_edit_in_a_chain_keeps_to_the_newest_image_without_showing_it_again():
     for tasks in tasks_of({"edit": 1.0, "masked edit": 1.0}, 20, rounds=4):
-        for before, task in zip(tasks, tasks[1:], strict=False):
+        for before, task in pairwise(tasks):
             assert task.attached is None and task.source_scene == before.target_scene
 
 
@@ -89,9 +91,8 @@ def test_a_quarter_to_three_quarters_of_a_side_are_missing_in_steps_of_eight_pix
 
 
 def test_padding_hides_what_is_not_in_the_part_that_is_there():
-    scene = Scene(
-        (SceneObject("star", "red", "large", "left"), SceneObject("cross", "blue", "large", "right")), "white"
-    )
+    star, cross = SceneObject("star", "red", "large", "left"), SceneObject("cross", "blue", "large", "right")
+    scene = Scene((star, cross), "white")
     part = np.ones((128, 128), dtype=bool)
     part[:, 64:] = False
     image = padded_image(scene, part)

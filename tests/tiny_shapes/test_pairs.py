@@ -67,9 +67,28 @@ def test_both_images_belong_to_the_split():
             assert split_of(read_scene(image).to_scene()) == "eval"
 
 
-def test_the_conversation_goes_on_with_the_second_image():
-    for n in range(20):
-        tasks = random_dialogue(np.random.default_rng(n), {"pair/which": 1e6, "describe": 1.0}, rounds=2).tasks
-        assert tasks[0].name == "pair/which" and tasks[1].attached is None
-        shapes = {obj.shape for obj in read_scene(tasks[0].second).objects}
-        assert all(shape in tasks[1].answer for shape in shapes), "it is the newest one"
+def test_more_questions_about_both_images_may_follow_and_then_it_goes_on_with_the_second():
+    followed = described = 0
+    for n in range(60):
+        weights = {"pair": 1.0, "describe": 0.5, "edit": 0.5}
+        first, *others = random_dialogue(np.random.default_rng(n), weights, rounds=3).tasks
+        if first.family != "pair":
+            assert "pair" not in {task.family for task in others}, "there is one image in view"
+            continue
+        assert all(task.attached is None and task.second is None for task in others)
+        followed += others[0].family == "pair"
+        if others[0].name == "describe":
+            described += 1
+            assert {obj.shape for obj in read_scene(first.second).objects} == {
+                obj.shape for obj in others[0].source_scene.objects
+            }
+    assert followed > 3 and described > 3
+
+
+def test_the_subject_is_the_only_thing_that_is_asked_for():
+    told = [task for task in tasks_of("which", 100) if task.subject is not None]
+    assert 40 < len(told) < 95
+    for task in told:
+        assert task.answer in ("the first", "the second")
+        image = task.attached if task.answer == "the first" else task.second
+        assert task.subject.position in {obj.position for obj in read_scene(image).objects}

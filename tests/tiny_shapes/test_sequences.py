@@ -102,7 +102,7 @@ def test_two_images_of_one_message_are_laid_out_as_inference_lays_them_out(chat)
     sequence = tokenize_dialogue(dialogue_of("pair/which", 1), chat, GRID)
     image = [chat.image_open_id, *[chat.patch_id] * 16, chat.image_close_id]
     role = [chat.role_open_id, *chat.encode("HUMAN"), chat.role_close_id]
-    opening = [*role, *image, *chat.encode("\n"), *image, *chat.encode("\n" + task.prompt)]
+    opening = [*role, *image, *chat.encode("\n\n"), *image, *chat.encode("\n" + task.prompt)]
     assert sequence.ids[: len(opening)] == opening
     pixels = (task.attached, task.second)
     assert all(image.pixels is shown for image, shown in zip(sequence.images, pixels, strict=True))

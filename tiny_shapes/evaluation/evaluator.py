@@ -196,4 +196,6 @@ def _content(dialogue: Dialogue) -> Hashable:
     """What a dialogue is about, without jitter and wording."""
     scenes = [(task.source_scene, task.target_scene) for task in dialogue.tasks]
     contents = tuple(tuple(scene and scene.content for scene in pair) for pair in scenes)
-    return contents, tuple((task.name, task.answer) for task in dialogue.tasks)
+    # requests from outside the world all have the same answer and show no scene
+    said = tuple(task.prompt if task.name == "outside" else task.answer for task in dialogue.tasks)
+    return contents, tuple(task.name for task in dialogue.tasks), said

@@ -49,7 +49,7 @@ class DialogueData:
     objects          fewest and most objects in a scene
     tasks            weights of tasks or families; empty: the world's own mixture
     rounds           of a dialogue; 0: one to five
-    quizzes          share of dialogues that are QUIZ questions about one image
+    quizzes          share of dialogues that are QUIZ questions about one image, or about two
     several          share of the others whose scenes have two objects or more
     chains           share of dialogues that are three to five edits, some of them with a mask
     cluttered        share of the prompts with additions that mean nothing
@@ -98,7 +98,8 @@ class DialogueData:
 
     def _plain_dialogue(self, rng: np.random.Generator) -> Dialogue:
         if self.quizzes and rng.random() < self.quizzes:
-            return random_dialogue(rng, ["question"], self.objects, self.split, QUIZ)
+            about = "pair" if "pair" in self.tasks and rng.random() < 0.5 else "question"
+            return random_dialogue(rng, [about], self.objects, self.split, QUIZ)
         fewest, most = self.objects
         if self.chains and rng.random() < self.chains:
             return random_dialogue(rng, CHAIN, self.objects, self.split, int(rng.integers(3, 6)))

@@ -77,14 +77,15 @@ class JointLoss(nn.Module):
         places = batch.image_starts[:, None] + torch.arange(features.shape[1], device=features.device)  # (P, N)
         with recorded_routing(self.network) as balance:
             hidden = self.hidden(batch, features, places)  # (R * L, H)
+        # the tokens to learn: those that are drawn, not kept
+        learned = batch.flow_weights > 0  # (P, N)
         # each token is drawn from the hidden state of the one before it
-        before = hidden[places[batch.drawn].flatten() - 1]
-        drawn_latents = latents[batch.drawn].flatten(0, 1)
-        flow_weights = batch.flow_weights[batch.drawn].flatten()
+        before = hidden[places[learned] - 1]
+        flow_weights = batch.flow_weights[learned]
         terms = {
             "text": self.text_loss(hidden, batch),
-            "flow": flow_loss(self.network.flow_head, before, drawn_latents, flow_weights, weights.times, generator),
-            "patches": self.patch_loss(before, batch.patch_targets[batch.drawn], flow_weights),
+            "flow": flow_loss(self.network.flow_head, before, latents[learned], flow_weights, weights.times, generator),
+            "patches": self.patch_loss(before, batch.patch_targets.transpose(1, 2)[learned], flow_weights),
             "objects": self.object_loss(hidden[batch.object_positions], batch.object_targets),
             "balance": torch.stack(balance).mean(),
         }
@@ -115,11 +116,11 @@ class JointLoss(nn.Module):
     def patch_loss(self, before: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """The sum over the kinds of targets of the weighted mean of the cross-entropy of what the next tokens show.
 
-        before [n, H]; targets [P, kinds, N]; weights [n].
+        before [n, H]; targets [n, kinds]; weights [n].
         """
         loss = before.new_zeros(())
         kinds = self.patch_head(before).split(list(PATCH_TARGETS.values()), dim=-1)
-        for logits, labels in zip(kinds, targets.transpose(0, 1).flatten(1), strict=True):
+        for logits, labels in zip(kinds, targets.unbind(1), strict=True):
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
             loss = loss + _weighted_mean(losses, weights * (labels != IGNORE))
         return loss

@@ -14,6 +14,7 @@ import numpy as np
 from .descriptions import with_article
 from .edits import Edit
 from .phrasing import pick, vary_spelling, vary_typing
+from .questions import Question
 from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Scene
 
 PAIR_KINDS = ("which", "difference")
@@ -36,8 +37,9 @@ _DIFFERENCE = (
 _ATTRIBUTES = (("shape",), ("shape",), ("color", "shape"), ("color", "shape"), ("color",), ("shape", "position"))
 
 
-def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
-    """A question for which of two scenes has a thing, and its answer."""
+def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> Question:
+    """A question for which of two scenes has a thing. Its subject is that thing, if there is just one."""
+    subject = None
     if rng.random() < 0.1:
         ground = pick(rng, (first.background, second.background, pick(rng, tuple(BACKGROUNDS))))
         it, there = f"{with_article(ground)} background", [scene.background == ground for scene in (first, second)]
@@ -47,19 +49,22 @@ def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[st
         if rng.random() < 0.85:
             near = pick(rng, pick(rng, (first, second)).objects)
             asked = {name: getattr(near, name) for name in asked}
-        there = [
-            any(all(getattr(obj, name) == asked[name] for name in names) for obj in scene.objects)
+        found = [
+            [obj for obj in scene.objects if all(getattr(obj, name) == asked[name] for name in names)]
             for scene in (first, second)
         ]
+        there = [bool(objects) for objects in found]
+        subject = (found[0] + found[1])[0] if len(found[0] + found[1]) == 1 else None
         noun = " ".join([asked["color"]] * ("color" in names) + [asked["shape"] if "shape" in names else "object"])
         it = with_article(noun) + (f" at the {asked['position']}" if "position" in names else "")
     text = vary_typing(rng, vary_spelling(rng, pick(rng, _WHICH).format(it=it)))
-    return text, WHICH[there[0], there[1]]
+    return Question(text, WHICH[there[0], there[1]], subject)
 
 
-def ask_difference(rng: np.random.Generator, edit: Edit | None) -> tuple[str, str]:
-    """A question for what the edit (None: none) from the first scene to the second has changed, and its answer.
+def ask_difference(rng: np.random.Generator, edit: Edit | None) -> Question:
+    """A question for what the edit (None: none) from the first scene to the second has changed.
 
-    edit: a recolor, a move or a new background.
+    edit: a recolor, a move or a new background. Its subject is that of the edit.
     """
-    return vary_typing(rng, pick(rng, _DIFFERENCE)), DIFFERENCES[edit.kind if edit else ""]
+    text = vary_typing(rng, pick(rng, _DIFFERENCE))
+    return Question(text, DIFFERENCES[edit.kind if edit else ""], edit.subject if edit else None)

@@ -59,7 +59,7 @@ _ALL_TASKS = {**TASKS, **LATER_TASKS}
 FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in _ALL_TASKS))
 
 _WITHOUT_IMAGE = ("chat", "outside")  # tasks that bring no image into view
-_FIRST_IMAGE = ("generate", "complete", "pair")  # families that come only while no image is in view
+_FIRST_IMAGE = ("generate", "complete")  # families that come only while no image is in view
 
 # The defect that a task repairs. An image without that defect is to stay as it is.
 _REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
@@ -159,6 +159,15 @@ class _Constraints:
 
 
 @dataclass(frozen=True)
+class _Pair:
+    """Two scenes, and the edit from the first to the second if there is one."""
+
+    first: Scene
+    second: Scene
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True)
 class _State:
     """What is in view between two rounds.
 
@@ -168,6 +177,7 @@ class _State:
     seed     of the noise of the defects
     planned  the edit whose region was just identified
     region   the image of that region
+    pair     the two scenes that are in view as the first images of the dialogue, while questions are about both
     """
 
     scene: Scene
@@ -176,6 +186,7 @@ class _State:
     seed: int
     planned: Edit | None = None
     region: np.ndarray | None = None
+    pair: _Pair | None = None
 
     def image(self) -> np.ndarray:
         """The newest image. Grey comes last, so that the noise of a grey image is grey as well."""
@@ -281,7 +292,7 @@ def _next(
     options = {
         name: weight * (_ENHANCING_INTACT if in_view and name in _REPAIRS else 1.0)
         for name, weight in weights.items()
-        if constraints.allow(name, count) and not (in_view and name.split("/")[0] in _FIRST_IMAGE)
+        if constraints.allow(name, count) and (not in_view or _may_follow(name, before))
     }
     if before.name == "identify region":
         # The newest image is of a region now, so "the picture" would be ambiguous: prefer tasks that name objects.
@@ -289,6 +300,13 @@ def _next(
     if not options:
         raise ValueError(f"none of {', '.join(weights)} can follow {before.name!r}: ask for fewer rounds")
     return _step(rng, _weighted(rng, options), count, constraints)
+
+
+def _may_follow(name: str, before: _Step) -> bool:
+    """Whether a task may come while an image is in view: questions about two images only among themselves."""
+    if name.startswith("pair"):
+        return before.name.startswith("pair")
+    return name not in _FIRST_IMAGE
 
 
 def _step(rng: np.random.Generator, name: str, count: int, constraints: _Constraints, grey: bool = False) -> _Step:
@@ -410,21 +428,29 @@ def _complete(rng: np.random.Generator, step: _Step, state: _State, constraints:
 
 
 def _pair(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized | None:
-    first, edit = state.scene, None
-    kind = pick(rng, ("recolor", "move", "background", ""))
-    if kind and (step.name == "pair/difference" or rng.random() < _RELATED):
-        edit = random_edit(rng, first, kind, constraints.objects, constraints.split)
-        if edit is None:
-            return None
-    if edit is not None:
-        second = edit.apply(first)
-    elif step.name == "pair/difference":
-        second = first
+    pair = state.pair or _scene_pair(rng, step, state.scene, constraints)
+    if pair is None:
+        return None
+    if step.name == "pair/which":
+        asked = ask_which(rng, pair.first, pair.second)
+    elif pair.edit is None and pair.first != pair.second:
+        return None  # two unrelated scenes: everything differs
     else:
-        second = random_scene(rng, (len(first.objects),) * 2, constraints.split)
-    asked = ask_difference(rng, edit) if step.name == "pair/difference" else ask_which(rng, first, second)
-    task = Task(asked[0], draw(first), asked[1], None, step.name, None, first, second=draw(second))
-    return task, replace(state, scene=second, shown=True)  # the newest image is the one to go on with
+        asked = ask_difference(rng, pair.edit)
+    shown = (None, None) if state.pair else (draw(pair.first), draw(pair.second))
+    task = Task(asked.text, shown[0], asked.answer, None, step.name, None, pair.first, asked.subject, second=shown[1])
+    return task, replace(state, scene=pair.second, shown=True, pair=pair)  # it goes on with the newest image
+
+
+def _scene_pair(rng: np.random.Generator, step: _Step, first: Scene, constraints: _Constraints) -> _Pair | None:
+    """Another scene to compare with: an edit of the first one, that one itself, or an unrelated one."""
+    if step.name != "pair/difference" and rng.random() >= _RELATED:
+        return _Pair(first, random_scene(rng, (len(first.objects),) * 2, constraints.split))
+    kind = pick(rng, ("recolor", "move", "background", ""))
+    if not kind:
+        return _Pair(first, first)
+    edit = random_edit(rng, first, kind, constraints.objects, constraints.split)
+    return edit and _Pair(first, edit.apply(first), edit)
 
 
 def _outside(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
