@@ -9,6 +9,7 @@ something not implemented here is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 import types
@@ -181,8 +182,15 @@ class LanguageModelConfig:
         kind = None if scaling is None else scaling.get("type", scaling.get("rope_type"))
         _require(
             kind in (None, "3D", "default"),
-            f'rope_scaling is {scaling!r}: only null and {{"type": "3D"}} are supported',
+            f'rope_scaling is {_shown(scaling)}: only null and {{"type": "3D"}} are supported',
         )
+        layers = self.num_hidden_layers
+        _require(
+            0 <= self.first_k_dense_replace <= layers,
+            f"first_k_dense_replace is {self.first_k_dense_replace}: it must be from 0 to num_hidden_layers, {layers}",
+        )
+        for name in ("rms_norm_eps", "rope_theta"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be more than 0")
         _require_multiple(
             "num_attention_heads", self.num_attention_heads, self.num_key_value_heads, "num_key_value_heads"
         )
@@ -256,7 +264,7 @@ def read_config(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
     Raises ConfigError that names the entry (`where` is the dotted path so far), its value and what is wrong.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the file'} is {type(values).__name__}, not a JSON object")
+        raise ConfigError(f"{where or 'the file'} is {_shown(values)}, not a JSON object")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     arguments = {
@@ -293,7 +301,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return f"{value:g}"
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} is {value!r}, not {hint.__name__}")
+    raise ConfigError(f"{where} is {_shown(value)}, not {hint.__name__}")
+
+
+def _shown(value: Any) -> str:
+    """The value as config.json has it or, for texts and numbers, as Python does; cut where it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, (list, dict)) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _require_swiglu(ffn_layer: str) -> None:

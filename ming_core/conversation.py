@@ -198,7 +198,7 @@ def guidance_masks(parts: tuple[Part, ...]) -> Tensor:
     masks = [[True] * len(unconditional), unconditional]
     if text_unconditional != unconditional:
         masks.append(text_unconditional)
-    return torch.tensor(masks)
+    return torch.tensor(masks, device="cpu")
 
 
 def _readable(segment: Segment) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_tensor, described, whole_number
 from .config import UniVisionConfig
 from .conversation import Conversation, Image, Part, Segment, Text, guidance_masks, segment_keys
 from .features import Features, to_grid, to_tokens
@@ -124,15 +125,16 @@ class Engine:
         exceed the model's positions; RuntimeError where fp16 is too narrow for the model.
         """
         # in two steps, so that a host can make room for what the plan needs before anything runs
-        options = TextOptions(max_new_tokens, sampling or Sampling(), seed, return_logits)
+        options = TextOptions(max_new_tokens, Sampling() if sampling is None else sampling, seed, return_logits)
         return self.write(self.plan(conversation, prompt, options, features), on_token)
 
     def generate_image(
         self, conversation: Conversation, prompt: str, *, seed: int = 0, noise: Tensor | None = None, **options: Any
     ) -> ImageResult:
         """One round that draws one image: `generate_images` with one seed, and noise float32 [tokens, C]."""
-        noises = None if noise is None else noise[None]  # (1, N, C)
-        return self.generate_images(conversation, prompt, seeds=[seed], noise=noises, **options)[0]
+        noises = None if noise is None else check_tensor("noise", noise)[None]  # (1, N, C)
+        seeds = [whole_number("seed", seed)]
+        return self.generate_images(conversation, prompt, seeds=seeds, noise=noises, **options)[0]
 
     def generate_images(
         self,
@@ -152,7 +154,7 @@ class Engine:
         """
         # what is not chosen is None: the defaults stand in ImageOptions alone
         given = {name: value for name, value in options.items() if value is not None}
-        return self.draw(self.plan(conversation, prompt, ImageOptions(tuple(seeds), **given), features), on_token)
+        return self.draw(self.plan(conversation, prompt, ImageOptions(seeds, **given), features), on_token)
 
     # --- Plan -----------------------------------------------------------------------------------------------------
 
@@ -160,7 +162,14 @@ class Engine:
         self, conversation: Conversation, prompt: str, options: Options, features: Features | None = None
     ) -> RoundPlan[Options]:
         """Check a round, and count its memory, before anything is computed. Raises ValueError; see `understand`."""
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(conversation, Conversation):
+            raise ValueError(
+                f"conversation is {described(conversation)}: it must be a Conversation; give "
+                "Conversation() to begin a new one"
+            )
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is {described(prompt)}: it must be text (str)")
+        if not prompt.strip():
             raise ValueError(EMPTY_PROMPT)
         # its token ids and latents mean something else to another model; an empty one belongs to none
         if conversation.model not in ("", self.fingerprint):
@@ -334,7 +343,9 @@ class Engine:
         ]
         length = sum(past.cache.length for past, _ in rounds)
         prefix = self.network.language_model.new_cache(length)
-        visible = torch.zeros(len(rounds) * rows.per_image, length, dtype=torch.bool)  # (B * rows, all pasts)
+        visible = torch.zeros(
+            len(rounds) * rows.per_image, length, dtype=torch.bool, device="cpu"
+        )  # (B * rows, all pasts)
         for k, (past, masks) in enumerate(rounds):
             own = slice(prefix.length, prefix.length + past.cache.length)
             # everything outside a row's own past stays hidden from it
@@ -532,7 +543,8 @@ class Engine:
         if given is None:
             # a generator for each, so that an image is the same alone and in a batch
             draws = [
-                torch.randn(tokens, channels, generator=round_generator(seed, "image", transcript)) for seed in seeds
+                torch.randn(tokens, channels, generator=round_generator(seed, "image", transcript), device="cpu")
+                for seed in seeds
             ]
             return torch.stack(draws)  # (B, N, C)
         if given.ndim != 3 or len(given) != len(seeds):

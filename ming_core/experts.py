@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LanguageModelConfig
-from .offload import all_on, needs_gradient
+from .offload import all_on, is_out_of_memory, needs_gradient
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,10 @@ Route = OneExpert | ExpertPerRow | SortedRows
 class StackedWeight(nn.Module):
     """One linear layer of all E experts in a single weight; called with rows and their route.
 
-    It may be offloaded from the device that computes: then the weights of the routed experts are copied, one expert
-    after the other.
+    A host may leave it offloaded from the device that computes: then the weights of the routed experts are copied, one
+    expert after the other.
     """
 
-    fetches_weights = True  # a host may leave it offloaded
     gather_limit = GATHER_LIMIT
 
     def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
@@ -97,7 +96,6 @@ class StackedLinear(StackedWeight):
     ) -> None:
         super().__init__()
         # over all layers these are 15.5 B of the model's 18.8 B values: 31.0 GB in bf16
-        # Not called `weight`: ComfyUI sets attributes of that name on modules that it leaves offloaded.
         self.values = nn.Parameter(torch.empty(count, out_features, in_features, device=device, dtype=dtype))
 
     def serves(self, kind: type[Route], x: Tensor, pairs: int) -> bool:
@@ -222,11 +220,15 @@ def _grouped_product_works(device: torch.device) -> bool:
         return False
     # a generator of its own leaves the global random state as it was
     generator = torch.Generator().manual_seed(0)
-    x, weights = (torch.randn(s, generator=generator).to(device, torch.bfloat16) for s in ((5, 64), (3, 32, 64)))
+    x, weights = (
+        torch.randn(s, generator=generator, device="cpu").to(device, torch.bfloat16) for s in ((5, 64), (3, 32, 64))
+    )
     ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)  # an expert without rows is common
     try:
         found = grouped_product(x, weights.mT, ends)
     except (AttributeError, RuntimeError) as error:  # no such function, or no kernel in this build
+        if is_out_of_memory(error):
+            raise
         log.info("no grouped product on %s (%s)", device, error)
         return False
     expected = torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[2].T])

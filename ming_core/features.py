@@ -103,11 +103,8 @@ class Features(ContentHashed, _Features):
         return f"Features({self.batch} x {h}x{w}, {self.tokens.shape[-1]} wide, depth {self.depth})"
 
 
-def change(a: Features, b: Features) -> Tensor:
-    """How much each token differs: 1 - cosine similarity of the semantic tokens, float32 [B, 1, h, w], 0 to 2.
-
-    Raises ValueError unless both have one tokenizer, one grid and equally many images.
-    """
+def require_comparable(a: Features, b: Features) -> None:
+    """Raises ValueError unless both have one tokenizer, one grid and equally many images."""
     for what, of_a, of_b in (
         ("tokenizer", a.tokenizer[:12], b.tokenizer[:12]),
         ("grid", a.grid, b.grid),
@@ -118,9 +115,42 @@ def change(a: Features, b: Features) -> Tensor:
                 f"these features cannot be compared: their {what} differs ({of_a} and {of_b}); encode both with one "
                 "MingTok and one detail, as many images of each"
             )
+
+
+def change(a: Features, b: Features) -> Tensor:
+    """How much each token differs: 1 - cosine similarity of the semantic tokens, float32 [B, 1, h, w], 0 to 2.
+
+    Raises ValueError unless both have one tokenizer, one grid and equally many images.
+    """
+    require_comparable(a, b)
     difference = 1 - F.cosine_similarity(a.tokens, b.tokens, dim=-1)
     difference = difference.masked_fill((a.tokens == b.tokens).all(-1), 0)  # rounding would leave a little
     return to_grid(difference[..., None], a.grid).clamp(0, 2)
+
+
+def joined(*features: Features) -> Features:
+    """Several batches of one tokenizer and one grid as one, in their order; its depth is the largest of theirs.
+
+    Raises ValueError for features of different tokenizers or grids.
+    """
+    first = features[0]
+    for other in features[1:]:
+        if other.tokenizer != first.tokenizer:
+            raise ValueError(
+                f"these features come from different tokenizers ({first.tokenizer[:12]} and {other.tokenizer[:12]}): "
+                "encode both pictures with one MingTok"
+            )
+        if other.grid != first.grid:
+            sizes = " and ".join("x".join(map(str, f.grid)) for f in (first, other))
+            raise ValueError(
+                f"these features have different grids ({sizes} tokens): encode both pictures with one detail; drawn "
+                "pictures have that of detail `standard`"
+            )
+    return first._replace(
+        tokens=torch.cat([f.tokens for f in features]),
+        latents=torch.cat([f.latents for f in features]),
+        depth=max(f.depth for f in features),
+    )
 
 
 def principal_colors(features: Features) -> Tensor:

@@ -254,12 +254,15 @@ class Sampler:
         """
         # in bf16, with its 8 bits, the small updates of many steps would round away; the deque drops what no rule needs
         x, velocities = noise.float(), deque[Tensor](maxlen=self.schedule.order)
+        before = x  # where the last step began
         # the modulations of all steps in one product, (steps, B, g, ...), then taken apart
-        for modulations, weights in zip(
-            self.net.modulations(self.time, z).unbind(), self.schedule.weights, strict=True
+        for modulations, weights, momentum in zip(
+            self.net.modulations(self.time, z).unbind(), *self.schedule.rule, strict=True
         ):
             # x[:, None] is (B, 1, C): all guidance rows of an image look at the same latent, as published
             velocities.appendleft(self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float()))
+            # x + momentum * (x - before), one kernel instead of three
+            before, x = x, torch.lerp(before, x, 1 + momentum) if momentum else x
             for weight, velocity in zip(weights, velocities, strict=False):
                 if weight:  # a multistep rule has no past in its first step
                     x = x + weight * velocity

@@ -61,7 +61,10 @@ class KeptTokens(NamedTuple):
 
     @classmethod
     def none(cls, batch: int, tokens: int, channels: int) -> KeptTokens:
-        return cls(torch.zeros(batch, tokens, dtype=torch.bool), torch.zeros(batch, tokens, channels))
+        return cls(
+            torch.zeros(batch, tokens, dtype=torch.bool, device="cpu"),
+            torch.zeros(batch, tokens, channels, device="cpu"),
+        )
 
     def spans(self) -> Iterator[tuple[int, int, bool]]:
         """(start, end, whether all images keep them) of consecutive tokens, in order."""
@@ -138,7 +141,9 @@ class ImageDecoder:
         # all whose weights the steps read: a graph holds addresses, so none of them may be offloaded
         with TokenLoop(
             network.device,
-            network.language_model,
+            # all of the language model but its word embedding, which a host may leave offloaded
+            network.language_model.model.layers,
+            network.language_model.model.norm,
             network.flow_head,
             network.mingtok.semantic_decoder,
             network.linear_proj,

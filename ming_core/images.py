@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .checks import check_tensor, described
+
 FITS = ("center crop", "stretch", "pad")
 MAX_SIDE_RATIO = 16  # a centre crop of anything longer would show a sliver of the picture
 MID_GREY = (128, 128, 128)
@@ -40,8 +42,7 @@ def fit_mask(masks: Tensor, side: int, fit: str = "center crop") -> Tensor:
     Every value is the largest of the pixels that it stands for, so that a thin white stroke survives scaling down. What
     "pad" puts around is black. Raises ValueError.
     """
-    if masks.ndim != 3 or 0 in masks.shape:
-        raise ValueError(f"a MASK is [batch, height, width], not {list(masks.shape)}")
+    check_mask(masks)
     height, width = masks.shape[1:]
     short, long = sorted((height, width))
     rows = columns = side
@@ -61,14 +62,10 @@ def fit_mask(masks: Tensor, side: int, fit: str = "center crop") -> Tensor:
 
 def check_images(images: Tensor, side: int, fit: str) -> None:
     """Raises ValueError for what `to_pixels` cannot take; makes no copy of the pictures."""
-    if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}: choose one of {FITS}")
-    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
-        raise ValueError(f"an IMAGE is [batch, height, width, 1, 3 or 4 channels], not {list(images.shape)}")
-    if 0 in images.shape:
-        raise ValueError(f"there is no picture in this batch ({list(images.shape)}): connect one or more")
-    if not all(torch.isfinite(image[..., :3]).all() for image in images):
-        raise ValueError("the picture contains NaN or infinite values: repair it before it goes to the model")
+    if not isinstance(fit, str) or fit not in FITS:
+        raise ValueError(f"fit is {described(fit)}: choose one of {FITS}")
+    check_image(images)
+    _check_finite("image", images[..., :3])
     height, width = images.shape[1:3]
     too_long = max(height, width) > MAX_SIDE_RATIO * min(height, width)
     if fit == "center crop" and too_long:
@@ -76,6 +73,33 @@ def check_images(images: Tensor, side: int, fit: str) -> None:
             f"a picture of {width}x{height} is too long for a centre crop (more than {MAX_SIDE_RATIO}:1): "
             'set fit to "stretch" or "pad", or crop it first'
         )
+
+
+def check_image(images: object, name: str = "image") -> Tensor:
+    """Raises ValueError for what is no IMAGE by type or shape; reads no pixel. 0..255 is not guessed at."""
+    images = check_tensor(name, images, "from 0 to 1")
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} is {list(images.shape)}: connect an IMAGE, which is [batch, height, width, 1, 3 or 4 channels]"
+        )
+    if 0 in images.shape:
+        raise ValueError(f"there is no picture in this batch ({name} is {list(images.shape)}): connect one or more")
+    return images
+
+
+def check_mask(masks: object, name: str = "mask") -> Tensor:
+    """Raises ValueError for what is no MASK [batch, height, width]."""
+    masks = check_tensor(name, masks, "from 0 to 1")
+    if masks.ndim != 3 or 0 in masks.shape:
+        raise ValueError(f"{name} is {list(masks.shape)}: connect a MASK, which is [batch, height, width]")
+    _check_finite(name, masks)
+    return masks
+
+
+def _check_finite(name: str, images: Tensor) -> None:
+    # one at a time: the answer for all pixels of a long batch would take as much memory as a picture each
+    if not all(image.isfinite().all() for image in images):
+        raise ValueError(f"the {name} contains NaN or infinite values: repair it before it goes on")
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -94,15 +118,41 @@ def from_uint8(pictures: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal to noise ratio in dB of two IMAGEs of one shape; infinite for equal ones."""
+    """Peak signal to noise ratio in dB of two pictures or IMAGEs, floats from 0 to 1; infinite for equal ones.
+
+    Raises ValueError unless both have one shape and finite values.
+    """
+    _check_pair(a, b)
     error = (a.double() - b.double()).square().mean()
-    return float("inf") if error == 0 else float(-10 * torch.log10(error))
+    return float("inf") if error == 0 else _measured(-10 * torch.log10(error))
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Mean structural similarity of two IMAGEs of one shape (Wang et al. 2004: Gaussian window of 11, sigma 1.5)."""
+    """Mean structural similarity of two IMAGEs (Wang et al. 2004: Gaussian window of 11, sigma 1.5).
+
+    Raises ValueError unless both have one shape and finite values.
+    """
+    _check_pair(check_image(a), check_image(b))
     pairs = zip(a.permute(0, 3, 1, 2).flatten(0, 1), b.permute(0, 3, 1, 2).flatten(0, 1), strict=True)
-    return float(torch.stack([_plane_ssim(x.double(), y.double()) for x, y in pairs]).mean())
+    return _measured(torch.stack([_plane_ssim(x.double(), y.double()) for x, y in pairs]).mean())
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(
+            f"the images differ in shape ({list(a.shape)} and {list(b.shape)}): resize them to one size, for example "
+            "with Upscale Image (ImageScale), and use equally many, both with or both without alpha"
+        )
+    for images in (a, b):
+        _check_finite("image", check_tensor("image", images, "from 0 to 1"))
+    if 0 in a.shape:
+        raise ValueError(f"there is nothing to compare in images of {list(a.shape)}: connect pictures")
+
+
+def _measured(value: Tensor) -> float:
+    if not value.isfinite():
+        raise ValueError("the values of the images are too large to be compared: they must be from 0 to 1")
+    return float(value)
 
 
 def _plane_ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +166,7 @@ def _plane_ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def _blur(x: Tensor) -> Tensor:
     """[H, W], only where the Gaussian window fits; smaller pictures use the middle of the window."""
-    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64, device="cpu") - 5) ** 2) / (2 * 1.5**2))
     for axis in (0, 1):
         n = min(11, x.shape[axis])
         w = window[(11 - n) // 2 : (11 - n) // 2 + n]

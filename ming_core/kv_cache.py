@@ -197,12 +197,12 @@ class DecodeCache:
         # rows differ only in what they add: the prompt takes no more memory for three guidance rows than for one
         self.layers = LayerCaches(LayerCache(rows, heads, capacity, head_dim, **options) for _ in range(layers))
         self.prefix_bias: Tensor | None = None  # float32 [rows, P], added to the scores of the prefix
-        starts = torch.full((rows,), prefix.length, dtype=torch.long)
+        starts = torch.full((rows,), prefix.length, dtype=torch.long, device="cpu")
         if visible is not None:
             # hidden positions do not count, as published: counting them moves the reference latents by 0.3 to 0.6
             starts = visible.sum(1)
             if not visible.all():  # else there is nothing to add to the scores of any layer
-                bias = torch.zeros(visible.shape).masked_fill(~visible.cpu(), float("-inf"))
+                bias = torch.zeros(visible.shape, device="cpu").masked_fill(~visible.cpu(), float("-inf"))
                 self.prefix_bias = bias.to(prefix.keys.device)
         self._starts = starts.to(prefix.keys.device)  # (rows,)
 

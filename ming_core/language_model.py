@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         super().__init__()
         make = {"operations": operations, "device": device, "dtype": dtype}
         self.config = config
-        # looked up row by row: a host may leave the table offloaded
+        # looked up row by row, wherever it is: a host may leave the table offloaded (see `embed`)
         self.word_embeddings = operations.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList([DecoderLayer(config, i, **make) for i in range(config.num_hidden_layers)])
         # the vision head reads what it gives, as the output layer does: never the raw stream
@@ -219,8 +219,10 @@ class LanguageModel(OffloadableModule):
         return [module for module in self.model.layers.modules() if isinstance(module, Experts)]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> [..., H]."""
-        return self.model.word_embeddings(ids).to(self.dtype)
+        """ids int64 [...], on any device -> [..., H], on the device that computes."""
+        table = self.model.word_embeddings
+        # looked up where the table rests, which may be the host: a few rows travel instead of 0.5 GB
+        return table(ids.to(table.weight.device)).to(self.device, self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final-normed hidden states [..., H] -> float32 [..., vocabulary]."""

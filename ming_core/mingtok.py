@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .checks import check_features
 from .config import HEAD_DIM, LowLevelEncoderConfig, MingTokConfig, PixelDecoderConfig, SemanticDecoderConfig
 from .features import Features, to_grid, to_tokens
 from .kv_cache import LayerCache, LayerCaches
@@ -330,14 +331,17 @@ class MingTok(OffloadableModule):
 
     def check_features(self, features: Features) -> None:
         """Raises ValueError unless `features` hold images and were made by this tokenizer."""
-        if features.batch == 0:
-            raise ValueError("these features contain no picture: encode at least one")
+        check_features("features", features)
         # shapes do not tell: features of another tokenizer would decode without an error, to a wrong picture
         if features.tokenizer != self.fingerprint:
             raise ValueError(
                 f"these features belong to another tokenizer ({features.tokenizer[:12]}) than this one "
                 f"({self.fingerprint[:12]}): make them with the MingTok of the model that is to use them"
             )
+        widths = features.tokens.shape[2], features.latents.shape[1]
+        own = self.config.semantic_decoder.embed_dim, self.config.low_level_encoder.out_dim
+        if widths != own:
+            raise ValueError(f"these features have {widths} channels in tokens and latents, not {own}: make them again")
 
     def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[0] == 0:

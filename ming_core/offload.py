@@ -50,6 +50,12 @@ def nonfinite_error(dtype: torch.dtype, perhaps: str = "") -> RuntimeError:
     return RuntimeError(f"the model computed NaN or infinite values in {str(dtype).removeprefix('torch.')}: {remedy}")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is for want of memory, and so says nothing about what the device can do."""
+    # on a CPU torch has no class of its own for it
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "memory" in str(error)
+
+
 def needs_gradient(x: Tensor) -> bool:
     """Whether a gradient will flow back to x through what is computed from it."""
     return torch.is_grad_enabled() and x.requires_grad

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_tensor, described, real_number, whole_number
 from .solver import Solver
 
 STARTS = ("draw now", "model decides")
@@ -23,10 +25,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"sampling.temperature is {self.temperature}: it must be a number of at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
+        _set(self, temperature=real_number("sampling.temperature", self.temperature, 0))
+        _set(self, top_p=real_number("sampling.top_p", self.top_p, 0, 1))
+        if not self.top_p:
+            raise ValueError("sampling.top_p is 0: it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,8 @@ class Guidance:
     image: float = 1.1
 
     def __post_init__(self) -> None:
-        for name in ("text", "image"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"guidance.{name} is {value}: it must be a number of at least 0")
+        _set(self, text=real_number("guidance.text", self.text, 0))
+        _set(self, image=real_number("guidance.image", self.image, 0))
 
     def weights(self, rows: int) -> tuple[float, ...]:
         """Weights of the velocities of the rows [c], [c, u] or [c, u, t]."""
@@ -54,11 +54,6 @@ class Guidance:
         if rows == 2:
             return (self.text, 1 - self.text)
         return (self.text, 1 - self.image, self.image - self.text)
-
-
-def _check_max_new_tokens(value: int) -> None:
-    if value < 1:
-        raise ValueError(f"max_new_tokens is {value}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,9 @@ class TextOptions:
     return_logits: bool = False
 
     def __post_init__(self) -> None:
-        _check_max_new_tokens(self.max_new_tokens)
+        _set(self, max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens, 1))
+        _set(self, seed=whole_number("seed", self.seed))
+        _require("sampling", self.sampling, Sampling)
 
 
 @dataclass(frozen=True, eq=False)  # tensors cannot be compared by ==
@@ -96,7 +93,7 @@ class ImageOptions:
                     open when any of its pixels is. None: everything may change
     """
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: Sequence[int] = (0,)  # kept as a tuple
     guidance: Guidance = field(default_factory=Guidance)
     solver: Solver = field(default_factory=Solver)
     temperature: float = 1.0
@@ -107,13 +104,15 @@ class ImageOptions:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ValueError("seeds is empty: give one for every image to draw")
-        if self.start not in STARTS:
-            raise ValueError(f"start is {self.start!r}: choose one of {STARTS}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}: it must be a number of at least 0")
-        _check_max_new_tokens(self.max_new_tokens)
+        _set(self, seeds=_whole_seeds(self.seeds))
+        _require("guidance", self.guidance, Guidance)
+        _require("solver", self.solver, Solver)
+        _set(self, temperature=real_number("temperature", self.temperature, 0))
+        if not isinstance(self.start, str) or self.start not in STARTS:
+            raise ValueError(f"start is {described(self.start)}: choose one of {STARTS}")
+        _set(self, max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens, 1))
+        if self.noise is not None:
+            check_tensor("noise", self.noise)
         if self.mask is not None:
             _check_mask(self.mask, len(self.seeds))
 
@@ -121,14 +120,35 @@ class ImageOptions:
         """The tokens of each image that may change, bool [seeds, h * w]; all of them without a mask."""
         batch = len(self.seeds)
         if self.mask is None:
-            return torch.ones(batch, grid[0] * grid[1], dtype=torch.bool)
+            return torch.ones(batch, grid[0] * grid[1], dtype=torch.bool, device="cpu")
         white = (self.mask.float().cpu() > WHITE).float()
         white = white.reshape(-1, 1, *white.shape[-2:])
         # the largest of each token's pixels; a mask coarser than the grid covers several tokens with a pixel
         return F.adaptive_max_pool2d(white, grid).bool().flatten(1).expand(batch, -1)
 
 
-def _check_mask(mask: Tensor, seeds: int) -> None:
+def _set(options: object, **values: Any) -> None:
+    """Put checked values into a frozen dataclass."""
+    for name, value in values.items():
+        object.__setattr__(options, name, value)
+
+
+def _require(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {described(value)}: it must be a {kind.__name__}")
+
+
+def _whole_seeds(seeds: object) -> tuple[int, ...]:
+    if not isinstance(seeds, Iterable):
+        raise ValueError(f"seeds is {described(seeds)}: give a list of whole numbers, one for every image to draw")
+    whole = tuple(whole_number("a seed", seed) for seed in seeds)
+    if not whole:
+        raise ValueError("seeds is empty: give one for every image to draw")
+    return whole
+
+
+def _check_mask(mask: object, seeds: int) -> None:
+    mask = check_tensor("mask", mask, "from 0 to 1")
     if mask.ndim not in (2, 3) or 0 in mask.shape:
         raise ValueError(f"mask is {list(mask.shape)}: it must be [height, width], or [images, height, width]")
     if mask.ndim == 3 and len(mask) not in (1, seeds):

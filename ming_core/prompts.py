@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from .conversation import ANSWER, MARK, PROMPT, ROLE, Image, Part, Segment, Text
+from .text_tokenizer import FETCH, TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
 
 HUMAN, ASSISTANT = "HUMAN", "ASSISTANT"
 END, ROLE_OPEN, ROLE_CLOSE = "<|endoftext|>", "<role>", "</role>"
@@ -25,7 +26,8 @@ PATCH, IMAGE_OPEN, IMAGE_CLOSE = "<imagePatch>", "<image>", "</image>"
 class ChatFormat:
     """Text tokenizer and chat template of one checkpoint.
 
-    Raises ValueError for a tokenizer that lacks one of the special tokens, naming it.
+    Raises ValueError for a tokenizer that lacks one of the special tokens, or that makes one of what a user types; it
+    names the token.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -39,6 +41,10 @@ class ChatFormat:
         self.role_open_id, self.role_close_id = self._special(ROLE_OPEN), self._special(ROLE_CLOSE)
         self.image_open_id, self.image_close_id = self._special(IMAGE_OPEN), self._special(IMAGE_CLOSE)
         self.patch_id = self._special(PATCH)
+        unknown = getattr(tokenizer.model, "unk_token", None)  # what a vocabulary lacks may become this one
+        self._never_typed = frozenset(i for token, i in self._special_ids.items() if token != unknown)
+        for token in self._special_ids:
+            self.encode(token)  # raises for a vocabulary that has special tokens as words
 
     @classmethod
     def from_json(cls, tokenizer_json: str) -> ChatFormat:
@@ -51,20 +57,23 @@ class ChatFormat:
 
         Special tokens may stand in either. Raises ValueError with the remedy.
         """
-        from transformers import PreTrainedTokenizerFast  # two seconds: only when a model is loaded
-
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: copy the tokenizer files of the checkpoint into its folder")
+        tokenizer = read_tokenizer(Path(folder))
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-            return cls(tokenizer.backend_tokenizer)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path} cannot be used ({error}): download it again") from error
+            return cls(tokenizer)
+        except ValueError as error:
+            lacks = "" if (Path(folder) / TOKENIZER_CONFIG).exists() else f" ({TOKENIZER_CONFIG} is missing)"
+            raise ValueError(f"{Path(folder) / TOKENIZER}: {error}{lacks}; {FETCH}") from None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text, none of them special whatever the text says."""
-        return tuple(self.tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
+        """Token ids of plain text, none of them special whatever the text says.
+
+        Raises ValueError where the tokenizer is one whose plain text gives special tokens.
+        """
+        ids = tuple(self.tokenizer.encode(whole_characters(text), add_special_tokens=False).ids)
+        if typed := self._never_typed.intersection(ids):
+            token = self.tokenizer.id_to_token(min(typed))
+            raise ValueError(f"this tokenizer makes the special token {token} of plain text: get the model's own")
+        return ids
 
     def exceeds(self, text: str, tokens: int) -> bool:
         """Whether a long text surely takes more than this many tokens; found piece by piece, so that memory is bounded.

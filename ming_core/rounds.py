@@ -8,6 +8,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from .checks import check_tensor, whole_number
 from .conversation import Conversation
 from .features import Features
 from .kv_cache import PrefillCache
@@ -115,3 +116,8 @@ class DrawRequest:
     conversation: Conversation = field(default_factory=Conversation)
     features: Features | None = None
     noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        if self.noise is not None:
+            check_tensor("noise", self.noise)

@@ -2,12 +2,14 @@
 
 from . import host
 from .conversation import (
+    MingContinueConversation,
     MingConversationPicture,
     MingConversationTranscript,
     MingLoadConversation,
     MingSaveConversation,
 )
 from .features import (
+    MingFeaturesBatch,
     MingFeaturesCompare,
     MingFeaturesPreview,
     MingFeaturesToLatent,
@@ -15,10 +17,13 @@ from .features import (
     MingSaveFeatures,
 )
 from .images import MingExampleScene, MingImageMetrics
+from .inputs import checked
 from .instructions import MingInstruction
 from .loaders import MingTokLoader, MingUniVisionLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
+from .regions import MingRegionMask
 from .rounds import MingEdit, MingGenerate, MingUnderstand
+from .storyboard import MingConversationStoryboard
 
 host.register_model_folder()
 
@@ -35,17 +40,21 @@ DISPLAY_NAMES = {
     MingInstruction: "Ming Instruction",
     MingFeaturesPreview: "Ming Features Preview",
     MingFeaturesCompare: "Ming Features Compare",
+    MingFeaturesBatch: "Ming Features Batch",
+    MingRegionMask: "Ming Region Mask",
     MingFeaturesToLatent: "Ming Features to Latent",
     MingSaveFeatures: "Ming Save Features",
     MingLoadFeatures: "Ming Load Features",
     MingSaveConversation: "Ming Save Conversation",
     MingLoadConversation: "Ming Load Conversation",
+    MingContinueConversation: "Ming Continue Conversation",
     MingConversationPicture: "Ming Conversation Picture",
     MingConversationTranscript: "Ming Conversation Transcript",
+    MingConversationStoryboard: "Ming Conversation Storyboard",
     MingImageMetrics: "Ming Image Metrics",
 }
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in DISPLAY_NAMES}
+NODE_CLASS_MAPPINGS = {cls.__name__: checked(cls) for cls in DISPLAY_NAMES}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: name for cls, name in DISPLAY_NAMES.items()}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
+import unicodedata
 from pathlib import Path
 
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
+LONGEST_NAME = 255  # bytes, on almost every disk
+LONGEST_ENDING = len("_00001_.safetensors")
+CONTROL = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters, line and paragraph separators
 
 
 def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int]:
     """Return the folder, base name and first free number for a `filename_prefix`, counted as ComfyUI does.
 
-    The prefix may contain subfolders and %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second%.
+    The prefix may contain subfolders and the fields of `filled`.
     The folder is not created. Raises ValueError for a prefix outside `folder`, OSError for an unreadable folder.
     """
-    now = time.localtime()
-    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
-    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
-    fields |= {name: f"{number:02}" for name, number in pairs.items()}
-    for name, text in fields.items():
-        prefix = prefix.replace(f"%{name}%", text)
+    prefix = filled(prefix, width, height)
     full = Path(os.path.normpath(check_prefix(prefix, folder)))
     # %batch_num% is replaced by the node that saves a batch, so existing files have a number in its place
     name = r"\d+".join(map(re.escape, os.path.normcase(full.name).split("%batch_num%")))
@@ -31,16 +31,75 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
     return full.parent, full.name, max(numbers, default=0) + 1
 
 
+def filled(prefix: str, width: int = 0, height: int = 0) -> str:
+    """The prefix with %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second% filled in."""
+    now = time.localtime()
+    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
+    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
+    fields |= {name: f"{number:02}" for name, number in pairs.items()}
+    for name, text in fields.items():
+        prefix = prefix.replace(f"%{name}%", text)
+    return prefix
+
+
+def create_numbered(folder: Path, name: str, number: int, suffix: str) -> tuple[Path, int]:
+    """Create the empty file name_00001_suffix under the first free number from `number` on; return it and its number.
+
+    Whoever creates a file owns its number, so that several processes may save into a folder at the same time.
+    """
+    while True:
+        path = folder / f"{name}_{number:05}_{suffix}"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:  # also under another capitalization, on a disk that ignores it
+            number += 1
+        else:
+            return path, number
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ and .. resolved. Links stay, and a path that leads nowhere or is none raises nothing yet."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def nearest_existing(folder: Path) -> Path | None:
     """The folder itself or its nearest parent that exists; None on a missing drive."""
-    return next((path for path in (folder, *folder.parents) if path.exists()), None)
+    return next((path for path in (folder, *folder.parents) if _exists(path)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or that is none
+        return False
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Why a folder of this name cannot be made, whatever the disk holds beside it; None if it can."""
+    try:
+        for name in folder.parts:
+            _check_characters(name)
+            _check_length(name, LONGEST_NAME)
+    except ValueError as error:
+        return f"the folder's name {error}"
+    for part in (folder, *folder.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            return f"{part} is a link to {os.readlink(part)}, which is not there: make that folder or remove the link"
+    return None
 
 
 def check_prefix(prefix: str, folder: Path) -> Path:
-    """Return `folder` / `prefix`. Raises ValueError if it is outside `folder` or not a valid file name."""
+    """Return `folder` / `prefix`. Raises ValueError if it is outside `folder`, cannot be made, or is no file name."""
     path = Path(folder, prefix.replace("\\", "/"))
-    inside = "\0" not in prefix and path.resolve().is_relative_to(Path(folder).resolve())
-    if not inside or path.resolve() == Path(folder).resolve():
+    try:
+        _check_characters(prefix)
+        _check_length(path.name, LONGEST_NAME - LONGEST_ENDING)
+    except ValueError as error:
+        raise ValueError(f"filename_prefix {error}") from None
+    if problem := folder_problem(path.parent):
+        raise ValueError(problem)
+    resolved, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if not resolved.is_relative_to(root) or resolved == root:
         raise ValueError(
             f"filename_prefix {prefix!r} leads out of {folder} or is not a file name: use a name such as "
             '"cats" or "cats/first"'
@@ -51,6 +110,28 @@ def check_prefix(prefix: str, folder: Path) -> Path:
             "remove it"
         )
     return path
+
+
+def _check_characters(name: str) -> None:
+    """Raises ValueError for characters that no disk takes, or that break whatever lists the file."""
+    for character in name:
+        kind = unicodedata.category(character)
+        if kind in CONTROL:
+            what = "a line break" if character in "\n\r\x85\u2028\u2029" else "a control character"
+            raise ValueError(f"{_short(name)} contains {what}: remove it")
+        if kind == "Cs":
+            raise ValueError(f"{_short(name)} contains half a character (a lone surrogate): type it again")
+
+
+def _check_length(name: str, longest: int) -> None:
+    # Linux counts bytes; Windows and macOS count as JavaScript does.
+    size = len(name.encode()) if sys.platform.startswith("linux") else len(name.encode("utf-16-le")) // 2
+    if size > longest:
+        raise ValueError(f"{_short(name)} is too long ({size} bytes or characters): use at most {longest}")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def validate_prefix(prefix: str | None, folder: Path) -> bool | str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
+import logging
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..ming_core import Engine, MingTok, UniVision
+from ..ming_core.experts import StackedWeight
 from ..ming_core.quantization import packed_state_dict
 
 
@@ -48,6 +50,8 @@ def _import_comfyui() -> tuple[Any, Any, Any]:
 
 comfy, comfy_execution, folder_paths = _import_comfyui()
 
+log = logging.getLogger(__name__)
+
 PACK = Path(__file__).resolve().parent.parent
 MODEL_FOLDER = "ming"  # the category in ComfyUI's models/
 
@@ -58,6 +62,8 @@ _folders: ContextVar[tuple[Path, Path]] = ContextVar("ming_folders", default=(PA
 
 
 # --- Devices and dtypes -------------------------------------------------------------------------------------------
+
+SHARES_RAM = ("cpu", "mps", "privateuseone")  # the last is DirectML, which does not tell how much memory it has
 
 
 def device() -> torch.device:
@@ -90,10 +96,12 @@ def half_dtype(on: torch.device) -> torch.dtype:
 
 
 def total_memory(on: torch.device) -> int:
-    """Total bytes of a GPU's memory or of the RAM, including what ComfyUI could free."""
-    if on.type == "cuda":
-        return torch.cuda.get_device_properties(on).total_memory
-    return host_memory()
+    """Total bytes of a device's memory, including what ComfyUI could free; of the RAM where the device shares it."""
+    if on.type in SHARES_RAM:
+        return host_memory()
+    if comfy:
+        return int(comfy.model_management.get_total_memory(on))
+    return torch.cuda.get_device_properties(on).total_memory
 
 
 def host_memory() -> int:
@@ -134,6 +142,7 @@ class ManagedModel(nn.Module):
         super().__init__()
         self.network = network
         self.device = device
+        self.patched_by: Any = None  # identifies the patches under which it was loaded last
 
 
 def managed(model: Model, name: str) -> Loaded[Model]:
@@ -141,11 +150,9 @@ def managed(model: Model, name: str) -> Loaded[Model]:
     if not comfy:
         return Loaded(model, None, name)
     network = _network(model)
-    streaming = [module for module in network.modules() if getattr(module, "fetches_weights", False)]
-    for module in streaming:
-        _mark_offloadable(module)
     network.compute_on(device())
-    patcher = _patcher_class(bool(streaming))(ManagedModel(network, offload_device()), device(), offload_device())
+    has_experts = any(isinstance(module, StackedWeight) for module in network.modules())
+    patcher = _patcher_class(has_experts)(ManagedModel(network, offload_device()), device(), offload_device())
     if isinstance(model, Engine):
         _clear_cache_on_unload(patcher, model)
     return Loaded(model, patcher, name)
@@ -164,9 +171,49 @@ def _clear_cache_on_unload(patcher: Any, engine: Engine) -> None:
 def load_to_gpu(loaded: Loaded[Model], memory: int = 0) -> Model:
     """The model, ready to compute, with `memory` bytes left free beside its weights. ComfyUI may load only a part."""
     if loaded.patcher is not None:
+        _check_patches(loaded.patcher)
         comfy.model_management.load_models_gpu([loaded.patcher], memory_required=memory)
+        _forget_other_patches(loaded.owner or loaded)
         retain(loaded.owner or loaded)
     return loaded.model
+
+
+def _check_patches(patcher: Any) -> None:
+    """Raises ValueError for changes that another pack made to a patcher and that would have no effect here.
+
+    ComfyUI itself applies patches to the weights of its own layers. Those of our layers (norms, quantized layers,
+    experts, the word embedding) it would apply in part or not at all, and the others are meant for its samplers.
+    """
+    keys = [*patcher.patches, *patcher.weight_wrapper_patches]
+    unfit = [f"patches of {key}" for key in keys if not _is_patchable(patcher.model, key)]
+    if any(patcher.hook_patches.values()) or patcher.forced_hooks:
+        unfit.append("hooks")
+    unfit += [f"wrappers for {kind}" for kind, wrappers in patcher.wrappers.items() if any(wrappers.values())]
+    options = {**patcher.model_options, **patcher.model_options.get("transformer_options", {})}
+    unfit += [f"the option {name}" for name in options if name != "transformer_options"]
+    if "manual_cast_dtype" in patcher.object_patches:
+        unfit.append("another dtype to compute in")
+    if unfit:
+        more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
+        raise ValueError(
+            f"another node changed this model in a way that has no effect on it: {unfit[0]}{more}. Remove that node; "
+            "only weights and biases of linear and normalization layers that are not quantized can be patched"
+        )
+
+
+def _is_patchable(model: nn.Module, key: str) -> bool:
+    """Whether ComfyUI applies patches of this weight, wherever the weight is: true of its own layers."""
+    name, _, parameter = key.rpartition(".")
+    module = model.get_submodule(name)
+    return hasattr(module, "comfy_cast_weights") and parameter in ("weight", "bias") and not _rests(module)
+
+
+def _forget_other_patches(loaded: Loaded[Any]) -> None:
+    """Clear the prefix cache when the weights are patched in another way than in the last round."""
+    managed_model, patches = loaded.patcher.model, loaded.patcher.patches_uuid
+    if isinstance(loaded.model, Engine) and managed_model.patched_by not in (None, patches):
+        loaded.model.prefix_cache.clear()
+    managed_model.patched_by = patches
 
 
 RETAINED_SHARE = 0.25  # of the RAM, for models that no current workflow uses
@@ -192,7 +239,7 @@ def make_room(incoming: int) -> None:
     for entry in _loaded_entries():  # most recently used first
         if hasattr(entry, "ming_model"):
             patcher = entry.ming_model.patcher
-            shares_ram = patcher.load_device.type in ("cpu", "mps")
+            shares_ram = patcher.load_device.type in SHARES_RAM
             left -= patcher.model_size() - (0 if shares_ram else patcher.loaded_size())
             if left < 0:
                 del entry.ming_model
@@ -224,20 +271,20 @@ def operations() -> Any:
                 super()._load_from_state_dict(*args, **kwargs)
 
         class Embedding(base_embedding):
+            """A table that stays where it was loaded to, and is looked up there (`LanguageModel.embed`)."""
+
+            rests = True  # our patcher neither counts it nor moves it
             weight: Tensor
 
             def forward(self, ids: Tensor) -> Tensor:
-                """Look up on the device that holds the table: a few rows travel instead of all of it."""
-                return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
+                """Overridden so that the table is never copied as a whole."""
+                return F.embedding(ids, self.weight)
+
+            def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+                """Follow a change of the dtype, but not to another device."""
+                return super()._apply(lambda weight: weight.to(fn(weight.new_empty(0)).dtype), recurse)
 
     return Operations
-
-
-def _mark_offloadable(module: Any) -> None:
-    """Set what ComfyUI looks for on a layer that may stay offloaded, on a module that fetches its own weights."""
-    module.comfy_cast_weights = False
-    module.weight = module.bias = None
-    module.weight_function, module.bias_function = [], []
 
 
 def _patcher_class(has_experts: bool) -> Any:
@@ -251,29 +298,105 @@ def _patcher_class(has_experts: bool) -> Any:
     if not has_experts:
         return getattr(comfy.model_patcher, "CoreModelPatcher", patcher)
 
-    class DenseFirstPatcher(patcher):
+    class ExpertsPatcher(patcher):
+        """Loads the experts itself, into the room that all other layers leave, and leaves them behind first.
+
+        A token passes through all of every other layer (through the flow head once a step) and through a few experts
+        only, so the experts are the ones to leave behind. ComfyUI would keep room free for streaming them whole, up to
+        three layers of them; but experts that are left behind fetch only what is routed to, and need no such buffer.
+        """
+
+        size: int
+
+        def model_size(self) -> int:
+            """Bytes that a GPU holds when all is loaded."""
+            if self.size <= 0:
+                with packed_state_dict():
+                    resting = sum(_parameter_bytes(module) for module in self.model.modules() if _rests(module))
+                    self.size = super().model_size() - resting
+            return self.size
+
         def _load_list(self, *args: Any, **kwargs: Any) -> list:
+            """The modules that ComfyUI loads, as (sizes..., name, module, parameters)."""
             with packed_state_dict():  # it counts the bytes of every layer; none is unpacked for that
-                return _DenseFirstList(super()._load_list(*args, **kwargs))
+                listed = super()._load_list(*args, **kwargs)
+            return [entry for entry in listed if not (_is_stacked(entry[-2]) or _rests(entry[-2]))]
 
-    return DenseFirstPatcher
+        def load(
+            self,
+            device_to: Any = None,
+            lowvram_model_memory: float = 0,
+            force_patch_weights: bool = False,
+            full_load: bool = False,
+        ) -> None:
+            experts, state = self._experts(), self.model
+            if full_load:  # then ComfyUI moves and counts everything
+                for name, stack in experts:
+                    self._load_stack(name, stack, device_to)
+            room = lowvram_model_memory - sum(_parameter_bytes(stack) for _, stack in experts if _is_loaded(stack))
+            super().load(device_to, room, force_patch_weights, full_load)
+            if full_load:
+                return
+            # what ComfyUI has counted is the other layers, and it keeps a buffer for those that it left behind
+            room = lowvram_model_memory - getattr(state, "model_offload_buffer_memory", 0)
+            for name, stack in experts:
+                size = _parameter_bytes(stack)
+                if _is_loaded(stack) or state.model_loaded_weight_memory + size < room:
+                    state.model_loaded_weight_memory += size
+                    self._load_stack(name, stack, device_to)
+                else:
+                    state.model_lowvram = True  # there is more to load when room comes
+                    self._each_weight("pin_weight_to_device", name, stack)
+            loaded = sum(_is_loaded(stack) for _, stack in experts)
+            log.info("experts: %d of %d stacks are loaded, the rest is fetched by need", loaded, len(experts))
+
+        def partially_unload(self, device_to: Any, memory_to_free: float = 0, *args: Any, **kwargs: Any) -> float:
+            freed = 0
+            for name, stack in reversed(self._experts()):
+                if freed < memory_to_free and _is_loaded(stack):
+                    freed += _parameter_bytes(stack)
+                    stack.to(device_to)
+                    stack.comfy_patched_weights = False
+                    self._each_weight("pin_weight_to_device", name, stack)
+            self.model.model_loaded_weight_memory -= freed
+            self.model.model_lowvram = True
+            if freed >= memory_to_free:
+                return freed
+            return freed + super().partially_unload(device_to, memory_to_free - freed, *args, **kwargs)
+
+        def _load_stack(self, name: str, stack: StackedWeight, device_to: Any) -> None:
+            if not _is_loaded(stack):
+                self._each_weight("unpin_weight", name, stack)
+                stack.to(device_to)
+                stack.comfy_patched_weights = True
+
+        def _each_weight(self, method: str, name: str, stack: StackedWeight) -> None:
+            """Call a method that newer patchers have for every weight of these experts."""
+            for parameter, _ in stack.named_parameters(recurse=False):
+                getattr(self, method, lambda key: None)(f"{name}.{parameter}")
+
+        def _experts(self) -> list[tuple[str, StackedWeight]]:
+            """The stacks of experts, layer by layer: a layer is fast only when both of its stacks are loaded."""
+            return [(name, module) for name, module in self.model.named_modules() if _is_stacked(module)]
+
+    return ExpertsPatcher
 
 
-class _DenseFirstList(list):
-    """ComfyUI's list of modules, each (sizes..., name, module, parameters), which ComfyUI sorts by size.
-
-    It loads from the large end while there is room, and unloads from the small end. The experts are the largest. But
-    a token passes through all of every other layer (through the flow head once a step) and through a few experts only,
-    so the experts are the ones to leave behind: they sort to the end that is loaded last and unloaded first.
-    """
-
-    def sort(self, *, key: Any = None, reverse: bool = False) -> None:
-        super().sort(key=key or _dense_first, reverse=reverse)
+def _is_stacked(module: nn.Module) -> bool:
+    return isinstance(module, StackedWeight)
 
 
-def _dense_first(entry: tuple) -> tuple:
-    *sizes_and_name, module, _ = entry
-    return (not getattr(module, "fetches_weights", False), *sizes_and_name)
+def _rests(module: nn.Module) -> bool:
+    return getattr(module, "rests", False)
+
+
+def _is_loaded(stack: StackedWeight) -> bool:
+    """Whether it has ComfyUI's mark of a loaded module, which ComfyUI takes off when it unloads the model."""
+    return getattr(stack, "comfy_patched_weights", False)
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 # --- While a node runs --------------------------------------------------------------------------------------------
@@ -362,6 +485,12 @@ def _clear_text(node_class: str) -> None:
     if context is not None and (context.node_id, node_class) in _nodes_with_text:
         show_text(" ")  # the page ignores an empty text
         _nodes_with_text.discard((context.node_id, node_class))
+
+
+def preview(images: Tensor) -> dict:
+    """What an output node returns as "ui" for the page to show images [B, H, W, 3] on it; nothing without ComfyUI."""
+    core_nodes = sys.modules.get("nodes") if comfy else None
+    return core_nodes.PreviewImage().save_images(images)["ui"] if hasattr(core_nodes, "PreviewImage") else {}
 
 
 def _client() -> str | None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..ming_core.images import psnr, ssim
-from ..tiny_shapes.world import DEGRADATIONS, describe, draw, parse_scene, scene_from_seed
+from ..tiny_shapes.world import DEGRADATIONS, Scene, describe, draw, parse_scene, scene_from_seed
 from ..tiny_shapes.world import degrade as degrade_image
 from . import host
 from .widgets import TOOLS, combo, integer, seed, socket
 
 DEGRADE = [kind for kind in DEGRADATIONS if kind != "blurred"]  # no task of Ming Instruction repairs a blur
+
+MAX_SCENE = 2000  # characters; an error quotes them
+
+
+def parse_words(scene: str) -> Scene:
+    """The scene that the words describe. Raises ValueError."""
+    if len(scene) > MAX_SCENE:
+        raise ValueError(f"the scene has {len(scene)} characters: describe it in at most {MAX_SCENE}")
+    return parse_scene(scene)
 
 
 class MingExampleScene:
@@ -39,17 +48,14 @@ class MingExampleScene:
     @classmethod
     def VALIDATE_INPUTS(cls, scene: str | None = None) -> bool | str:
         try:
-            if scene and scene.strip():  # None means that the scene is linked; it is checked when the node runs
-                parse_scene(scene)
+            if isinstance(scene, str) and scene.strip():  # None: the scene is linked, and checked when the node runs
+                parse_words(scene)
         except ValueError as error:
             return str(error)
         return True
 
     def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:
-        if degrade not in DEGRADE:
-            raise ValueError(f"degrade is {degrade!r}: choose one of {tuple(DEGRADE)}")
-        seed %= 2**64  # a linked seed may be outside the widget's range
-        parsed = parse_scene(scene) if scene.strip() else scene_from_seed(seed)
+        parsed = parse_words(scene) if scene.strip() else scene_from_seed(seed)
         pixels = degrade_image(draw(parsed, size), degrade, seed)
         image = torch.from_numpy(pixels).float().div(255)[None]
         return image.to(host.images_device()), describe(parsed)
@@ -77,12 +83,6 @@ class MingImageMetrics:
         }
 
     def measure(self, image_a: torch.Tensor, image_b: torch.Tensor) -> tuple[float, float, str]:
-        if image_a.shape != image_b.shape:
-            raise ValueError(
-                f"the images differ in shape ({list(image_a.shape)} and {list(image_b.shape)}): resize them to one "
-                "size, for example with Upscale Image (ImageScale), and use equally many, both with or both without "
-                "alpha"
-            )
         image_a, image_b = image_a.cpu(), image_b.cpu()
         noise, structure = psnr(image_a, image_b), ssim(image_a, image_b)
         return noise, structure, f"PSNR {noise:.2f} dB, SSIM {structure:.4f}"

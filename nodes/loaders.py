@@ -26,12 +26,14 @@ class _Loader:
         folders = find_checkpoints(cls.KIND)
         if model_name is None:  # it is linked, and may become any of them
             return tuple(map(file_state, folders.values()))
-        return file_state(folders[model_name]) if model_name in folders else ()
+        known = isinstance(model_name, str) and model_name in folders
+        return file_state(folders[model_name]) if known else ()
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_name: str | None = None) -> bool | str:
         """None means that the name is linked; it is checked when the node runs."""
-        return model_name is None or model_name in find_checkpoints(cls.KIND) or missing_message(model_name, cls.KIND)
+        found = model_name is None or (isinstance(model_name, str) and model_name in find_checkpoints(cls.KIND))
+        return found or missing_message(model_name, cls.KIND)
 
 
 class MingTokLoader(_Loader):

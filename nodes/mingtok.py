@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ming_core import Features, MingTok
-from ..ming_core.images import FITS, check_images, fit_mask, to_images, to_pixels
+from ..ming_core.images import FITS, check_images, check_mask, fit_mask, to_images, to_pixels
 from . import host
 from .latents import from_latent, to_latent
 from .widgets import CATEGORY, combo, socket
@@ -31,9 +31,9 @@ def in_batches(images: int, compute: Callable[[slice], Result]) -> list[Result]:
 
 
 def mask_of_image(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """A MASK of any size as one of the image's height and width: [B, H, W]."""
-    masks = (mask if mask.ndim == 3 else mask[None]).float().cpu()
-    if masks.shape[1:] == image.shape[1:3] or masks.ndim != 3 or 0 in masks.shape:
+    """A MASK of any size as one of the image's height and width: [B, H, W]. Raises ValueError."""
+    masks = check_mask(mask[None] if mask.ndim == 2 else mask).float().cpu()
+    if masks.shape[1:] == image.shape[1:3]:
         return masks
     return F.adaptive_max_pool2d(masks[:, None], tuple(image.shape[1:3]))[:, 0]
 
@@ -77,11 +77,11 @@ class MingTokEncode:
         mask: torch.Tensor | None = None,
     ) -> tuple[dict, torch.Tensor]:
         tokenizer = mingtok.model
-        if detail not in DETAILS:
-            raise ValueError(f"detail is {detail!r}: choose one of {tuple(DETAILS)}")
         side = DETAILS[detail] * tokenizer.native_side
         check_images(image, side, fit)
-        fitted = torch.ones(1, side, side) if mask is None else fit_mask(mask_of_image(mask, image), side, fit)
+        fitted = (
+            torch.ones(1, side, side, device="cpu") if mask is None else fit_mask(mask_of_image(mask, image), side, fit)
+        )
         patches = (side // tokenizer.patch_size) ** 2
         host.load_to_gpu(mingtok, tokenizer.working_memory(min(len(image), AT_ONCE), patches))
         latents = in_batches(len(image), lambda few: tokenizer.encode(to_pixels(image[few], side, fit)))

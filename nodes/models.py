@@ -6,6 +6,9 @@ first. A folder that is loaded already and has not changed is not loaded a secon
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import itertools
 import logging
 import os
 import sys
@@ -16,7 +19,10 @@ from typing import Any
 
 import torch
 
-from ..ming_core.checkpoint import INDEX, Checkpoint, checkpoint_bytes, checkpoint_kind, stored_quantization
+from ..ming_core.checkpoint import INDEX, Checkpoint, CheckpointError, checkpoint_bytes, stored_quantization
+from ..ming_core.config import MingTokConfig, UniVisionConfig
+from ..ming_core.json_files import log_left_out, printable
+from ..ming_core.text_tokenizer import TOKENIZER, TOKENIZER_CONFIG
 from . import host
 
 log = logging.getLogger(__name__)
@@ -24,6 +30,7 @@ log = logging.getLogger(__name__)
 BUILT_IN = "tiny-shapes (built in)"
 BUILT_IN_FOLDER = host.PACK / "models" / "tiny-shapes"
 GB = 1e9
+MAX_FOLDERS, MAX_NESTED = 10_000, 32  # that are looked through; links among folders can make any number of ways
 
 # By kind of checkpoint: repository and download size.
 PUBLISHED = {
@@ -39,43 +46,80 @@ def find_checkpoints(kind: str) -> dict[str, Path]:
     """Name -> folder of the checkpoints that are, or contain, a "mingtok" or "univision"; the built-in model first."""
     named = {BUILT_IN: BUILT_IN_FOLDER}
     roots = dict.fromkeys((*host.model_folders(), BUILT_IN_FOLDER.parent))
-    candidates = [(folder, root, checkpoint_kind(folder)) for root in roots for folder in _folders_below(root)]
+    candidates = [
+        (folder, root, _listed_kind(folder))
+        for root in roots
+        for folder in itertools.islice(_folders_below(root), MAX_FOLDERS)
+    ]
     for accepted in dict.fromkeys((kind, "univision")):  # a univision contains a mingtok
         for folder, root, found_kind in candidates:
-            if found_kind == accepted and folder.resolve() != BUILT_IN_FOLDER:
+            if found_kind == accepted and _real(folder) != BUILT_IN_FOLDER:
                 _add(named, folder, parts=max(1, len(folder.relative_to(root).parts)))
     return named
 
 
+def _listed_kind(folder: Path) -> str | None:
+    """The kind of model in a folder; None, with a line in the log, where that cannot even be read."""
+    try:
+        if not os.path.lexists(folder / "config.json"):
+            return None  # a folder of folders
+        if printable(str(folder)) != str(folder):
+            raise CheckpointError("its name is not Unicode text: rename it")
+        return Checkpoint(folder).config.kind
+    except (CheckpointError, OSError) as error:
+        log_left_out(folder, error)
+        return None
+
+
 def _folders_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """The folder and all folders in it, also through links, but never back into one of those `above`."""
-    real = folder.resolve()
-    if real not in above:
+
+    def left_out(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # there need not be a models/ming
+            log_left_out(error.filename or folder, error)
+
+    real = _real(folder)
+    if real not in above and len(above) < MAX_NESTED:
         yield folder
-        _, names, _ = next(os.walk(folder), ("", [], []))
+        _, names, _ = next(os.walk(folder, onerror=left_out), ("", [], []))
         for name in sorted(names):
             yield from _folders_below(folder / name, (*above, real))
+
+
+def _real(path: Path) -> Path:
+    """The path without links. Unlike Path.resolve, it has an answer for links that lead in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _add(named: dict[str, Path], folder: Path, parts: int) -> None:
     """Name a folder by the last `parts` parts of its path, or by more where another folder has that name."""
     for count in range(parts, len(folder.parts) + 1):
         name = "/".join(folder.parts[-count:])
-        if named.setdefault(name, folder).resolve() == folder.resolve():
+        if _real(named.setdefault(name, folder)) == _real(folder):
             break
 
 
-def missing_message(name: str, kind: str) -> str:
+def missing_message(name: Any, kind: str) -> str:
     """What to do about a model that was not found."""
+    if not isinstance(name, str):
+        return f"model_name is {str(name)[:100]}: choose a model from the list"
+    found = list(find_checkpoints(kind))
+    there = _by_any_case(name, found)
+    if there:
+        return f'there is no model "{name}": did you mean "{there}"? Choose it from the list (case matters)'
+    if reason := _why_left_out(name, kind):
+        return reason
     repository, size = PUBLISHED[kind]
     published = repository.split("/")[1]
     places = host.model_folders()
     # PowerShell takes a quoted first word for a string; ComfyUI portable's Python cannot create virtual environments.
     windows = " (in PowerShell, put & before it; with ComfyUI portable, use a full Python such as py instead)"
     hint = windows if os.name == "nt" else ""
+    close = difflib.get_close_matches(name, found, n=1)
+    meant = f'did you mean "{close[0]}"? ' if close else ""
     return (
-        f'the model "{name}" was not found. Put its folder (config.json, *.safetensors, tokenizer files) in '
-        f"{' or '.join(map(str, places))}. The published model is {repository} ({size}), from "
+        f'{meant}the model "{name[:200]}" was not found. Put its folder (config.json, *.safetensors, tokenizer files) '
+        f"in {' or '.join(map(str, places))}. The published model is {repository} ({size}), from "
         f"https://huggingface.co/{repository} or https://modelscope.cn/models/{repository}; put it in "
         f'{places[0] / published}, or download it there with "{sys.executable}" "{host.PACK / "quickstart.py"}" '
         f'download {published} --to "{places[0]}"{hint}. Nothing is downloaded while a workflow runs; '
@@ -83,10 +127,44 @@ def missing_message(name: str, kind: str) -> str:
     )
 
 
+def _by_any_case(name: str, found: list[str]) -> str | None:
+    """The name that differs in upper and lower case, or in the slashes of another system, only."""
+
+    def plain(text: str) -> str:
+        return text.replace("\\", "/").casefold()
+
+    return next((other for other in found if plain(other) == plain(name)), None)
+
+
+def _why_left_out(name: str, kind: str) -> str | None:
+    """Why a folder of this name is not in the list though it is there; None where there is none."""
+    for root in host.model_folders():
+        folder = root / name
+        inside = bool(name) and "\0" not in name and root in folder.parents and ".." not in folder.parts
+        if not inside or printable(name) != name or not os.path.isdir(folder):
+            continue
+        try:
+            Checkpoint(folder).config.read(UniVisionConfig if kind == "univision" else MingTokConfig)
+        except (CheckpointError, OSError) as error:
+            return f'the model "{name}" cannot be listed: {error}'
+    return None
+
+
 def file_state(folder: Path) -> tuple:
-    """(name, size, modification time) of config, index and shards: changes when a file does."""
-    files = [folder / "config.json", folder / INDEX, *sorted(folder.glob("*.safetensors"))]
-    return tuple((f.name, s.st_size, s.st_mtime_ns) for f in files if f.is_file() for s in [f.stat()])
+    """(name, size, modification time) of config, index, shards and tokenizer: changes when a file does."""
+    state = []
+    for path in (*(folder / name for name in ("config.json", INDEX, TOKENIZER, TOKENIZER_CONFIG)), *_shards(folder)):
+        with contextlib.suppress(OSError, ValueError):  # it is not there, or not any more
+            found = os.stat(path)
+            state.append((path.name, found.st_size, found.st_mtime_ns))
+    return tuple(state)
+
+
+def _shards(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob("*.safetensors"))
+    except OSError:
+        return []
 
 
 # --- Precision ----------------------------------------------------------------------------------------------------
@@ -154,7 +232,7 @@ def load(kind: str, name: str, precision: str, loader: Callable[..., host.Model]
 
     loader  ming_core's load_mingtok or load_univision
     """
-    folder = find_checkpoints(kind).get(name)
+    folder = find_checkpoints(kind).get(name) if isinstance(name, str) else None
     if folder is None:
         raise ValueError(missing_message(name, kind))
     checkpoint = Checkpoint.open(folder)  # config and headers are read once for all that follows

@@ -6,22 +6,46 @@ Files are written to ming/ in ComfyUI's output folder, and read from there and f
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..ming_core import FileError
 from ..ming_core.files import check_format, file_format
+from ..ming_core.json_files import check_regular, log_left_out, printable
 from . import host
-from .filenames import numbered_path, validate_prefix
+from .filenames import check_prefix, create_numbered, filled, numbered_path, validate_prefix
 
 
 def save_new_file(prefix: str, write: Callable[[Path], None]) -> dict:
     """Write a new file in output/ming, and show the name under which load nodes list it."""
     with new_file(prefix, ".safetensors") as path:
         write(path)
+    return _shown(path)
+
+
+def replace_file(prefix: str, write: Callable[[Path], None]) -> dict:
+    """Write prefix.safetensors in output/ming and show its name. If it exists, `write` replaces it whole."""
+    path = file_without_number(prefix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    return _shown(path)
+
+
+def file_without_number(prefix: str) -> Path:
+    """output/ming/prefix.safetensors. Raises FileError for a prefix that leads elsewhere or is no file name."""
+    try:
+        path = check_prefix(filled(prefix), host.output_directory() / "ming")
+    except ValueError as error:
+        raise FileError(str(error)) from None
+    return path.with_name(f"{path.name}.safetensors")
+
+
+def _shown(path: Path) -> dict:
     name = saved_name(path)
     host.show_text(name)
     return {"ui": {"text": [name]}}
@@ -57,8 +81,24 @@ class LoadingNode:
     @classmethod
     def IS_CHANGED(cls, file: str | None, **_: object) -> str | tuple:
         if file is None:  # it is linked, and may become any of them
-            return tuple((name, saved_path(name).stat().st_mtime_ns) for name in saved_files())
-        return hashlib.sha256(saved_path(file).read_bytes()).hexdigest()
+            return tuple((name, _modified(name)) for name in saved_files())
+        return content_digest(saved_path(file))
+
+
+def content_digest(path: Path) -> str:
+    """What changes when the content of a file does."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _modified(name: str) -> int:
+    try:
+        return saved_path(name).stat().st_mtime_ns
+    except (FileError, OSError):  # removed since it was listed
+        return 0
 
 
 @contextlib.contextmanager
@@ -71,8 +111,7 @@ def new_file(prefix: str, suffix: str) -> Iterator[Path]:
     try:
         folder, name, number = numbered_path(prefix, root)
         folder.mkdir(parents=True, exist_ok=True)
-        while not _create(path := folder / f"{name}_{number:05}_{suffix}"):
-            number += 1
+        path, _ = create_numbered(folder, name, number, suffix)
     except ValueError as error:
         raise FileError(str(error)) from None
     except OSError as error:
@@ -84,25 +123,40 @@ def new_file(prefix: str, suffix: str) -> Iterator[Path]:
         raise
 
 
-def _create(path: Path) -> bool:
-    """Create an empty file. Returns False if it exists; some disks ignore case."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
 def saved_files(file_format: str | None = None) -> list[str]:
     """List saved files, of one format or of any: `ming/x_00001_.safetensors [output]`, `y.safetensors [input]`."""
     names: list[str] = []
     for place in ("output", "input"):
         root, listed = _saved_below(place)
-        paths = (path for path in listed.rglob("*.safetensors") if path.is_file() and _is_inside(path, root, listed))
-        names += sorted(
-            saved_name(path, place) for path in paths if file_format is None or _has_format(path, file_format)
-        )
+        paths = (path for path in _safetensors_below(listed) if _is_listed(path, root, listed, file_format))
+        names += sorted(saved_name(path, place) for path in paths)
     return names
+
+
+def _safetensors_below(folder: Path) -> Iterator[Path]:
+    """Everything of this name in a folder and the folders in it, links to folders aside."""
+
+    def left_out(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # nothing has been saved yet
+            log_left_out(error.filename or folder, error)
+
+    for parent, _, names in os.walk(folder, onerror=left_out):
+        yield from (Path(parent, name) for name in names if fnmatch.fnmatch(name, "*.safetensors"))
+
+
+def _is_listed(path: Path, root: Path, listed: Path, file_format: str | None) -> bool:
+    """Whether a file can be chosen: one that cannot even be opened must not take the others from the list."""
+    try:
+        if printable(str(path)) != str(path):
+            raise FileError("its name is not Unicode text: rename it")
+        stat = check_regular(path)
+        if not _is_inside(path, root, listed):
+            return False
+        # cached, because ComfyUI asks for the lists again on every page load
+        return file_format is None or _format_of(path, stat.st_mtime_ns, stat.st_size) == file_format
+    except (FileError, OSError) as error:  # damaged, or in use by another program
+        log_left_out(path, error)
+        return False
 
 
 def saved_name(path: Path, place: str = "output") -> str:
@@ -118,30 +172,27 @@ def saved_path(name: str | None) -> Path:
     """
     if not name:
         raise FileError("no file is chosen: save one first, press R to refresh the list, and choose it there")
-    if not isinstance(name, str) or "\0" in name:
-        raise FileError(f"{name!r} is not a file name: choose a file from the list")
+    if not isinstance(name, str) or "\0" in name or printable(name) != name:
+        raise FileError(f"{str(name)[:200]!r} is not a file name: choose a file from the list")
     match = re.fullmatch(r"(.+?) ?\[(output|input)\]", name)
     relative, place = match.groups() if match else (name, "input")
     root, listed = _saved_below(place)
-    path = (root / relative).resolve()
+    shown = relative if len(relative) <= 200 else f"{relative[:200]}..."
+    path = _real(root / relative)
     if not _is_inside(path, root, listed):
-        raise FileError(f"the file name {name!r} leads out of {root}: choose a file from the list")
-    if not path.is_file():
-        raise FileError(f"there is no file {relative} in {root}: save it first, or choose another one from the list")
-    return path
-
-
-def _has_format(path: Path, wanted: str) -> bool:
+        raise FileError(f"the file name {shown!r} leads out of {root}: choose a file from the list")
     try:
-        stat = path.stat()
-        return _format_of(path, stat.st_mtime_ns, stat.st_size) == wanted
-    except (FileError, OSError):  # damaged, or in use by another program
-        return False
+        check_regular(path)
+    except FileError:
+        raise FileError(
+            f"there is no file {shown} in {root}: save it first, or choose another one from the list"
+        ) from None
+    return path
 
 
 @functools.lru_cache(maxsize=1 << 15)
 def _format_of(path: Path, *state: int) -> str:
-    """The format of a file in this state; cached, because ComfyUI asks for the lists again on every page load."""
+    """The format of a file in this state."""
     return file_format(path)
 
 
@@ -154,4 +205,9 @@ def _saved_below(place: str) -> tuple[Path, Path]:
 
 def _is_inside(path: Path, *roots: Path) -> bool:
     """Whether a file, with links resolved, is inside one of the folders, any of which may itself be a link."""
-    return any(root.resolve() in path.resolve().parents for root in roots)
+    return any(_real(root) in _real(path).parents for root in roots)
+
+
+def _real(path: Path) -> Path:
+    """The path without links. Unlike Path.resolve, it has an answer for links that lead in a circle."""
+    return Path(os.path.realpath(path))

@@ -22,6 +22,10 @@ def combo(options: list[str], tooltip: str, **more: Any) -> tuple:
     return options, {"default": options[0], "tooltip": tooltip, **more}
 
 
+def boolean(default: bool, tooltip: str) -> tuple:
+    return "BOOLEAN", {"default": default, "tooltip": tooltip}
+
+
 def prompt(tooltip: str, default: str = "") -> tuple:
     """A multiline text that is taken literally: no {a|b} dynamic prompts."""
     return "STRING", {"default": default, "multiline": True, "dynamicPrompts": False, "tooltip": tooltip}

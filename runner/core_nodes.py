@@ -1,8 +1,9 @@
-"""The ComfyUI core nodes that this pack's workflows use: LoadImage, SaveImage, PreviewImage, PreviewAny, LatentBlend
-and ImageScale, for runs without ComfyUI.
+"""The ComfyUI core nodes that this pack's workflows use, for runs without ComfyUI: LoadImage, SaveImage, PreviewImage,
+PreviewAny, LatentBlend and ImageScale. Those on masks are in core_masks.py.
 
 They are never registered in ComfyUI. Ids, sockets, widgets and visible results are those of ComfyUI 0.33. There are
-two differences: LoadImage also accepts the absolute path of a file, and PreviewImage saves to `output/temp/`.
+three differences: LoadImage also accepts the absolute path of a file, and decodes it with Pillow, as ComfyUI did before
+(it may differ by one step of 255 in a JPEG); and PreviewImage saves to `output/temp/`.
 
 An IMAGE is float32 [B, H, W, 3] in 0..1, a MASK is float32 [B, H, W] with 1 where the image is transparent.
 """
@@ -10,9 +11,13 @@ An IMAGE is float32 [B, H, W, 3] in 0..1, a MASK is float32 [B, H, W] with 1 whe
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
+import struct
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,14 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..nodes import host
-from ..nodes.filenames import numbered_path, validate_prefix
+from ..nodes.filenames import create_numbered, numbered_path, validate_prefix
+from . import core_masks
+from .core_masks import MAX_SIDE
 
+MAX_PIXELS = 110_000_000  # of a file, all frames together: more than the largest cameras have; 1.3 GB as IMAGE
 TEMP_FOLDER = "temp"  # inside the output folder
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_MAX_SIDE = 16384
+_DAMAGED = (OSError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error)  # what Pillow raises
 _NO_ALPHA_SIDE = 64  # the MASK of an image without transparency is 64x64 zeros, as in ComfyUI
 
 
@@ -55,31 +63,34 @@ class LoadImage:
     @classmethod
     def VALIDATE_INPUTS(cls, image):
         path = _image_path(image)
-        if not path.is_file():
-            return f"there is no picture file {path}"
         try:
-            with Image.open(path):
+            with _opened(path):
                 return True
-        except UnidentifiedImageError:
-            return f"{path} is not a picture in a format that can be read"
-        except OSError as error:
-            return f"{path} cannot be read: {error}"
+        except ValueError as error:
+            return str(error)
 
     @classmethod
     def IS_CHANGED(cls, image):
         return hashlib.sha256(_image_path(image).read_bytes()).hexdigest()
 
     def load_image(self, image: str) -> tuple[torch.Tensor, torch.Tensor]:
+        path = _image_path(image)
         images: list[torch.Tensor] = []
         masks: list[torch.Tensor] = []
-        with Image.open(_image_path(image)) as file:
-            for frame in ImageSequence.Iterator(file):
-                pixels, mask = _tensors(ImageOps.exif_transpose(frame))
-                if not images or pixels.shape == images[0].shape:
-                    images.append(pixels)
-                    masks.append(mask)
-                if file.format == "MPO":  # the other frames are a second camera's view, or a preview
-                    break
+        with _opened(path) as file:
+            try:
+                for number, frame in enumerate(ImageSequence.Iterator(file), start=1):
+                    _check_size(path, frame, number)
+                    pixels, mask = _tensors(ImageOps.exif_transpose(frame))
+                    if not images or pixels.shape == images[0].shape:
+                        images.append(pixels)
+                        masks.append(mask)
+                    if file.format == "MPO":  # the other frames are a second camera's view, or a preview
+                        break
+            except _DAMAGED as error:
+                raise ValueError(f"{path} is damaged ({error}): replace the file") from error
+        if len(images) == 1:  # not copied: a photograph takes a lot of memory
+            return images[0][None], masks[0][None]
         return torch.stack(images), torch.stack(masks)
 
 
@@ -115,10 +126,17 @@ class _ImageWriter:
         subfolder = folder.relative_to(root).as_posix()
         entries = []
         for index, image in enumerate(images):
-            filename = f"{name.replace('%batch_num%', str(index))}_{number + index:05}_.png"
-            _to_pil(image).save(folder / filename, pnginfo=metadata, compress_level=self.compress_level)
+            buffer = io.BytesIO()
+            _to_pil(image).save(buffer, "PNG", pnginfo=metadata, compress_level=self.compress_level)
+            path, number = create_numbered(folder, name.replace("%batch_num%", str(index)), number, ".png")
+            try:
+                path.write_bytes(buffer.getbuffer())
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            number += 1
             entries.append(
-                {"filename": filename, "subfolder": "" if subfolder == "." else subfolder, "type": self.kind}
+                {"filename": path.name, "subfolder": "" if subfolder == "." else subfolder, "type": self.kind}
             )
         return {"ui": {"images": entries}, "result": (images,)}
 
@@ -209,7 +227,7 @@ class ImageScale:
 
     @classmethod
     def INPUT_TYPES(cls):
-        side = {"default": 512, "min": 0, "max": _MAX_SIDE, "step": 1}
+        side = {"default": 512, "min": 0, "max": MAX_SIDE, "step": 1}
         return {
             "required": {
                 "image": ("IMAGE",),
@@ -234,7 +252,8 @@ class ImageScale:
 
 
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (LoadImage, SaveImage, PreviewImage, PreviewAny, LatentBlend, ImageScale)
+    **{node.__name__: node for node in (LoadImage, SaveImage, PreviewImage, PreviewAny, LatentBlend, ImageScale)},
+    **core_masks.NODE_CLASS_MAPPINGS,
 }
 
 
@@ -251,6 +270,37 @@ def _image_path(name: str) -> Path:
     return shown_file({"filename": name, "type": kind})
 
 
+def _opened(path: Path) -> Image.Image:
+    """The picture file with nothing but its header read. Raises ValueError; a pipe or a device is not opened."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no picture file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            image = Image.open(path)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture in a format that can be read") from None
+    except Image.DecompressionBombError:
+        raise ValueError(_too_large(path, "")) from None
+    except Exception as error:  # whatever Pillow's many readers raise for a damaged header
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    _check_size(path, image)
+    return image
+
+
+def _check_size(path: Path, image: Image.Image, frames: int = 1) -> None:
+    width, height = image.size
+    if width * height * frames > MAX_PIXELS:
+        raise ValueError(_too_large(path, f" ({width}x{height}{f', {frames} frames' if frames > 1 else ''})"))
+
+
+def _too_large(path: Path, size: str) -> str:
+    return (
+        f"{path} has more than {MAX_PIXELS // 10**6} million pixels{size}, and would take more than "
+        f"{12 * MAX_PIXELS / 1e9:.1f} GB of memory: scale it down first"
+    )
+
+
 def _tensors(frame: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns one frame as [H, W, 3] in 0..1, and the mask of its transparency."""
     if frame.mode.startswith("I"):  # 16 bits per pixel, which PIL's own conversion would clip at 255
@@ -263,7 +313,9 @@ def _tensors(frame: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _from_pil(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)
+    pixels = np.asarray(image).astype(np.float32)
+    pixels /= 255.0  # in place: a photograph takes a lot of memory
+    return torch.from_numpy(pixels)
 
 
 def _to_pil(image: torch.Tensor) -> Image.Image:
@@ -279,6 +331,11 @@ def _resized(samples: torch.Tensor, width: int, height: int, method: str, crop: 
         x = round((old_width - old_width * (ratio / old_ratio)) / 2) if old_ratio > ratio else 0
         y = round((old_height - old_height * (old_ratio / ratio)) / 2) if old_ratio < ratio else 0
         samples = samples[..., y : old_height - y, x : old_width - x]
+        if not samples.numel():
+            raise ValueError(
+                f"the picture of {old_width}x{old_height} is too narrow to be cropped to the shape of "
+                f"{width}x{height}: choose another size, or no crop"
+            )
     if method == "lanczos":
         images = [_to_pil(image).resize((width, height), Image.Resampling.LANCZOS) for image in samples.movedim(1, -1)]
         return torch.stack([_from_pil(image) for image in images]).movedim(-1, 1).to(samples)

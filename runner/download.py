@@ -1,6 +1,8 @@
 """Downloads a published checkpoint from the Hugging Face Hub and verifies it: `python quickstart.py download [NAME]`.
 
-One revision of the repository is downloaded: its config, weights and tokenizer, never its code. A file arrives as
+One revision of the repository is downloaded: its config, weights and tokenizer, never its code. The published model
+keeps its tokenizer beside its code, in another repository: where a model that reads text lacks the two files, they are
+downloaded from there, and the folder is not complete without them. A file arrives as
 NAME.<digest>.part beside its final place and gets its name when its size and digest are those that the hub states; an
 older file of that name stays until then. An interrupted download resumes in the middle of a file, where
 `hf_hub_download` would start a file of several gigabytes again. A second run verifies what is there and downloads only
@@ -14,7 +16,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,10 +24,13 @@ from typing import Any, BinaryIO
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, get_session
 
-from ..ming_core.checkpoint import CheckpointError
+from ..ming_core.checkpoint import CheckpointError, checkpoint_kind
 from ..ming_core.checkpoint.reader import CheckpointReader
+from ..ming_core.json_files import FileError, read_json
+from ..ming_core.prompts import ChatFormat
+from ..ming_core.text_tokenizer import SOURCE, TOKENIZER, TOKENIZER_CONFIG
 from ..nodes import host
 from ..nodes.filenames import nearest_existing
 from ..nodes.models import GB, PUBLISHED
@@ -33,6 +38,9 @@ from ..nodes.models import GB, PUBLISHED
 WANTED = re.compile(r"[\w.-]+\.(json|safetensors)|LICENSE[\w.-]*")  # at the top of the repository
 ATTEMPTS = 3  # for a file that arrives damaged
 BLOCK = 1 << 24  # bytes that are read at once
+
+# GitHub's list of SOURCE: names, sizes and git digests of the files, and where to download them
+TOKENIZER_LISTING = "https://api.github.com/repos/inclusionAI/Ming-UniVision/contents/mingunivision"
 
 REPOSITORIES = {repository.split("/")[1]: repository for repository, _ in PUBLISHED.values()}
 
@@ -105,7 +113,9 @@ def download(repository: str, folder: Path, endpoint: str) -> None:
     for number, file in enumerate(missing, start=1):
         _say(f"[{number}/{len(missing)}] {file.name}, {_size(file.size)}")
         url = hf_hub_url(repository, file.name, revision=revision, endpoint=endpoint)
-        fetch(file, url, folder)
+        fetch(file, url, folder, build_hf_headers())
+    if checkpoint_kind(folder) == "univision":
+        complete_tokenizer(folder, {file.name for file in files})
     try:
         CheckpointReader(folder)  # reads the headers, and looks for every shard that the index names
     except CheckpointError as error:
@@ -128,13 +138,55 @@ def remote_files(repository: str, endpoint: str) -> tuple[str, list[RemoteFile]]
     return info.sha, sorted(files, key=lambda file: (file.size > GB / 10, file.name))
 
 
-def fetch(file: RemoteFile, url: str, folder: Path) -> None:
+def complete_tokenizer(folder: Path, from_hub: Collection[str]) -> None:
+    """Downloads from the code repository what the hub's repository lacks of the tokenizer. Raises DownloadError.
+
+    Files that are in the folder already, where they make a tokenizer, are taken as they are.
+    """
+    lacking = [name for name in (TOKENIZER, TOKENIZER_CONFIG) if name not in from_hub]
+    try:
+        if lacking and not (all((folder / name).exists() for name in lacking) and _has_tokenizer(folder)):
+            _say(f"the repository lacks {' and '.join(lacking)}; looking in {SOURCE}")
+            for file, url in _tokenizer_files(lacking):
+                if not _is_complete(file, folder):
+                    _say(f"{file.name}, {_size(file.size)}")
+                    fetch(file, url, folder, {})  # no headers for the hub: they may hold the user's token
+        ChatFormat.from_folder(folder)
+    except (HTTPError, HfHubHTTPError, DownloadError, ValueError, OSError) as error:
+        raise DownloadError(
+            f"{folder} is complete but for its tokenizer ({_one_line(error)[:500]}): run the same command again, or "
+            f"copy {TOKENIZER} and {TOKENIZER_CONFIG} from {SOURCE} into it"
+        ) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    try:
+        ChatFormat.from_folder(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _tokenizer_files(names: Collection[str]) -> list[tuple[RemoteFile, str]]:
+    """(file, address) of these files, as the code repository lists them now. Raises DownloadError, and HTTPError."""
+    response = get_session().get(TOKENIZER_LISTING, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    response.raise_for_status()
+    try:
+        listing = read_json(response.content, what=TOKENIZER_LISTING)
+        entries = {entry["name"]: entry for entry in listing}
+        files = [entries[name] for name in names]
+        return [(RemoteFile(str(f["name"]), int(f["size"]), str(f["sha"])), str(f["download_url"])) for f in files]
+    except (FileError, KeyError, TypeError, ValueError) as error:
+        raise DownloadError(f"{TOKENIZER_LISTING} does not list {' and '.join(names)}") from error
+
+
+def fetch(file: RemoteFile, url: str, folder: Path, headers: dict[str, str]) -> None:
     """Downloads one file, starting where its part ends. Raises DownloadError if it keeps arriving damaged."""
     part = file.part(folder)
     for outdated in folder.glob(f"{file.name}.*.part"):
         if outdated != part:
             outdated.unlink()
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed part could not be resumed
+    headers = {**headers, "Accept-Encoding": "identity"}  # a compressed part could not be resumed
     damaged = 0
     while damaged < ATTEMPTS:
         have = part.stat().st_size if part.exists() else 0

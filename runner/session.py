@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from ..nodes import host
-from ..nodes.filenames import nearest_existing
+from ..nodes.filenames import absolute, folder_problem, nearest_existing
 from .execution import ExecutionError, NodeResult, execute
 from .output_cache import OutputCache
 from .workflow import Node, NodeClasses, Workflow, WorkflowError, plan
@@ -111,8 +111,8 @@ class Session:
             output_dir, input_dir: where nodes save to and load from; None means the folders of `host`.
         """
         self.node_classes = known_node_classes() if node_classes is None else node_classes
-        self.output_dir = Path(output_dir or host.output_directory()).expanduser().resolve()
-        self.input_dir = Path(input_dir or host.input_directory()).expanduser().resolve()
+        self.output_dir = absolute(output_dir or host.output_directory())
+        self.input_dir = absolute(input_dir or host.input_directory())
         self._cache = OutputCache()
         self._instances: dict[tuple[str, Any], Any] = {}  # by node id and class, as in ComfyUI
 
@@ -202,6 +202,8 @@ def _ignore(event: Event) -> None:
 
 def _check_writable(folder: Path) -> None:
     """Raises WorkflowError for an output folder that cannot be made or written to. The folder is not made."""
+    if problem := folder_problem(folder):
+        raise WorkflowError(f"cannot make the output folder {folder}: {problem}")
     existing = nearest_existing(folder)
     if existing is None:
         raise WorkflowError(f"cannot make the output folder {folder}: {folder.anchor} does not exist; choose another")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tqdm.utils import disp_len, disp_trim
 
 from ..nodes import host
+from ..nodes.filenames import absolute
 from .core_nodes import shown_file
 from .session import (
     Event,
@@ -54,7 +55,7 @@ def main(
         output: the output folder; None means the one of `host`.
     """
     try:
-        return _run(workflow, settings, image, Path(output or host.output_directory()).expanduser().resolve())
+        return _run(workflow, settings, image, absolute(output or host.output_directory()))
     except BrokenPipeError:  # the reader is gone, as `head` is. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
@@ -70,7 +71,8 @@ def _run(workflow: str | Path, settings: Iterable[str], image: str | Path | None
         graph = read_workflow(workflow)
         if image is not None:
             graph = with_image(graph, image)
-        graph = with_settings(graph, settings, known_node_classes())
+        if settings := list(settings):
+            graph = with_settings(graph, settings, known_node_classes())
         run_workflow(graph, output_dir=folder, on_event=reporter)
     except WorkflowError as error:
         reporter.stop(f"Refused: {error}")

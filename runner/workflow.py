@@ -10,7 +10,7 @@ The API format is what ComfyUI's "Export (API)" writes and what its queue accept
   problem is collected into one `WorkflowError` and nothing runs. Widget values are converted as in ComfyUI unless that
   would lose information: 2.5 for an INT, "no" for a BOOLEAN or NaN for a FLOAT is refused.
 
-Nothing here runs a node or needs PyTorch.
+Nothing here runs a node.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from __future__ import annotations
 import copy
 import difflib
 import graphlib
+import heapq
 import inspect
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os.path
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..ming_core.json_files import FileError, printable, read_json
+from ..nodes.filenames import absolute
 
 EXAMPLE_SCENE = "MingExampleScene"
 LOAD_IMAGE = "LoadImage"
@@ -32,7 +37,11 @@ LOAD_IMAGE = "LoadImage"
 _ANY = "*"
 _COMBO = "COMBO"
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", _COMBO}
-_MAX_CHOICES_SHOWN = 20  # in an error message
+_MAX_CHOICES_SHOWN = 20  # in an error message, of choices, nodes and problems alike
+_MAX_NAME_SHOWN = 80  # characters of a title, an id or a type; names are at the mercy of whoever wrote the file
+
+_values = reprlib.Repr()
+_values.maxstring = _values.maxother = _values.maxlong = 100
 
 NodeClasses = Mapping[str, Any]  # V1 node classes, which share no base class, by node type
 Workflow = dict[str, dict[str, Any]]
@@ -42,9 +51,10 @@ class WorkflowError(ValueError):
     """A workflow was refused before any of it ran. `problems` has one sentence for each problem."""
 
     def __init__(self, problems: Iterable[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in this workflow:\n  - "
-        super().__init__(head + "\n  - ".join(self.problems))
+        shown, more = self.problems[:_MAX_CHOICES_SHOWN], len(self.problems) - _MAX_CHOICES_SHOWN
+        super().__init__(head + "\n  - ".join([*shown, f"and {more} more"] if more > 0 else shown))
 
 
 @dataclass(frozen=True)
@@ -71,16 +81,16 @@ class Node:
     hidden: Mapping[str, str]  # name -> "UNIQUE_ID", "PROMPT", ...
 
     def __str__(self) -> str:
-        return f"{self.title} ({self.id})"
+        return f"{_short(self.title)} ({_short(self.id)})"
 
     @property
     def described(self) -> str:
         """The id, title and class of the node, for error messages."""
-        return f'node {self.id} "{self.title}" ({self.class_type})'
+        return _described(self.id, self.title, self.class_type)
 
     @property
     def is_output(self) -> bool:
-        return getattr(self.node_class, "OUTPUT_NODE", False) is True
+        return _is_output(self.node_class)
 
     @property
     def function(self) -> str:
@@ -114,15 +124,36 @@ class Node:
         return {name: values.get(kind) for name, kind in self.hidden.items()}
 
 
+def _is_output(node_class: Any) -> bool:
+    return getattr(node_class, "OUTPUT_NODE", False) is True
+
+
 def is_link(value: Any) -> bool:
-    """Whether the value of an input is a link [node id, output index]."""
+    """Whether the value of an input is a link [node id, output index]. 0.0 is an index, as in ComfyUI; 0.5 is not."""
     return (
         isinstance(value, list)
         and len(value) == 2
         and isinstance(value[0], (str, int))
         and isinstance(value[1], (int, float))
         and not isinstance(value[1], bool)
+        and float(value[1]).is_integer()
     )
+
+
+def _short(text: str) -> str:
+    """A name for a message, cut where nobody would read on."""
+    return text if len(text) <= _MAX_NAME_SHOWN else f"{text[:_MAX_NAME_SHOWN]}..."
+
+
+def _described(node_id: str, title: str, class_type: str) -> str:
+    return f'node {_short(node_id)} "{_short(title)}" ({_short(class_type)})'
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message, as many as one looks through."""
+    names = list(names)
+    more = len(names) - _MAX_CHOICES_SHOWN
+    return ", ".join(map(_short, names[:_MAX_CHOICES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,18 +163,14 @@ def is_link(value: Any) -> bool:
 def read_workflow(path: str | Path) -> Workflow:
     """Reads an API-format workflow file, or the body of a queue request, ``{"prompt": workflow}``.
 
-    Raises WorkflowError if the file is missing, is not valid JSON, or is in the format that ComfyUI's "Save" writes.
+    Raises WorkflowError if the file is missing, too long, not valid JSON, nested too deep, or in the format that
+    ComfyUI's "Save" writes.
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise WorkflowError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise WorkflowError(f"{path} is not a workflow: it is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise WorkflowError(f"{path} is not valid JSON: {error.msg} at {where}") from error
+        data = read_json(path, remedy='export it again with Workflow > "Export (API)"')
+    except FileError as error:
+        raise WorkflowError(str(error)) from None
     if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
         data = data["prompt"]
     if isinstance(data, dict) and isinstance(data.get("nodes"), list):
@@ -171,10 +198,12 @@ def with_settings(workflow: Workflow, settings: Iterable[str], node_classes: Nod
         target, equals, text = setting.partition("=")
         node_id, dot, name = target.rpartition(".")
         if not (equals and dot and node_id and name):
-            problems.append(f'setting "{setting}": expected NODE.INPUT=VALUE, for example 5.seed=7')
+            problems.append(f'setting "{_short(setting)}": expected NODE.INPUT=VALUE, for example 5.seed=7')
         elif node_id not in workflow:
-            known = ", ".join(f"{known_id} ({_title(node)})" for known_id, node in workflow.items())
-            problems.append(f'setting "{setting}": there is no node {node_id}; the workflow has {known}')
+            known = _listed(f"{known_id} ({_short(_title(node))})" for known_id, node in workflow.items())
+            problems.append(
+                f'setting "{_short(setting)}": there is no node {_short(node_id)}; the workflow has {known}'
+            )
         else:
             problems += _set_input(node_id, workflow[node_id], name, text, node_classes)
     if problems:
@@ -188,9 +217,9 @@ def with_image(workflow: Workflow, file: str | Path) -> Workflow:
     Every MingExampleScene that is linked to another node becomes a LoadImage of that file, and inputs that took the
     scene's caption get an empty text. In a workflow without such a scene, the file of every LoadImage is replaced.
     """
-    file = Path(file).expanduser().resolve()
-    if not file.is_file():
-        raise WorkflowError(f"there is no picture file {file}")
+    path = str(absolute(file))
+    if not os.path.isfile(path):
+        raise WorkflowError(f"there is no picture file {path}")
     _check_shape(workflow)
     workflow = copy.deepcopy(workflow)
     links = [
@@ -206,7 +235,7 @@ def with_image(workflow: Workflow, file: str | Path) -> Workflow:
             f"this workflow does not start from a picture: it has neither {EXAMPLE_SCENE} nor {LOAD_IMAGE}"
         )
     for node_id in scenes or loaders:
-        workflow[node_id].update(class_type=LOAD_IMAGE, inputs={"image": str(file)}, _meta={"title": "Load Image"})
+        workflow[node_id].update(class_type=LOAD_IMAGE, inputs={"image": path}, _meta={"title": "Load Image"})
     for inputs, name, source, index in links:
         if source in scenes and index != 0:
             inputs[name] = ""
@@ -218,11 +247,11 @@ def _set_input(node_id: str, node: dict[str, Any], name: str, text: str, node_cl
     sockets = _sockets(node_class.INPUT_TYPES()) if node_class else {}
     inputs = node.setdefault("inputs", {})
     if name not in sockets and name not in inputs:
-        known = ", ".join(dict.fromkeys([*sockets, *inputs])) or "no inputs"
-        return [f'node {node_id} "{_title(node)}" has no input "{name}"; it has {known}']
+        known = _listed(dict.fromkeys([*sockets, *inputs])) or "no inputs"
+        return [f'node {node_id} "{_short(_title(node))}" has no input "{_short(name)}"; it has {known}']
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = read_json(text.encode("utf-8", "surrogatepass"))
+    except FileError:
         value = text
     is_text = name in sockets and sockets[name].kind == "STRING"
     inputs[name] = text if is_text and not (isinstance(value, str) or is_link(value)) else value
@@ -241,12 +270,14 @@ def plan(workflow: Workflow, node_classes: NodeClasses) -> list[Node]:
     does not accept, and what a node's own VALIDATE_INPUTS refuses.
     """
     _check_shape(workflow)
-    nodes, problems = _known_nodes(workflow, node_classes)
-    if not problems and not any(node.is_output for node in nodes.values()):
+    problems = _unknown_types(workflow, node_classes)
+    known = {node_id: entry for node_id, entry in workflow.items() if entry["class_type"] in node_classes}
+    outputs = [node_id for node_id, entry in known.items() if _is_output(node_classes[entry["class_type"]])]
+    if not problems and not outputs:
         problems.append("there is nothing to run: no node saves or shows a result; add SaveImage or PreviewAny")
-    needed = _needed(nodes)
+    needed = _nodes(_needed(known, outputs), node_classes)
     for node in needed.values():
-        problems += _checked(node, nodes, known=workflow)
+        problems += _checked(node, needed, known=workflow)
     order, cycle = _running_order(needed)
     problems += cycle
     if problems:
@@ -260,47 +291,70 @@ def _check_shape(workflow: Workflow) -> None:
     problems = []
     for node_id, entry in workflow.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
-            problems.append(f'node {node_id}: has no "class_type"; is this workflow in the API format?')
+            problems.append(f'node {_short(node_id)}: has no "class_type"; is this workflow in the API format?')
         elif not isinstance(entry.get("inputs", {}), dict):
-            problems.append(f'node {node_id} ({entry["class_type"]}): "inputs" is not an object of names and values')
+            problems.append(
+                f'node {_short(node_id)} ({_short(entry["class_type"])}): "inputs" is not an object of names and values'
+            )
     if problems:
         raise WorkflowError(problems)
 
 
-def _known_nodes(workflow: Workflow, node_classes: NodeClasses) -> tuple[dict[str, Node], list[str]]:
-    nodes, problems = {}, []
+def _unknown_types(workflow: Workflow, node_classes: NodeClasses) -> list[str]:
+    problems: list[str] = []
     for node_id, entry in workflow.items():
         class_type = entry["class_type"]
         if class_type not in node_classes:
-            problems.append(_unknown_type(node_id, entry, node_classes))
-            continue
-        declared = node_classes[class_type].INPUT_TYPES()
-        nodes[node_id] = Node(
+            where = f'node {_short(node_id)} "{_short(_title(entry))}"'
+            hint = f"; {_hint(class_type, node_classes)}" if len(problems) < _MAX_CHOICES_SHOWN else ""  # costs time
+            problems.append(f"{where}: unknown node type {_short(class_type)}{hint}")
+    return problems
+
+
+def _needed(workflow: Workflow, outputs: Iterable[str]) -> Workflow:
+    """The output nodes and all their ancestors, in the order of the file."""
+    found: set[str] = set()
+    pending = list(outputs)
+    while pending:
+        node_id = pending.pop()
+        if node_id in workflow and node_id not in found:
+            found.add(node_id)
+            values = workflow[node_id].get("inputs", {}).values()
+            pending += [str(value[0]) for value in values if is_link(value)]
+    return {node_id: entry for node_id, entry in workflow.items() if node_id in found}
+
+
+def _nodes(workflow: Workflow, node_classes: NodeClasses) -> dict[str, Node]:
+    # A class is asked once however many nodes it has: some look through the model folders to answer.
+    used = dict.fromkeys(entry["class_type"] for entry in workflow.values())
+    declared = {name: node_classes[name].INPUT_TYPES() for name in used}
+    sockets = {name: _sockets(types) for name, types in declared.items()}
+    return {
+        node_id: Node(
             id=node_id,
-            class_type=class_type,
+            class_type=(class_type := entry["class_type"]),
             title=_title(entry),
             node_class=node_classes[class_type],
             inputs={name: _normal(value) for name, value in entry.get("inputs", {}).items()},
-            sockets=_sockets(declared),
-            hidden={name: _kind(spec) for name, spec in declared.get("hidden", {}).items()},
+            sockets=sockets[class_type],
+            hidden={name: _kind(spec) for name, spec in declared[class_type].get("hidden", {}).items()},
         )
-    return nodes, problems
+        for node_id, entry in workflow.items()
+    }
 
 
-def _unknown_type(node_id: str, entry: Mapping[str, Any], node_classes: NodeClasses) -> str:
-    class_type = entry["class_type"]
-    near = difflib.get_close_matches(class_type, node_classes, n=1, cutoff=0.75)
+def _hint(class_type: str, node_classes: NodeClasses) -> str:
+    """What to do about an unknown node type."""
+    near = difflib.get_close_matches(_short(class_type), node_classes, n=1, cutoff=0.75)
     if near:
-        hint = f"did you mean {near[0]}?"
-    elif class_type.startswith("Ming"):
-        hint = "this version of the Ming-UniVision pack does not have it; update the pack, the workflow may be newer"
-    else:
-        others = ", ".join(sorted(name for name in node_classes if not name.startswith("Ming")))
-        hint = (
-            "it belongs to ComfyUI or to another node pack; run this workflow in ComfyUI, "
-            f"because only this pack's nodes and {others} run without it"
-        )
-    return f'node {node_id} "{_title(entry)}": unknown node type {class_type}; {hint}'
+        return f"did you mean {near[0]}?"
+    if class_type.startswith("Ming"):
+        return "this version of the Ming-UniVision pack does not have it; update the pack, the workflow may be newer"
+    others = ", ".join(sorted(name for name in node_classes if not name.startswith("Ming")))
+    return (
+        "it belongs to ComfyUI or to another node pack; run this workflow in ComfyUI, "
+        f"because only this pack's nodes and {others} run without it"
+    )
 
 
 def _normal(value: Any) -> Any:
@@ -337,34 +391,25 @@ def _sockets(declared: Mapping[str, Any]) -> dict[str, Socket]:
     return sockets
 
 
-def _needed(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """The output nodes and all their ancestors, in the order of the file."""
-    found: set[str] = set()
-    pending = [node.id for node in nodes.values() if node.is_output]
-    while pending:
-        node_id = pending.pop()
-        if node_id in nodes and node_id not in found:
-            found.add(node_id)
-            pending += [source for _, source, _ in nodes[node_id].links()]
-    return {node_id: node for node_id, node in nodes.items() if node_id in found}
-
-
 def _running_order(nodes: Mapping[str, Node]) -> tuple[list[Node], list[str]]:
     graph = {node.id: {source for _, source, _ in node.links() if source in nodes} for node in nodes.values()}
     sorter = graphlib.TopologicalSorter(graph)
     try:
         sorter.prepare()
     except graphlib.CycleError as error:
-        path = " -> ".join(str(nodes[node_id]) for node_id in error.args[1])
+        cycle = [str(nodes[node_id]) for node_id in error.args[1]]
+        if len(cycle) > _MAX_CHOICES_SHOWN:
+            cycle = [*cycle[: _MAX_CHOICES_SHOWN - 1], f"{len(cycle) - _MAX_CHOICES_SHOWN} more", cycle[-1]]
+        path = " -> ".join(cycle)
         return [], [f"these nodes depend on each other in a cycle: {path}"]
-    place = {node_id: number for number, node_id in enumerate(nodes)}
+    # Output nodes run as soon as they can, so that an answer can be read while the next image is being drawn.
+    rank = {node.id: (not node.is_output, number, node.id) for number, node in enumerate(nodes.values())}
     order: list[Node] = []
-    ready: list[str] = []
+    ready: list[tuple[bool, int, str]] = []
     while sorter.is_active():
-        ready += sorter.get_ready()
-        # Output nodes run as soon as they can, so that an answer can be read while the next image is being drawn.
-        ready.sort(key=lambda node_id: (not nodes[node_id].is_output, place[node_id]))
-        order.append(nodes[ready.pop(0)])
+        for node_id in sorter.get_ready():
+            heapq.heappush(ready, rank[node_id])
+        order.append(nodes[heapq.heappop(ready)[-1]])
         sorter.done(order[-1].id)
     return order, []
 
@@ -381,7 +426,7 @@ def _checked(node: Node, nodes: Mapping[str, Node], known: Mapping[str, Any]) ->
     ]
     received: dict[str, Any] = {}
     for name, value in node.inputs.items():
-        where = f'{node.described}, input "{name}"'
+        where = f'{node.described}, input "{_short(name)}"'
         socket = node.sockets.get(name)
         try:
             if is_link(value):
@@ -404,7 +449,7 @@ def _linked_type(link: list[Any], nodes: Mapping[str, Node], known: Mapping[str,
     if source not in nodes:
         if source in known:
             return None
-        raise ValueError(f"it is linked to node {source}, which is not in the workflow")
+        raise ValueError(f"it is linked to node {_short(source)}, which is not in the workflow")
     types = nodes[source].node_class.RETURN_TYPES
     if not 0 <= index < len(types):
         has = f"only outputs 0 to {len(types) - 1}" if types else "no outputs"
@@ -414,7 +459,7 @@ def _linked_type(link: list[Any], nodes: Mapping[str, Node], known: Mapping[str,
 
 def _check_link(socket: Socket | None, received: Any, link: list[Any], nodes: Mapping[str, Node]) -> None:
     if socket is None:
-        raise ValueError(f"it is linked to node {link[0]}, but there is no such input")
+        raise ValueError(f"it is linked to node {_short(link[0])}, but there is no such input")
     if received is not None and not _fits(received, socket.kind):
         raise ValueError(f"expected {socket.kind}, but output {link[1]} of {nodes[link[0]].described} is {received}")
 
@@ -429,17 +474,21 @@ def _fits(received: Any, expected: str) -> bool:
 def _widget_value(socket: Socket, value: Any, check_bounds: bool) -> Any:
     """Converts `value` to the type of its widget, or raises a ValueError that says what the widget accepts."""
     if isinstance(value, list):
-        raise ValueError(f"{value!r} is not a value; a link is [node id, output index]")
+        raise ValueError(f"{_shown(value)} is not a value; a link is [node id, output index]")
     kinds = {part.strip() for part in socket.kind.split(",")}
     if _ANY in kinds:
         return value
     if not kinds & _WIDGETS:
-        raise ValueError(f"expected a link to an output of type {socket.kind}, not the value {value!r}")
+        raise ValueError(f"expected a link to an output of type {socket.kind}, not the value {_shown(value)}")
     if len(kinds) > 1:
         return value
-    convert = {"INT": _as_int, "FLOAT": _as_float, "STRING": _as_text, "BOOLEAN": _as_bool}.get(socket.kind)
-    if convert is not None:
-        value = convert(value)
+    convert: dict[str, Callable[[Any], Any]] = {
+        "INT": _as_int,
+        "FLOAT": _as_float,
+        "STRING": _as_text,
+        "BOOLEAN": _as_bool,
+    }
+    value = convert.get(socket.kind, _as_choice)(value)
     if check_bounds:
         _check_bounds(socket, value)
     return value
@@ -447,18 +496,20 @@ def _widget_value(socket: Socket, value: Any, check_bounds: bool) -> Any:
 
 def _check_bounds(socket: Socket, value: Any) -> None:
     if socket.kind == _COMBO and value not in socket.choices:
-        near = difflib.get_close_matches(str(value), map(str, socket.choices), n=1)
+        near = difflib.get_close_matches(_short(str(value)), map(str, socket.choices), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         shown = ", ".join(repr(choice) for choice in socket.choices[:_MAX_CHOICES_SHOWN]) or "(no choices)"
         more = len(socket.choices) - _MAX_CHOICES_SHOWN
-        raise ValueError(f"{value!r} is not one of: {shown}{f' and {more} more' if more > 0 else ''}{hint}")
+        raise ValueError(f"{_shown(value)} is not one of: {shown}{f' and {more} more' if more > 0 else ''}{hint}")
     if socket.kind not in ("INT", "FLOAT"):
         return
     low, high = socket.options.get("min"), socket.options.get("max")
     below, above = low is not None and value < low, high is not None and value > high
     if below or above:
         allowed = f"{low} to {high}" if None not in (low, high) else f"{low} or more" if below else f"{high} or less"
-        raise ValueError(f"{value} is {'below the minimum' if below else 'above the maximum'}; it must be {allowed}")
+        raise ValueError(
+            f"{_shown(value)} is {'below the minimum' if below else 'above the maximum'}; it must be {allowed}"
+        )
 
 
 def _as_int(value: Any) -> int:
@@ -469,7 +520,7 @@ def _as_int(value: Any) -> int:
         pass
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise ValueError(f"{value!r} is not a whole number (INT)")
+    raise ValueError(f"{_shown(value)} is not a whole number (INT)")
 
 
 def _as_float(value: Any) -> float:
@@ -478,20 +529,31 @@ def _as_float(value: Any) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number (FLOAT)")
+        raise ValueError(f"{_shown(value)} is not a finite number (FLOAT)")
     return number
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, (str, int, float)):
         return str(value)
-    raise ValueError(f"{value!r} is not text (STRING)")
+    raise ValueError(f"{_shown(value)} is not text (STRING)")
 
 
 def _as_bool(value: Any) -> bool:
     if value in (True, False):  # 0 and 1 as well
         return bool(value)
-    raise ValueError(f"{value!r} is neither true nor false (BOOLEAN)")
+    raise ValueError(f"{_shown(value)} is neither true nor false (BOOLEAN)")
+
+
+def _as_choice(value: Any) -> Any:
+    if value is None or isinstance(value, dict):
+        raise ValueError(f"{_shown(value)} is not a choice (COMBO)")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where nobody would read on."""
+    return _values.repr(value)
 
 
 def _refused_by_node(node: Node, validate: Any, asked: inspect.FullArgSpec, received: dict[str, Any]) -> list[str]:

@@ -8,10 +8,11 @@ load     a folder becomes a model
 save     a model becomes a folder
 """
 
+from ..text_tokenizer import tokenizer_files
 from .folder import Checkpoint
 from .load import checkpoint_bytes, checkpoint_kind, fill, load_mingtok, load_univision, stored_quantization
 from .reader import INDEX, CheckpointError
-from .save import in_shards, save_mingtok, save_univision, tokenizer_files
+from .save import in_shards, save_mingtok, save_univision
 
 __all__ = [
     "INDEX",

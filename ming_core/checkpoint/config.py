@@ -7,20 +7,22 @@ then is that of a MingTok checkpoint beside it; and the sizes of its flow head a
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..config import ConfigError, FlowHeadConfig, MingTokConfig, UniVisionConfig, read_config
+from ..config import ConfigError, FlowHeadConfig, LanguageModelConfig, MingTokConfig, UniVisionConfig, read_config
+from ..json_files import FileError, MissingFileError, read_json
 from ..mingtok import MingTok
 from ..quantization import FORMATS
 from .keys import checkpoint_keys
-from .reader import REDOWNLOAD_HINT, CheckpointError, CheckpointReader, unreadable
+from .reader import REDOWNLOAD_FILE, REDOWNLOAD_HINT, CheckpointError, CheckpointReader, missing
 
 log = logging.getLogger(__name__)
 
+MISMATCH = "config.json and the weights belong to different checkpoints, or the download is incomplete"
 QUANT_METHOD = "ming_weight_only"  # in config.json, so that no one takes the weights for another library's
 KINDS = {"univision": "llm_config", "mingtok": "low_level_encoder"}  # kind of model -> entry that only it has
 
@@ -77,21 +79,17 @@ class CheckpointConfig:
         try:
             return read_config(cls, self.entries)
         except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+            raise CheckpointError(f"{self.path}: {error}; correct it, or {REDOWNLOAD_FILE}") from error
 
 
 def _read_entries(path: Path) -> dict[str, Any]:
     """All entries of config.json; none where it is not a JSON object."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {REDOWNLOAD_HINT}") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): {REDOWNLOAD_HINT}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): {REDOWNLOAD_HINT}") from None
+        entries = read_json(path, remedy=REDOWNLOAD_FILE)
+    except MissingFileError as error:
+        raise missing(path, error) from None
+    except FileError as error:
+        raise CheckpointError(str(error)) from None
     return entries if isinstance(entries, dict) else {}
 
 
@@ -101,7 +99,14 @@ def _read_entries(path: Path) -> dict[str, Any]:
 def complete_config(config: CheckpointConfig, reader: CheckpointReader) -> tuple[UniVisionConfig, int | None]:
     """The whole config of a Ming-UniVision, and the inner width of its flow head's layers (None: the usual one)."""
     found = config.read(UniVisionConfig)
+    require_counts(config.path, language_counts(found.llm_config), reader.tensors)
     mingtok = found.mingtok_config or _sibling_mingtok(config.folder, reader) or MingTokConfig()
+    require_counts(config.path, mingtok_counts(mingtok), reader.tensors)
+    if found.drawing_grid != (mingtok.low_level_encoder.grid,) * 2:
+        raise CheckpointError(
+            f"{config.path}: num_image_tokens_for_gen is {found.llm_config.num_image_tokens_for_gen}, but a picture of "
+            f"its MingTok has {mingtok.low_level_encoder.grid**2} tokens: {MISMATCH}"
+        )
     try:
         flow, hidden = _flow_head(found.vishead_diffloss_config, reader)
     except ConfigError as error:
@@ -109,12 +114,46 @@ def complete_config(config: CheckpointConfig, reader: CheckpointReader) -> tuple
     return dataclasses.replace(found, mingtok_config=mingtok, vishead_diffloss_config=flow), hidden
 
 
+def language_counts(config: LanguageModelConfig) -> dict[str, tuple[int, str]]:
+    """How often something repeats in a language model: entry of the config -> (its number, how its keys begin)."""
+    layers = r"model\.model\.layers\."
+    counts = {"llm_config.num_hidden_layers": (config.num_hidden_layers, layers)}
+    if config.first_k_dense_replace < config.num_hidden_layers:
+        counts["llm_config.num_experts"] = (config.num_experts, rf"{layers}[0-9]+\.mlp\.experts\.")
+    return counts
+
+
+def mingtok_counts(config: MingTokConfig) -> dict[str, tuple[int, str]]:
+    """How often something repeats in a MingTok: entry of the config -> (its number, how its keys begin)."""
+    depths = {
+        "low_level_encoder.depth": config.low_level_encoder.depth,
+        "semantic_decoder.decoder_depth": config.semantic_decoder.decoder_depth,
+        "pixel_decoder.decoder_depth": config.pixel_decoder.decoder_depth,
+    }
+    return {entry: (n, rf"(?:vision\.)?{entry.split('.')[0]}\.blocks\.0\.") for entry, n in depths.items()}
+
+
+def require_counts(path: Path, counts: Mapping[str, tuple[int, str]], keys: Iterable[str]) -> None:
+    """Raises CheckpointError unless the weights have as many layers, blocks and experts as config.json says.
+
+    It comes before a model is built: one of a thousand layers with a thousand experts each takes minutes, also without
+    memory. And parts that the config leaves out would otherwise be taken for tensors that nobody needs.
+    """
+    for entry, (count, begin) in counts.items():
+        pattern = re.compile(begin + r"([0-9]{1,9})\.")
+        found = {match[1]: key for key in keys if (match := pattern.match(key))}
+        number = 1 + max(map(int, found), default=-1)
+        if number != count:
+            like = f", such as {found[max(found, key=int)]}" if found else ""
+            raise CheckpointError(f"{path}: {entry} is {count}, but the weights have {number}{like}: {MISMATCH}")
+
+
 def _flow_head(config: FlowHeadConfig, reader: CheckpointReader) -> tuple[FlowHeadConfig, int | None]:
     """The flow head's config and inner width as its tensors have them. Raises ConfigError."""
     prefix = "model.diffloss.net."
     shape = {key.removeprefix(prefix): x.shape for key, x in reader.tensors.items() if key.startswith(prefix)}
     try:
-        depth = 1 + max(int(key.split(".")[1]) for key in shape if key.startswith("res_blocks."))
+        depth = 1 + max(int(key.split(".")[1][:9]) for key in shape if key.startswith("res_blocks."))
         width, hidden = shape["input_proj.weight"][0], shape["res_blocks.0.mlp.w12.weight"][0] // 2
     except (KeyError, ValueError, IndexError):
         return config, None  # a tensor of the head is missing: loading checks them all, and names it
@@ -127,9 +166,7 @@ def _sibling_mingtok(folder: Path, reader: CheckpointReader) -> MingTokConfig | 
     found: dict[MingTokConfig, Path] = {}
     for other in _siblings(folder):
         config = _mingtok_config(other)
-        if config and all(
-            inside.get(key) == part.shape for key, part in checkpoint_keys(MingTok(config, device="meta")).items()
-        ):
+        if config and _fits(config, inside, other):
             found[config] = other
     if len(found) > 1:
         raise CheckpointError(
@@ -137,6 +174,17 @@ def _sibling_mingtok(folder: Path, reader: CheckpointReader) -> MingTokConfig | 
             "leave only the MingTok that belongs to it beside it"
         )
     return next(iter(found), None)
+
+
+def _fits(config: MingTokConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> bool:
+    """Whether a MingTok of this config has tensors of these shapes."""
+    try:
+        require_counts(folder / "config.json", mingtok_counts(config), shapes)
+        keys = checkpoint_keys(MingTok(config, device="meta"))
+    except (CheckpointError, RuntimeError, OverflowError) as error:  # sizes that torch cannot even write down
+        log.info("skipped as a MingTok: %s", error)
+        return False
+    return all(shapes.get(key) == part.shape for key, part in keys.items())
 
 
 def _mingtok_config(folder: Path) -> MingTokConfig | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from ..config import MingTokConfig, UniVisionConfig
 from ..mingtok import MingTok
 from ..quantization import check_format, quantize
 from ..univision import UniVision
-from .config import CheckpointConfig, QuantizationOrigin, complete_config
-from .reader import CheckpointError, CheckpointReader
+from .config import CheckpointConfig, QuantizationOrigin, complete_config, mingtok_counts, require_counts
+from .reader import REDOWNLOAD_FILE, CheckpointError, CheckpointReader
 
 
 class Checkpoint:
@@ -86,15 +88,30 @@ class Checkpoint:
 
     def mingtok(self, dtype: torch.dtype, operations: Any = nn) -> MingTok:
         """The MingTok of a folder of either kind, on the meta device."""
-        return MingTok(self.mingtok_config, operations=operations, device="meta", dtype=dtype)
+        config = self.mingtok_config
+        require_counts(self.config.path, mingtok_counts(config), self.reader.tensors)
+        with self._sizes_that_can_be():
+            return MingTok(config, operations=operations, device="meta", dtype=dtype)
 
     def univision(self, dtype: torch.dtype, operations: Any = nn) -> UniVision:
         """The network of a Ming-UniVision folder on the meta device; quantized if the folder is."""
         config, flow_hidden = self.univision_config
-        network = UniVision(config, flow_hidden=flow_hidden, operations=operations, device="meta", dtype=dtype)
+        with self._sizes_that_can_be():
+            network = UniVision(config, flow_hidden=flow_hidden, operations=operations, device="meta", dtype=dtype)
         if self.quantization:
             quantize(network, self.quantization)
         return network
+
+    @contextlib.contextmanager
+    def _sizes_that_can_be(self) -> Iterator[None]:
+        """Building a model on the meta device only fails where a product of sizes is beyond what torch can count."""
+        try:
+            yield
+        except (RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.config.path}: its sizes are too large for any machine ({str(error).splitlines()[0][:200]}): "
+                f"{REDOWNLOAD_FILE}"
+            ) from None
 
     def check_quantization(self, wanted: str | None) -> str | None:
         """The format to quantize the weights to while they are loaded; None: they stay as they are stored.

@@ -20,6 +20,8 @@ from ..univision import UniVision
 
 SCALE = "_scale"  # ends the keys of scales
 SAFETENSORS_DTYPES = ("F32", "F16", "BF16")
+# Read too, and converted: what other programs make of a checkpoint. fp8 only without scales (reader.py).
+OTHER_DTYPES = ("F64", "F8_E4M3", "F8_E5M2")
 QUANTIZED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 
 PREFIXES = {  # names of modules -> keys, in a Ming-UniVision
@@ -39,17 +41,17 @@ class ParamSlice(NamedTuple):
     parameter: str
     place: tuple  # its index in the parameter; () for the whole
     shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = SAFETENSORS_DTYPES  # that a file may hold it in
+    dtypes: tuple[str, ...] = (*SAFETENSORS_DTYPES, *OTHER_DTYPES)  # that a file may hold it in
 
 
 def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
     """Every key that this model needs, with the place in the model that it belongs to."""
     keys = {}
     for path, module in model.named_modules():
-        published = _published(path) if isinstance(model, UniVision) else path
+        published = published_name(path) if isinstance(model, UniVision) else path
         for name, parameter in module.named_parameters(recurse=False):
             dtype = QUANTIZED_DTYPES.get(parameter.dtype)
-            dtypes = (dtype,) if dtype else SAFETENSORS_DTYPES
+            dtypes = (dtype,) if dtype else (*SAFETENSORS_DTYPES, *OTHER_DTYPES)
             last = name
             if isinstance(module, (QuantizedWeight, StackedWeight)):
                 last = {"values": "weight", "scale": "weight" + SCALE}.get(name, name)
@@ -63,7 +65,8 @@ def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
     return keys
 
 
-def _published(path: str) -> str:
+def published_name(path: str) -> str:
+    """The name of a module of a Ming-UniVision in published checkpoints."""
     for ours, theirs in PREFIXES.items():
         if path.startswith(ours):
             return theirs + path.removeprefix(ours)

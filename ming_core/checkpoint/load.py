@@ -2,28 +2,34 @@
 
 Each tensor goes straight from its file to its place on the target device and in the target dtype, quantized on its way
 if that is asked for: the peak is the model plus one tensor. Shards are read one after the other, from front to back.
-Everything is checked before any weight is read: what is missing, unexpected, misshapen or cut off is named, with the
-remedy.
+Everything is checked before any weight is read: what is missing, misshapen or cut off is named, with the remedy. What
+no part of the model asks for is one line in the log.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import UniVisionConfig
 from ..engine import Engine
+from ..files import TensorInfo
 from ..mingtok import MingTok
 from ..prompts import ChatFormat
 from ..quantization import QuantizedWeight, quantize
+from ..text_tokenizer import FETCH
 from ..univision import UniVision
+from .config import MISMATCH
 from .folder import Checkpoint
-from .keys import IGNORED, SCALE, ParamSlice, checkpoint_keys
-from .reader import REDOWNLOAD_HINT, CheckpointError, CheckpointReader, TensorReader
+from .keys import IGNORED, OTHER_DTYPES, SCALE, ParamSlice, checkpoint_keys
+from .reader import REDOWNLOAD_FILE, REDOWNLOAD_HINT, CheckpointError, CheckpointReader, TensorReader, and_more
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None] | None
 
@@ -120,15 +126,20 @@ def fill(
             module = model.get_submodule(part.module)
             _give_memory(module, part.parameter, device, dtype)
             if quantization and isinstance(module, QuantizedWeight) and part.parameter != "bias":
-                module.fill(part.place, files.read(info).to(device))
+                module.fill(part.place, _readable(files.read(info), info).to(device))
             else:
                 values = getattr(module, part.parameter).data
-                values[part.place] = files.read(info)
+                values[part.place] = _readable(files.read(info), info)
                 if key.endswith(SCALE) and not values[part.place].isfinite().all():
-                    raise CheckpointError(f"{info.file}: tensor {key} holds NaN or infinite values: {REDOWNLOAD_HINT}")
+                    raise CheckpointError(f"{info.file}: tensor {key} holds NaN or infinite values: {REDOWNLOAD_FILE}")
             done += info.end - info.begin
             if on_progress:
                 on_progress(done, total)
+
+
+def _readable(tensor: Tensor, info: TensorInfo) -> Tensor:
+    """The tensor in a dtype that every device copies and computes with: not all of them do float64 or fp8."""
+    return tensor.float() if info.dtype in OTHER_DTYPES else tensor
 
 
 def _give_memory(module: nn.Module, name: str, device: Any, dtype: torch.dtype) -> None:
@@ -143,36 +154,31 @@ def _give_memory(module: nn.Module, name: str, device: Any, dtype: torch.dtype) 
 
 
 def _check(reader: CheckpointReader, keys: Mapping[str, ParamSlice]) -> None:
-    """Raises CheckpointError unless the files hold exactly these tensors (and some that are ignored)."""
-    mismatch = "config.json and the weights belong to different checkpoints, or the download is incomplete"
+    """Raises CheckpointError unless the files hold these tensors. Others are named in the log."""
     missing = [key for key in keys if key not in reader.tensors]
     if missing:
         shape = list(keys[missing[0]].shape)
         raise CheckpointError(
-            f"{reader.folder}: tensor {missing[0]} {shape} is missing{_and_more(missing)}: {mismatch}; "
-            f"{REDOWNLOAD_HINT}"
-        )
-    unexpected = [key for key in reader.tensors if key not in keys and not IGNORED.search(key)]
-    if unexpected:
-        info = reader.tensors[unexpected[0]]
-        raise CheckpointError(
-            f"{info.file}: tensor {unexpected[0]} {list(info.shape)} is not expected{_and_more(unexpected)}: {mismatch}"
+            f"{reader.folder}: tensor {missing[0]} {shape} is missing{and_more(missing)}: {MISMATCH}; {REDOWNLOAD_HINT}"
         )
     for key, part in keys.items():
         info = reader.tensors[key]
         if info.shape != part.shape:
             raise CheckpointError(
                 f"{info.file}: tensor {key} is {list(info.shape)}, expected {list(part.shape)} by config.json: "
-                f"{mismatch}"
+                f"{MISMATCH}"
             )
         if info.dtype not in part.dtypes:
             expected = part.dtypes[0] if len(part.dtypes) == 1 else f"one of {', '.join(part.dtypes)}"
-            remedy = "get the checkpoint in bf16, fp16 or fp32" if len(part.dtypes) > 1 else mismatch
+            remedy = "get the checkpoint in bf16, fp16 or fp32" if len(part.dtypes) > 1 else MISMATCH
             raise CheckpointError(f"{info.file}: tensor {key} is stored as {info.dtype}, expected {expected}: {remedy}")
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    unused = [key for key in reader.tensors if key not in keys and not IGNORED.search(key)]
+    if unused:
+        some = ", ".join(key[:100] for key in unused[:3])
+        more = ", ..." if len(unused) > 3 else ""
+        log.warning(
+            "%s: %d tensors are of no part of the model, and not loaded: %s", reader.folder, len(unused), some + more
+        )
 
 
 def _chat(folder: Path, config: UniVisionConfig) -> ChatFormat:
@@ -181,7 +187,7 @@ def _chat(folder: Path, config: UniVisionConfig) -> ChatFormat:
         chat = ChatFormat.from_folder(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    llm = config.llm_config
+    llm, vocabulary = config.llm_config, chat.tokenizer.get_vocab(with_added_tokens=True)
     for name, ours, theirs in (
         ("eos_token_id", llm.eos_token_id, chat.end_id),
         ("image_start_token", llm.image_start_token, chat.image_open_id),
@@ -190,6 +196,12 @@ def _chat(folder: Path, config: UniVisionConfig) -> ChatFormat:
         if ours != theirs:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {name} is {ours}, but tokenizer.json says {theirs}: "
-                f"the two files belong to different checkpoints; {REDOWNLOAD_HINT}"
+                f"the two files belong to different checkpoints; {FETCH}"
             )
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[last] >= llm.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: the token {last[:60]!r} has the id {vocabulary[last]}, but vocab_size in "
+            f"config.json is {llm.vocab_size}: the two files belong to different checkpoints; {FETCH}"
+        )
     return chat

@@ -57,11 +57,6 @@ def save_univision(
     _save(network, {**tokenizer, "config.json": _json(entries)}, Path(folder), dtype)
 
 
-def tokenizer_files(folder: Path) -> dict[str, str]:
-    """What `save_univision` takes: the texts of a checkpoint's tokenizer files, by name."""
-    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("tokenizer*.json")}
-
-
 def _save(model: nn.Module, others: Mapping[str, str], folder: Path, dtype: torch.dtype) -> None:
     """Write the tensors in one file or in shards, and the other files (name -> content), config.json as the last."""
     unpack_weights(model)

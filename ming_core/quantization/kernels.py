@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..offload import needs_gradient
+from ..offload import is_out_of_memory, needs_gradient
 from .formats import (
     GROUPS,
     ROW_BLOCK,
@@ -93,7 +93,7 @@ def kernel_works(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     if dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
         return False  # in float32 and fp16 they do not exist, or are slower than dequantizing
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 384, generator=generator).to(device, dtype) for n in (3, 2 * ROW_BLOCK))
+    x, weight = (torch.randn(n, 384, generator=generator, device="cpu").to(device, dtype) for n in (3, 2 * ROW_BLOCK))
     x = x + 1  # a mean that is not 0 shows wrong offsets
     values, scale = quantize_int4(weight, GROUPS[0]) if kind == "int4" else quantize_int8(weight)
     expected = x.float() @ dequantize(values, scale.float()).T
@@ -104,6 +104,8 @@ def kernel_works(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
             else:
                 found = _packed_product(x, pack(values), scale)
         except (AttributeError, RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise  # there may be a kernel: the answer is remembered, so it is not given now
             log.info("no kernel for %s on %s (%s): weights are dequantized for every product", kind, device, error)
             return False
         wrong = float((found.float() - expected).norm() / expected.norm())
@@ -145,7 +147,7 @@ def _scales_of_halves(rows: int, width: int, device: torch.device) -> Tensor:
     Both are around 0, so that their products are not large where the sum is small.
     """
     groups = width // next(g for g in HALVES_GROUPS if width % g == 0)
-    steps = torch.tensor([[16, 8], [1, 0]], dtype=torch.bfloat16).repeat_interleave(ROW_BLOCK, dim=0)
+    steps = torch.tensor([[16, 8], [1, 0]], dtype=torch.bfloat16, device="cpu").repeat_interleave(ROW_BLOCK, dim=0)
     return steps.repeat(groups, rows // ROW_BLOCK, 1).to(device)
 
 
@@ -183,7 +185,8 @@ def pack(values: Tensor) -> Tensor:
 @functools.cache
 def _cpu_block() -> int:
     """Rows that this processor's kernel takes at once; 0: its order is not that of `_in_blocks`."""
-    nibbles = torch.randint(16, (2 * ROW_BLOCK, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    nibbles = torch.randint(16, (2 * ROW_BLOCK, 32), dtype=torch.uint8, generator=generator, device="cpu")
     order = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1).flatten()
     return next((b for b in (64, 32) if torch.equal(order, _in_blocks(nibbles, b).flatten())), 0)
 
@@ -213,7 +216,7 @@ def _origins(device_type: str, width: int) -> Tensor:
 
     Found by packing the numbers of the places, four bits at a time, since every processor has its own order.
     """
-    places = torch.arange(ROW_BLOCK * width)
+    places = torch.arange(ROW_BLOCK * width, device="cpu")
     origin = torch.zeros_like(places)
     for shift in range(0, len(places).bit_length(), 4):
         digits = (places >> shift & 15).to(torch.uint8).view(ROW_BLOCK, width)

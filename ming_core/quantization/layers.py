@@ -89,9 +89,10 @@ class QuantizedWeight(nn.Module):
     def arrange(self, order: str) -> None:
         """Bring the values into another order."""
         if order != self.order:
-            arranged = self._arranged(order)
-            # Nothing has changed until here: when memory runs out on the way, the weights stay as they were.
-            self.values, self.order = arranged, order
+            parameters = {**self._parameters, "values": self._arranged(order)}
+            # Nothing has changed until here: when memory runs out on the way, the weights stay as they were. Both
+            # change in one step, between whose halves Ctrl+C could not come: values of another order are noise.
+            self.__dict__.update(_parameters=parameters, order=order)
 
     @torch.inference_mode(False)  # what is made under inference mode could not be used outside
     @torch.no_grad()

@@ -152,11 +152,15 @@ BAD = {
 }
 
 
-def refused(server: Server, prompt: dict, node: str) -> dict:
-    """The only error of a node. Branches that do not involve it are removed: ComfyUI would run them and answer 200."""
+def branch(prompt: dict, node: str) -> dict:
+    """The prompt without the branches that do not involve a node: ComfyUI would run them and answer 200."""
     kept = node_and_what_follows(prompt, node).union(*map(sources, prompt.values()))
-    prompt = {node_id: prompt[node_id] for node_id in prompt if node_id in kept}
-    status, answer = server.post("/prompt", {"prompt": prompt})
+    return {node_id: prompt[node_id] for node_id in prompt if node_id in kept}
+
+
+def refused(server: Server, prompt: dict, node: str) -> dict:
+    """The only error of a node."""
+    status, answer = server.post("/prompt", {"prompt": branch(prompt, node)})
     assert status == 400
     (error,) = answer["node_errors"][node]["errors"]
     return error
@@ -176,11 +180,21 @@ def test_refused_before_anything_runs_a_file_that_is_not_there(server, workflow)
     assert error["type"] == CUSTOM and "absent.safetensors" in error["details"]
 
 
-def test_refused_before_anything_runs_an_edit_without_a_picture(server, workflow):
+def test_refused_before_anything_runs_an_empty_instruction_on_that_input_alone(server, workflow):
+    prompt = workflow(ROUNDS, {"9.instruction": " "})
+    prompt["9"]["inputs"]["features"] = ["4", 0]  # with both a picture and a conversation connected
+    error = refused(server, prompt, "9")
+    assert error["type"] == CUSTOM and error["extra_info"]["input_name"] == "instruction"
+
+
+def test_an_edit_without_a_picture_fails_at_once_and_names_the_input(server, workflow):
     prompt = workflow(ROUNDS)
     del prompt["9"]["inputs"]["conversation"]
-    error = refused(server, prompt, "9")
-    assert error["type"] == CUSTOM and "MingGenerate" in error["details"]
+    done = server.run(branch(prompt, "9"))
+    assert done.end.kind == "execution_error" and done.end.data["node_id"] == "9"
+    message = done.end.data["exception_message"]
+    assert message.startswith("features: there is no picture to edit") and "MingGenerate" in message
+    assert not done.progress("9") and not {"11", "13"} & done.ran
 
 
 def test_an_error_of_a_node_reaches_the_client_in_our_words_and_the_next_prompt_works(server, workflow):

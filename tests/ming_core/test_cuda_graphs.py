@@ -60,6 +60,7 @@ DRAWINGS = {
     "without guidance": {"guidance": Guidance(1.0, 1.0)},
     "two pictures": {"seeds": [1, 2]},
     "second order and renorm": {"solver": Solver(4, "ab2", renorm=True)},
+    "second order in the data": {"solver": Solver(4, "data_ab2")},
 }
 
 

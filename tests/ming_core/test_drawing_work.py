@@ -1,5 +1,6 @@
 """What drawing computes once, what it does not compute at all, and that nothing in it waits for a device."""
 
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -10,7 +11,6 @@ from ming_univision.ming_core.config import LanguageModelConfig
 from ming_univision.ming_core.flow_head import FlowHead, Modulation, Modulations, Sampler
 from ming_univision.ming_core.kv_cache import DecodeCache
 from ming_univision.ming_core.language_model import PREFILL_CHUNK, LanguageModel
-from ming_univision.ming_core.solver import METHODS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # --- the solver ---------------------------------------------------------------------------------------------------
@@ -37,18 +37,80 @@ def error(method: str, steps: int, time_shift: float) -> float:
 
 
 @pytest.mark.parametrize("time_shift", [1.0, 2.0])  # steps of one length, and of many
-@pytest.mark.parametrize(("method", "falls"), [("euler", 2), ("ab2", 4)])
-def test_the_error_falls_by_the_order_of_the_method_when_the_steps_double(method, falls, time_shift):
-    errors = [error(method, steps, time_shift) for steps in (8, 16, 32)]
+@pytest.mark.parametrize(
+    ("method", "falls", "steps"),
+    # the times of the last are near their limit only with many steps; with few, the error falls faster or slower
+    [("euler", 2, (8, 16, 32)), ("ab2", 4, (8, 16, 32)), ("data_ab2", 4, (32, 64, 128))],
+)
+def test_the_error_falls_by_the_order_of_the_method_when_the_steps_double(method, falls, steps, time_shift):
+    errors = [error(method, n, time_shift) for n in steps]
     for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(falls, rel=0.2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+class DataFlow:
+    """Every velocity leads straight to `data(t)`; stands where a velocity network does."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def time_embed(self, t, dtype):
+        return t.double()[:, None]
+
+    modulations = KnownFlow.modulations
+
+    def velocity(self, x, modulations):
+        t = modulations.final.shift
+        return (self.data(t) - x.double()) / t
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_data_ab2_is_exact_where_every_prediction_is_the_same(steps):
+    sampler = Sampler(DataFlow(lambda t: torch.full_like(t, 5.0)), (1.0,), steps, Solver(method="data_ab2"))
+    found = sampler.draw(torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([[-2.0]]))
+    assert float(found) == pytest.approx(5.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("time_shift", [1.0, 0.5])
+def test_a_step_of_data_ab2_is_exact_where_the_prediction_is_a_line_in_time(time_shift):
+    """d(x/t) / d(1/t) = 3 + 2 t has the solution x = 3 - 2 t ln t + C t, for any C."""
+
+    def solution(t, at_one):
+        return 3 - 2 * t * math.log(t) + (at_one - 3) * t
+
+    times, rule = Solver(method="data_ab2", time_shift=time_shift).schedule(6)
+    before, t, end = times[2:5].tolist()
+    x_before, x = solution(before, -4.0), solution(t, -4.0)
+    velocities = [(3 + 2 * at - where) / at for at, where in ((t, x), (before, x_before))]
+    found = x + sum(w * v for w, v in zip(rule.weights[3], velocities, strict=True)) + rule.momentum[3] * (x - x_before)
+    assert found == pytest.approx(solution(end, -4.0), abs=1e-12)
+    assert abs(x + (t - end) * velocities[0] - solution(end, -4.0)) > 1e-3  # Euler's is not
+
+
+def test_data_ab2_takes_ever_shorter_steps_and_ends_at_the_data():
+    times = Solver(method="data_ab2").times(8)
+    lengths = (times[:-1] - times[1:]).tolist()
+    assert times[0] == 1 and times[-1] == 0 and lengths == sorted(lengths, reverse=True) and lengths[-1] < 0.03
+
+
+@pytest.mark.parametrize("steps", [4, 6, 8, 64])
+def test_no_step_of_data_ab2_extrapolates_by_more_than_half_of_the_last_change(steps):
+    """Linear in 1/t instead of t, this would be up to 5 with 4 steps, and drawings would break."""
+    rule = Solver(method="data_ab2").schedule(steps).rule
+    assert max(rule.momentum) < 0.5 and min(rule.momentum) == 0
+
+
+@pytest.mark.parametrize("method", ["euler", "ab2"])
 def test_each_step_asks_for_one_velocity_and_none_at_the_end(method):
     net = KnownFlow()
     Sampler(net, (1.0,), 5, Solver(method=method))
     assert net.asked.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_data_ab2_asks_for_one_velocity_a_step_too_at_times_of_its_own():
+    net = KnownFlow()
+    Sampler(net, (1.0,), 5, Solver(method="data_ab2"))
+    assert net.asked.tolist() == pytest.approx([(1 - i / 5) ** 1.8 for i in range(5)])
 
 
 @pytest.mark.parametrize("time_shift", [0.0, float("inf"), float("nan")])
@@ -57,20 +119,23 @@ def test_a_time_shift_that_no_step_can_follow_is_refused(time_shift):
         Solver(time_shift=time_shift)
     with pytest.raises(ValueError, match="steps of no length"):
         Solver(method="ab2", time_shift=1e7).schedule(16)
+    with pytest.raises(ValueError, match="steps of no length"):
+        Solver(method="data_ab2", time_shift=1e9).schedule(16)
 
 
-def test_one_step_of_both_methods_is_the_same_and_more_are_not(model):
+def test_one_step_of_all_methods_is_the_same_and_more_are_not(model):
     def latents(method, steps):
         solver = Solver(steps, method)
         model.prefix_cache.clear()  # what is prefilled in fewer pieces is rounded in other ways
         return model.generate_image(Conversation(), "A cat.", solver=solver, max_new_tokens=1).features.latents
 
-    torch.testing.assert_close(latents("ab2", 1), latents("euler", 1))
-    assert (latents("ab2", 4) - latents("euler", 4)).abs().max() > 0.01
+    for method in ("ab2", "data_ab2"):
+        torch.testing.assert_close(latents(method, 1), latents("euler", 1))
+        assert (latents(method, 4) - latents("euler", 4)).abs().max() > 0.01
 
 
 def test_an_unknown_method_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"heun.*euler.*ab2"):
+    with pytest.raises(ValueError, match=r"heun.*euler.*ab2.*data_ab2"):
         Solver(method="heun")
 
 
@@ -181,7 +246,7 @@ def test_a_long_prompt_is_prefilled_without_a_square_mask():
 def test_the_solver_runs_on_tensors_that_hold_no_values():
     """On the meta device whatever would read a value back, or take a shape from one, raises."""
     head = FlowHead(16, 4, 16, 2, device="meta")
-    for solver in (Solver(), Solver(method="ab2", renorm=True)):
+    for solver in (Solver(), Solver(method="ab2", renorm=True), Solver(method="data_ab2")):
         sampler = Sampler(head.net, (3.0, -2.0), 4, solver, device="meta")
         z = head.vis_head(torch.empty(2, 2, 16, device="meta"))
         assert sampler.draw(z, torch.empty(2, 4, device="meta")).shape == (2, 4)

@@ -1,16 +1,31 @@
 """The device a model computes on, and how much memory a round asks for beside the weights."""
 
+import ast
 import weakref
 from collections import Counter
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, ImageOptions, Solver, TextOptions, UniVision
+from ming_univision.ming_core import (
+    Conversation,
+    DrawRequest,
+    Guidance,
+    ImageOptions,
+    Sampling,
+    Solver,
+    TextOptions,
+    UniVision,
+    load_conversation,
+    load_univision,
+    save_conversation,
+)
 from ming_univision.ming_core.config import LanguageModelConfig
 from ming_univision.ming_core.experts import ExpertPerRow, Experts, OneExpert, SortedRows
+from ming_univision.ming_core.images import psnr, ssim
 from ming_univision.ming_core.kv_cache import DecodeCache, LayerCache, PrefillCache
 from ming_univision.ming_core.language_model import LanguageModel
-from ming_univision.ming_core.quantization import QuantizedStackedLinear
+from ming_univision.ming_core.quantization import QuantizedStackedLinear, kernels
+from ming_univision.nodes.host import PACK
 from ming_univision.tests.kernels import grouped_product, int4_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +37,83 @@ def test_a_model_computes_where_its_weights_are_until_it_is_told_otherwise(model
     network.compute_on(torch.device("meta"))
     assert model.device == model.mingtok.device == network.language_model.device == torch.device("meta")
     assert model.dtype == model.mingtok.dtype == torch.float32
+
+
+@pytest.fixture
+def meta_by_default():
+    """As another pack may have set it."""
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(before)
+
+
+def everything(model, mask):
+    """One of all that a model does, as tensors and lists."""
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3), device="cpu") * 2 - 1
+    with torch.no_grad():
+        seen = model.mingtok.semantic_features(model.mingtok.encode(pixels))
+        image = model.mingtok.decode(seen)
+    sampling = Sampling(temperature=1.0)
+    said = model.understand(Conversation(), "Hello.", features=seen, max_new_tokens=4, sampling=sampling)
+    drawn = model.generate_images(said.conversation, "A cat.", seeds=[1, 2], solver=Solver(2), max_new_tokens=4)
+    edit = model.generate_image(
+        drawn[0].conversation, "Red.", mask=mask, guidance=Guidance(4.0, 2.0), solver=Solver(2), max_new_tokens=4
+    )
+    requests = [DrawRequest(text, 3) for text in ("A cat.", "A longer text.")]
+    batch = model.generate_batch(requests, ImageOptions(solver=Solver(2), max_new_tokens=2))
+    pictures = [r.features.latents for r in (*drawn, edit, *batch)]
+    metrics = [psnr(image, pixels), ssim(image, pixels)]
+    return [seen.latents, image, *pictures, *metrics, said.token_ids, edit.token_ids]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_default_device_changes_nothing(checkpoint_folder, quantization, tmp_path, request):
+    dtype = torch.bfloat16 if quantization else torch.float32
+    mask = torch.arange(32 * 32).view(1, 32, 32) % 32 > 11
+
+    def run(folder):
+        model = load_univision(checkpoint_folder, dtype=dtype, quantization=quantization)
+        found = everything(model, mask)
+        conversation = model.understand(Conversation(), "Hello.", max_new_tokens=2).conversation
+        save_conversation(conversation, folder)
+        return [*found, load_conversation(folder, model) == conversation]
+
+    expected = run(tmp_path / "before.safetensors")
+    for cached in (kernels.kernel_works, kernels._scales_of_halves, kernels._cpu_block, kernels._origins):
+        cached.cache_clear()
+    request.getfixturevalue("meta_by_default")
+    found = run(tmp_path / "after.safetensors")
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+MAKERS = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
+
+
+@pytest.mark.parametrize("room", ["ming_core", "nodes"])
+def test_every_tensor_that_is_made_names_its_device(room):
+    bare = []
+    for file in sorted((PACK / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+                names = {keyword.arg for keyword in node.keywords}
+                if not names & {"device", None}:  # None: **options
+                    bare.append(f"{file.name}:{node.lineno}")
+    assert not bare
 
 
 # --- keys and values ----------------------------------------------------------------------------------------------

@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, ImageOptions, Sampling, Solver, load_mingtok, load_univision
+from ming_univision.ming_core import (
+    Conversation,
+    Engine,
+    ImageOptions,
+    Sampling,
+    Solver,
+    UniVision,
+    load_mingtok,
+    load_univision,
+)
 from ming_univision.ming_core.experts import StackedWeight
 from ming_univision.nodes import host
 from ming_univision.tests.far_device import FarDevice, near_first
@@ -24,6 +34,7 @@ management = comfy.model_management
 
 TOLERANCE = 3e-4  # as between any two ways of computing one result
 FAR = FarDevice.device
+EMBEDDING = "language_model.model.word_embeddings.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +69,19 @@ def far(monkeypatch):
         yield device
 
 
+@pytest.fixture
+def two_streams(monkeypatch):
+    """As on NVIDIA and AMD: ComfyUI keeps room free for the layers that it copies ahead. 0.3.64 does not."""
+    monkeypatch.setattr(management, "NUM_STREAMS", 2, raising=False)
+
+
 def load(folder, loader=load_univision) -> host.Loaded:
     return host.managed(loader(folder, device=host.offload_device(), operations=host.operations()), "small")
 
 
 def size(loaded: host.Loaded) -> int:
-    return sum(p.nbytes for p in network(loaded).parameters())
+    """Bytes of all that a GPU may hold: everything but the word embedding."""
+    return sum(p.nbytes for name, p in network(loaded).named_parameters() if name != EMBEDDING)
 
 
 def network(loaded: host.Loaded) -> torch.nn.Module:
@@ -212,7 +230,7 @@ def test_a_model_that_fits_in_part_computes_the_same(far, checkpoint_folder, exp
     far.free = int(part * size(loaded))
     model = host.load_to_gpu(loaded)
     on_far = {name for name, p in model.network.named_parameters() if p.device == FAR}
-    everything = {name for name, _ in model.network.named_parameters()}
+    everything = {name for name, _ in model.network.named_parameters()} - {EMBEDDING}
     assert (on_far == everything) == (part > 1) and bool(on_far) == (part > 0)
     assert sum(dict(model.network.named_parameters())[name].nbytes for name in on_far) <= far.free
     assert model.device == model.mingtok.device == FAR and model.dtype == torch.float32
@@ -225,6 +243,7 @@ def test_the_experts_are_what_is_left_behind_and_only_the_routed_ones_travel(far
     far.free = size(loaded) - sum(p.nbytes for p in stacks) // 2
     model = host.load_to_gpu(loaded)
     left = [m for m in model.network.modules() if any(p.device != FAR for p in m.parameters(recurse=False))]
+    left.remove(model.network.language_model.model.word_embeddings)
     assert any(isinstance(m, StackedWeight) for m in left)
     assert all(isinstance(m, StackedWeight) or not hasattr(m, "comfy_cast_weights") for m in left)
     far.brought.clear()
@@ -232,6 +251,183 @@ def test_the_experts_are_what_is_left_behind_and_only_the_routed_ones_travel(far
     shapes = {tuple(p.shape) for p in stacks}
     assert far.brought and not shapes & set(far.brought)
     assert {shape[1:] for shape in shapes} <= set(far.brought)
+
+
+def stacks_of(loaded: host.Loaded) -> list[StackedWeight]:
+    return [module for module in network(loaded).modules() if isinstance(module, StackedWeight)]
+
+
+def is_far(module: torch.nn.Module) -> bool:
+    return all(p.device == FAR for p in module.parameters())
+
+
+def far_bytes(loaded: host.Loaded) -> int:
+    return sum(p.nbytes for p in network(loaded).parameters() if p.device == FAR)
+
+
+@pytest.fixture
+def five_layers(checkpoint_folder, tmp_path):
+    """A model of five layers of large experts."""
+    config = load_univision(checkpoint_folder).config
+    config = replace(config, llm_config=replace(config.llm_config, num_hidden_layers=5, moe_intermediate_size=64))
+    model = UniVision(config, operations=host.operations()).requires_grad_(False).eval()
+    for weight in model.parameters():
+        weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    return host.managed(Engine(model), "five layers")
+
+
+def test_experts_need_no_buffer_so_as_many_layers_are_loaded_as_have_room(far, two_streams, five_layers):
+    stacks = stacks_of(five_layers)
+    layer = sum(p.nbytes for stack in stacks[:2] for p in stack.parameters())
+    # what ComfyUI asks for between two layers of its own, the smallest of all, and for being larger than, not equal to
+    slack = 4096
+    far.free = size(five_layers) - 5 * layer + int(4.8 * layer) + slack
+    host.load_to_gpu(five_layers)
+    # of a layer two thirds are gate and up; 0.8 layers have room for them
+    assert [is_far(stack) for stack in stacks] == 4 * [True, True] + [True, False]
+    assert five_layers.patcher.loaded_size() == far_bytes(five_layers)
+
+
+def test_of_the_experts_no_more_are_unloaded_than_is_asked_for(far, two_streams, five_layers):
+    stacks = stacks_of(five_layers)
+    down = sum(p.nbytes for p in stacks[1].parameters())
+    host.load_to_gpu(five_layers)
+    assert all(map(is_far, stacks)) and five_layers.patcher.loaded_size() == size(five_layers)
+    far.free = size(five_layers)
+    for asked, left in ((down, 1), (2 * down, 2), (3 * down, 4)):  # in thirds of a layer: 1, 2 and 1 + 2
+        management.free_memory(asked, FAR)
+        assert [is_far(stack) for stack in stacks] == (10 - left) * [True] + left * [False]
+        far.free = five_layers.patcher.loaded_size()
+    far.free = 10 * size(five_layers)
+    host.load_to_gpu(five_layers)
+    assert all(map(is_far, stacks)) and five_layers.patcher.loaded_size() == size(five_layers)
+
+
+def test_what_is_not_experts_is_unloaded_after_them(far, two_streams, five_layers):
+    host.load_to_gpu(five_layers)
+    stacks = stacks_of(five_layers)
+    experts = sum(p.nbytes for stack in stacks for p in stack.parameters())
+    far.free = size(five_layers)
+    management.free_memory(experts + 1, FAR)
+    assert not any(map(is_far, stacks))
+    assert 0 < far_bytes(five_layers) < size(five_layers) - experts
+    assert five_layers.patcher.loaded_size() == far_bytes(five_layers)
+
+
+def test_experts_that_are_left_behind_are_pinned_where_comfyui_pins(far, five_layers, monkeypatch):
+    if not hasattr(management, "pin_memory"):
+        pytest.skip("an older version")
+    pinned = set()
+    monkeypatch.setattr(management, "pin_memory", lambda weight: not pinned.add(weight))
+    monkeypatch.setattr(management, "unpin_memory", pinned.discard)
+    far.free = 0
+    host.load_to_gpu(five_layers)
+    assert {p for stack in stacks_of(five_layers) for p in stack.parameters()} <= pinned
+    far.free = 10 * size(five_layers)
+    host.load_to_gpu(five_layers)
+    assert not pinned
+
+
+@pytest.mark.parametrize("part", [10, 0.5])
+def test_the_word_embedding_takes_no_memory_of_the_gpu(far, two_streams, checkpoint_folder, expected, part):
+    loaded = load(checkpoint_folder)
+    table = network(loaded).get_parameter(EMBEDDING)
+    far.free = int(part * size(loaded))
+    assert loaded.patcher.model_size() == size(loaded)
+    model = host.load_to_gpu(loaded)
+    assert loaded.patcher.loaded_size() == far_bytes(loaded)
+    far.brought.clear()
+    check(a_round(model), expected)
+    assert network(loaded).get_parameter(EMBEDDING) is table and table.device.type == "cpu"
+    assert part < 1 or tuple(table.shape) not in far.brought  # lm_head has its shape, and may be left behind
+    management.unload_all_models()
+    assert network(loaded).get_parameter(EMBEDDING) is table
+
+
+def test_the_word_embedding_follows_a_change_of_dtype(checkpoint_folder):
+    model = network(load(checkpoint_folder)).to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# --- Changes that other packs make --------------------------------------------------------------------------------
+
+PATCHED = (
+    "language_model.lm_head.weight",
+    "language_model.model.layers.1.attention.dense.weight",
+    "flow_head.vis_head.1.bias",
+)
+
+
+def patched(loaded: host.Loaded, *names: str) -> host.Loaded:
+    """As another pack would do it: a clone with other weights."""
+    patcher = loaded.patcher.clone()
+    patches = {f"network.{name}": ("diff", (difference(network(loaded).get_parameter(name)),)) for name in names}
+    assert set(patcher.add_patches(patches)) == set(patches)
+    return replace(loaded, patcher=patcher)
+
+
+def difference(weight: torch.Tensor) -> torch.Tensor:
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)).to(weight.dtype)
+
+
+@pytest.mark.parametrize("part", [10, 0.8, 0.0])
+def test_patches_of_weights_are_applied_wherever_the_weights_are(far, checkpoint_folder, part):
+    by_hand = load_univision(checkpoint_folder)
+    for name in PATCHED:
+        weight = by_hand.network.get_parameter(name)
+        weight.data += difference(weight)
+    expected = a_round(by_hand)
+    loaded = load(checkpoint_folder)
+    far.free = int(part * size(loaded))
+    plain = a_round(host.load_to_gpu(loaded))
+    check(a_round(host.load_to_gpu(patched(loaded, *PATCHED))), expected)
+    found = a_round(host.load_to_gpu(loaded))  # and taken away again
+    check(found, plain)
+    assert found[3] != expected[3]
+
+
+UNFIT = [EMBEDDING, "language_model.model.norm.weight", "language_model.model.layers.0.mlp.experts.down.values"]
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_patch_that_would_have_no_effect_is_refused(checkpoint_folder, name):
+    loaded = load(checkpoint_folder)
+    with pytest.raises(ValueError, match="another node changed this model") as error:
+        host.load_to_gpu(patched(loaded, name))
+    assert name in str(error.value)
+    host.load_to_gpu(loaded)
+
+
+def test_a_patch_of_a_quantized_weight_is_refused(checkpoint_folder):
+    model = load_univision(checkpoint_folder, quantization="int8", operations=host.operations())
+    with pytest.raises(ValueError, match="quantized"):
+        host.load_to_gpu(patched(host.managed(model, "int8"), "language_model.lm_head.values"))
+
+
+def nothing(*_): ...
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda p: p.set_model_attn1_patch(nothing), "patches"),
+        (lambda p: p.set_model_sampler_cfg_function(nothing), "sampler_cfg_function"),
+        (lambda p: p.set_model_unet_function_wrapper(nothing), "model_function_wrapper"),
+        (lambda p: p.add_wrapper("diffusion_model", nothing), "wrappers for diffusion_model"),
+        (lambda p: p.set_model_compute_dtype(torch.float16), "dtype"),
+        (
+            lambda p: p.add_hook_patches(comfy.hooks.WeightHook(), {"network.language_model.lm_head.weight": ()}),
+            "hooks",
+        ),
+    ],
+    ids=["patch", "sampler", "unet", "wrapper", "dtype", "hook"],
+)
+def test_a_change_that_is_meant_for_comfyuis_samplers_is_refused(checkpoint_folder, change, named):
+    loaded = load(checkpoint_folder)
+    patcher = loaded.patcher.clone()
+    change(patcher)
+    with pytest.raises(ValueError, match=f"another node changed this model.*{named}"):
+        host.load_to_gpu(replace(loaded, patcher=patcher))
 
 
 def test_more_is_loaded_when_there_is_room_and_some_given_back_when_there_is_not(far, checkpoint_folder, expected):

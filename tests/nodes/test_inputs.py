@@ -430,17 +430,16 @@ def test_an_empty_or_blank_prompt(small, unharmed, name, prompt):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "picture"),
-    [("MingUnderstand", "prompt", {}), ("MingGenerate", "prompt", {}), ("MingEdit", "instruction", {"features": None})],
+    ("name", "words"), [("MingUnderstand", "prompt"), ("MingGenerate", "prompt"), ("MingEdit", "instruction")]
 )
-def test_a_blank_prompt_that_is_not_linked_is_refused_before_the_run_in_the_models_words(small, name, words, picture):
+def test_a_blank_prompt_that_is_not_linked_is_refused_before_the_run_in_the_models_words(small, name, words):
     validate = NODE_CLASS_MAPPINGS[name].VALIDATE_INPUTS
     for text in ("", " \n\t"):
         with pytest.raises(ValueError) as error:
             small[0].model.understand(Conversation(), text)
-        assert validate(**{words: text}, **picture) == str(error.value)
+        assert validate(**{words: text}) == str(error.value)
     for text in (None, "Draw."):  # None: linked
-        assert validate(**{words: text}, **picture) is True
+        assert validate(**{words: text}) is True
 
 
 @pytest.mark.parametrize("name", ["MingUnderstand", "MingGenerate"])

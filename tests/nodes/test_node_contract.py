@@ -13,7 +13,7 @@ DRAWING = {
     "text_guidance": ("FLOAT", 3.0, 0, 20),
     "steps": ("INT", 16, 1, 64),
     "temperature": ("FLOAT", 1.0, 0, 2),
-    "solver": ["euler", "ab2"],
+    "solver": ["euler", "ab2", "data_ab2"],
     "start": ["draw now", "model decides"],
     "max_new_tokens": ("INT", 64, 1, 4096),
     "image_guidance": ("FLOAT", 1.1, 0, 10),
@@ -142,8 +142,25 @@ NODES = {
     "MingFeaturesCompare": (
         "Ming Features Compare",
         {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES", "threshold": ("FLOAT", 0.15, 0, 2)},
-        {},
+        {"mingtok": "MINGTOK"},
         {"heatmap": "IMAGE", "mask": "MASK", "similarity": "FLOAT"},
+    ),
+    "MingFeaturesBatch": (
+        "Ming Features Batch",
+        {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES"},
+        {},
+        {"features": "MING_FEATURES"},
+    ),
+    "MingRegionMask": (
+        "Ming Region Mask",
+        {
+            "features": "MING_FEATURES",
+            "region": "MING_FEATURES",
+            "threshold": ("FLOAT", 0.3, 0, 1),
+            "grow": ("INT", 1, 0, 16),
+        },
+        {},
+        {"mask": "MASK"},
     ),
     "MingFeaturesToLatent": ("Ming Features to Latent", {"features": "MING_FEATURES"}, {}, {"latent": "LATENT"}),
     "MingSaveFeatures": (
@@ -156,12 +173,18 @@ NODES = {
     "MingSaveConversation": (
         "Ming Save Conversation",
         {"conversation": "MING_CONVERSATION", "filename_prefix": ("STRING", "conversation")},
-        {},
+        {"overwrite": "BOOLEAN"},
         {},
     ),
     "MingLoadConversation": (
         "Ming Load Conversation",
         {"model": "MING_UNIVISION", "file": []},
+        {},
+        {"conversation": "MING_CONVERSATION"},
+    ),
+    "MingContinueConversation": (
+        "Ming Continue Conversation",
+        {"model": "MING_UNIVISION", "name": ("STRING", "chat")},
         {},
         {"conversation": "MING_CONVERSATION"},
     ),
@@ -177,6 +200,12 @@ NODES = {
         {},
         {"transcript": "STRING"},
     ),
+    "MingConversationStoryboard": (
+        "Ming Conversation Storyboard",
+        {"mingtok": "MINGTOK", "conversation": "MING_CONVERSATION"},
+        {},
+        {"image": "IMAGE"},
+    ),
     "MingImageMetrics": (
         "Ming Image Metrics",
         {"image_a": "IMAGE", "image_b": "IMAGE"},
@@ -185,6 +214,7 @@ NODES = {
     ),
 }
 
+SHOWN_ON_THE_NODE = {"MingConversationStoryboard"}
 ADVANCED = {
     "MingUnderstand": {"top_p", "seed"},
     "MingGenerate": {"steps", "temperature", "solver", "start", "max_new_tokens", "image_guidance"},
@@ -224,7 +254,7 @@ def test_ids_sockets_widgets_orders_and_strings_are_the_published_ones(node_id):
     assert {k: v[0] for k, v in inputs.get("optional", {}).items()} == optional
     assert list(inputs.get("optional", {})) == list(optional)
     assert dict(zip(getattr(node, "RETURN_NAMES", ()), node.RETURN_TYPES, strict=True)) == outputs
-    assert getattr(node, "OUTPUT_NODE", False) == (not outputs)
+    assert getattr(node, "OUTPUT_NODE", False) == (not outputs or node_id in SHOWN_ON_THE_NODE)
 
 
 @pytest.mark.parametrize("node_id", NODES)

@@ -63,6 +63,26 @@ def test_a_cpu_in_comfyui_computes_in_bf16_what_is_not_exact(folder, monkeypatch
     assert models.choose_precision(precision, "univision", folder) == (torch.bfloat16, quantization)
 
 
+@pytest.mark.parametrize("kind", ["xpu", "npu", "mlu", "cuda"])
+def test_the_memory_that_counts_is_that_of_the_device_whatever_it_is(monkeypatch, kind):
+    on = SimpleNamespace(type=kind)
+    management = SimpleNamespace(get_total_memory=lambda device: 24 << 30 if device is on else 0, total_ram=128 << 10)
+    monkeypatch.setattr(host, "comfy", SimpleNamespace(model_management=management))
+    assert host.total_memory(on) == 24 << 30
+    assert host.total_memory(torch.device("cpu")) == host.total_memory(torch.device("mps")) == 128 << 30
+
+
+def test_a_model_that_is_loaded_straight_to_a_device_is_refused_by_the_memory_of_that_device(folder, monkeypatch):
+    xpu, needed = torch.device("xpu"), checkpoint_bytes(folder, "univision", torch.bfloat16)
+    management = SimpleNamespace(
+        unet_offload_device=lambda: xpu, get_total_memory=lambda on: needed - 1, should_use_bf16=lambda on: True
+    )
+    monkeypatch.setattr(host, "comfy", SimpleNamespace(model_management=management))
+    monkeypatch.setattr(host, "device", lambda: xpu)
+    with pytest.raises(ValueError, match=r"the GPU \(xpu\) has"):
+        models.choose_precision("auto", "univision", folder)
+
+
 def test_auto_is_exact_only_where_the_real_size_is_under_a_quarter_of_the_memory(folder, monkeypatch):
     size = checkpoint_bytes(folder, "univision", torch.float32)
     for memory, dtype in ((4 * size + 4, torch.float32), (4 * size, torch.bfloat16)):

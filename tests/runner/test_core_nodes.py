@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from ming_univision.nodes import host
 from ming_univision.nodes.filenames import numbered_path
+from ming_univision.runner import core_nodes
 from ming_univision.runner.core_nodes import (
     ImageScale,
     LatentBlend,
@@ -105,6 +110,63 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
     assert "absent.png" in LoadImage.VALIDATE_INPUTS("absent.png")
 
 
+def test_a_photograph_for_printing_is_converted(tmp_path):
+    Image.new("CMYK", (6, 4), (0, 255, 255, 0)).save(tmp_path / "a.tiff")
+    image, mask = load(tmp_path / "a.tiff")
+    assert torch.equal(image, torch.tensor([1.0, 0.0, 0.0]).expand(1, 4, 6, 3)) and mask.shape == (1, 64, 64)
+
+
+def png_header(path, width: int, height: int) -> None:
+    """A PNG file that claims a size."""
+    Image.fromarray(ramp()).save(path)
+    whole = path.read_bytes()
+    header = whole[12:16] + struct.pack(">II", width, height) + whole[24:29]
+    path.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+
+
+@pytest.mark.parametrize("side", [60_000, 13_000, 10_500])
+def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, side):
+    png_header(tmp_path / "a.png", side, side)
+    message = LoadImage.VALIDATE_INPUTS(str(tmp_path / "a.png"))
+    assert "a.png has more than 110 million pixels" in message and "scale it down first" in message
+    with pytest.raises(ValueError, match="110 million pixels"):
+        LoadImage().load_image(str(tmp_path / "a.png"))
+
+
+def test_an_animation_of_too_many_pixels_is_refused_before_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(core_nodes, "MAX_PIXELS", 4 * 6 * 2)
+    frames = [Image.fromarray(np.full((4, 6, 3), level, np.uint8)) for level in (0, 128, 255)]
+    for count in (2, 3):
+        frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:count], lossless=True)
+        if count == 2:
+            assert len(load(tmp_path / "a.webp")[0]) == 2
+        else:
+            with pytest.raises(ValueError, match=r"\(6x4, 3 frames\)"):
+                load(tmp_path / "a.webp")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.jpg", "a.gif", "a.webp", "a.tiff"])
+def test_a_damaged_picture_is_named(tmp_path, name):
+    Image.fromarray(ramp(40, 60)).save(tmp_path / "whole.png")
+    Image.fromarray(ramp(40, 60)).save(tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
+    verdict = LoadImage.VALIDATE_INPUTS(str(tmp_path / name))
+    if verdict is True:  # the header is whole
+        with pytest.raises(ValueError, match=rf"{name} is damaged .*: replace the file"):
+            LoadImage().load_image(str(tmp_path / name))
+    else:
+        assert name in verdict
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_a_folder_and_a_link_in_a_circle_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # to open it would wait for somebody who writes
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    for name in ("pipe.png", "folder.png", "circle.png", "x" * 300 + ".png", "a\0.png", "\ud800.png"):
+        assert LoadImage.VALIDATE_INPUTS(f"{tmp_path}/{name}").startswith("there is no picture file")
+
+
 # --- SaveImage, PreviewImage, PreviewAny --------------------------------------------------------------------------
 
 
@@ -119,6 +181,36 @@ def test_saved_pictures_are_counted_on_and_carry_their_workflow(tmp_path):
         assert json.loads(file.text["prompt"]) == graph
         assert json.loads(file.text["workflow"]) == {"a": 1}
         assert np.array_equal(np.asarray(file), (images[0].numpy() * 255).astype(np.uint8))
+
+
+def save_four(folder) -> None:
+    with host.folders(output=folder, input=folder):
+        SaveImage().save_images(batch(4), "together")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="other processes would start slowly")
+def test_eight_processes_that_save_at_the_same_time_leave_every_picture(tmp_path):
+    processes = [multiprocessing.get_context("fork").Process(target=save_four, args=(tmp_path,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    files = sorted(tmp_path.glob("together_*.png"))
+    assert [file.name for file in files] == [f"together_{number:05}_.png" for number in range(1, 33)]
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        SaveImage().save_images(batch(), "x")
+    assert not list((tmp_path / "output").iterdir())
 
 
 def test_pixels_out_of_range_are_clamped(tmp_path):
@@ -148,6 +240,52 @@ def test_a_name_that_climbs_out_of_the_output_folder_is_refused_before_anything_
     with pytest.raises(ValueError, match="leads out of"):
         SaveImage().save_images(batch(), prefix)
     assert not (tmp_path / "output").exists()
+
+
+UNUSABLE = {
+    "a\nb": "contains a line break: remove it",
+    "cats/a\u2028b": "contains a line break: remove it",
+    "a\tb": "contains a control character: remove it",
+    "a\0b": "contains a control character: remove it",
+    "\ud800": "contains half a character",
+    "x" * 300: "is too long .*: use at most 236",
+    "x" * 300 + "/x": "is too long .*: use at most 255",
+}
+
+
+@pytest.mark.parametrize(("prefix", "words"), UNUSABLE.items(), ids=range(len(UNUSABLE)))
+def test_a_name_that_no_file_can_have_is_refused_before_anything_runs(prefix, words, tmp_path):
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": str(tmp_path / "a.png")}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}},
+    }
+    Image.fromarray(ramp()).save(tmp_path / "a.png")
+    with pytest.raises(WorkflowError, match=words):
+        run_workflow(graph, output_dir=tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("prefix", ["x" * 236, "cats/first", "Ärger 猫 👍", "x.", "-rf", ".hidden"])
+def test_names_that_a_file_can_have_are_taken(prefix, tmp_path):
+    SaveImage().save_images(batch(), prefix)
+    assert (tmp_path / "output" / f"{prefix}_00001_.png").is_file()
+
+
+def test_a_folder_that_is_a_link_to_nowhere_is_said_before_anything_runs(tmp_path):
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": str(tmp_path / "a.png")}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "cats/x"}},
+    }
+    Image.fromarray(ramp()).save(tmp_path / "a.png")
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cats").symlink_to(tmp_path / "absent")
+    for folder in (tmp_path / "dangling", tmp_path / "dangling" / "below", tmp_path / "out"):
+        with pytest.raises(WorkflowError, match=r"is a link to .*absent, which is not there: make that folder"):
+            run_workflow(graph, output_dir=folder)
+    (tmp_path / "absent").mkdir()
+    run_workflow(graph, output_dir=tmp_path / "dangling" / "below")
+    assert (tmp_path / "absent" / "below" / "cats" / "x_00001_.png").is_file()
 
 
 def test_pictures_saved_before_a_failure_stay(tmp_path):
@@ -202,6 +340,11 @@ def test_every_method_gives_the_size_asked_for(method):
 def test_a_side_of_zero_follows_from_the_other(width, height, shape):
     (scaled,) = ImageScale().upscale(batch(), "bilinear", width, height, "disabled")
     assert scaled.shape[1:3] == shape
+
+
+def test_a_picture_too_narrow_for_a_centre_crop_is_said():
+    with pytest.raises(ValueError, match="3000x1 is too narrow to be cropped"):
+        ImageScale().upscale(batch(1, 1, 3000), "area", 1, 3000, "center")
 
 
 def test_a_centre_crop_keeps_the_middle():

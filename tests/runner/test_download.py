@@ -34,6 +34,8 @@ class Hub:
 
     def __init__(self, files: dict[str, bytes]):
         self.files, self.sent = files, []
+        self.code: dict[str, bytes] = {}  # the folder of the code repository
+        self.told_to_code: list[dict] = []  # the headers of the downloads from it
         self.spoil: dict[str, int] = {}  # file -> how often it is still to be sent with a wrong byte
         self.stall: dict[str, int] = {}  # file -> bytes after which nothing more comes
         self.cut: dict[str, list[int]] = {}  # file -> bytes that are sent, time after time, as if they were all
@@ -48,6 +50,12 @@ class Hub:
             sibling = {"rfilename": name, "size": len(data), "blobId": git_digest(data)}
             siblings.append(sibling | ({"lfs": large} if name.endswith((".safetensors", ".bin")) else {}))
         return {"id": REPOSITORY, "modelId": REPOSITORY, "sha": REVISION, "siblings": siblings}
+
+    def code_listing(self) -> list[dict]:
+        return [
+            {"name": name, "size": len(data), "sha": git_digest(data), "download_url": f"{self.endpoint}/raw/{name}"}
+            for name, data in self.code.items()
+        ]
 
     def _handler(hub):
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -67,6 +75,17 @@ class Hub:
                     body = json.dumps(hub.listing()).encode()
                     self.answer(200, body, Content_Type="application/json")
                     self.wfile.write(body)
+                    return
+                if self.path == "/code":
+                    body = json.dumps(hub.code_listing()).encode()
+                    self.answer(200, body, Content_Type="application/json")
+                    self.wfile.write(body)
+                    return
+                if self.path.startswith("/raw/") and self.path[5:] in hub.code:
+                    hub.sent.append((self.path, 0))
+                    hub.told_to_code.append(dict(self.headers))
+                    self.answer(200, hub.code[self.path[5:]])
+                    self.wfile.write(hub.code[self.path[5:]])
                     return
                 prefix = f"/{REPOSITORY}/resolve/{REVISION}/"
                 name = self.path.removeprefix(prefix)
@@ -121,6 +140,7 @@ def hub(checkpoint_folder, tmp_path):
 def run(hub, tmp_path, capsys, monkeypatch):
     """run() -> (exit code, what was printed); the checkpoint goes to tmp_path/models/NAME."""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr(download, "TOKENIZER_LISTING", f"{hub.endpoint}/code")
 
     def call(name=NAME, **options):
         hub.sent.clear()
@@ -322,6 +342,67 @@ def test_a_folder_that_cannot_be_made_is_an_error(hub, run, tmp_path):
     (tmp_path / "models").write_text("in the way")
     code, said = run()
     assert code == 1 and str(tmp_path / "models") in said and hub.sent == []
+
+
+@pytest.fixture
+def without_tokenizer(hub):
+    """The hub's repository lacks the tokenizer, which is beside the code, among other files."""
+    hub.code = {name: hub.files.pop(name) for name in ("tokenizer.json", "tokenizer_config.json")}
+    hub.code["modeling.py"] = b"nobody needs this"
+    return hub
+
+
+def test_a_tokenizer_that_the_hub_lacks_comes_from_the_code_repository_and_the_users_token_does_not_go_there(
+    without_tokenizer, run, folder, checkpoint_folder, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code, said = run()
+    assert code == 0 and download.SOURCE in said and "Done" in said
+    assert without_tokenizer.fetched()[-2:] == ["/raw/tokenizer.json", "/raw/tokenizer_config.json"]
+    assert "hf_secret" not in str(without_tokenizer.told_to_code)
+    assert {path.name for path in folder.iterdir()} == without_tokenizer.wanted
+    assert load_univision(folder).fingerprint == load_univision(checkpoint_folder).fingerprint
+    assert run()[0] == 0 and without_tokenizer.sent == []
+
+
+def test_a_damaged_tokenizer_of_the_code_repository_is_fetched_again(without_tokenizer, run, folder):
+    run()
+    (folder / "tokenizer.json").write_bytes(without_tokenizer.code["tokenizer.json"][:-1])
+    code, _ = run()
+    assert code == 0 and without_tokenizer.fetched() == ["/raw/tokenizer.json"]
+    assert (folder / "tokenizer.json").read_bytes() == without_tokenizer.code["tokenizer.json"]
+
+
+@pytest.mark.parametrize("how", ["unreachable", "not listed", "another answer"])
+def test_a_folder_is_not_called_complete_without_its_tokenizer_and_what_to_copy_from_where_is_said(
+    without_tokenizer, run, folder, monkeypatch, how
+):
+    with monkeypatch.context() as patch:
+        if how == "unreachable":
+            patch.setattr(download, "TOKENIZER_LISTING", "http://127.0.0.1:9/code")
+        elif how == "not listed":
+            del without_tokenizer.code["tokenizer_config.json"]
+        else:
+            patch.setattr(without_tokenizer, "code_listing", lambda: {"message": "rate limit"})
+        code, said = run()
+    assert code == 1 and "Done" not in said
+    for word in (
+        "complete but for its tokenizer",
+        "copy tokenizer.json and tokenizer_config.json from",
+        download.SOURCE,
+    ):
+        assert word in said
+    assert (folder / SHARDS[0]).read_bytes() == without_tokenizer.files[SHARDS[0]]
+
+
+def test_a_tokenizer_that_was_copied_by_hand_is_taken_and_nobody_is_asked_for_it(
+    without_tokenizer, run, folder, monkeypatch
+):
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(without_tokenizer.code[name])
+    monkeypatch.setattr(download, "TOKENIZER_LISTING", "http://127.0.0.1:9/code")
+    assert run()[0] == 0
 
 
 def test_models_go_to_comfyui_when_the_pack_lies_in_it_and_else_into_the_pack(monkeypatch, tmp_path):

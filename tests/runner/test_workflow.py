@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from ming_univision.runner.workflow import WorkflowError, plan, read_workflow, with_image, with_settings
@@ -146,6 +147,59 @@ def test_what_is_no_runnable_workflow_is_refused(graph, expected):
         plan(graph, CLASSES)
 
 
+def test_a_class_is_asked_for_its_inputs_once_however_many_nodes_it_has(monkeypatch):
+    asked, declare = [], CLASSES["Number"].INPUT_TYPES
+    monkeypatch.setattr(CLASSES["Number"], "INPUT_TYPES", lambda: asked.append(1) or declare())
+    graph = {str(i): node("Number", value=1) for i in range(50)}
+    graph["last"] = node("Show", source=["7", 0])
+    assert [step.id for step in plan(graph, CLASSES)] == ["7", "last"]
+    assert asked == [1]
+
+
+def test_many_problems_are_counted_and_the_first_ones_shown():
+    with pytest.raises(WorkflowError) as caught:
+        plan({str(i): node(f"Unheard{i}") for i in range(1000)}, CLASSES)
+    assert len(caught.value.problems) == 1000
+    message = str(caught.value)
+    assert message.startswith("1000 problems in this workflow:") and message.endswith("and 980 more")
+    assert "unknown node type Unheard19; it belongs to" in message and len(message) < 10_000
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        {"1": node("x" * 100_000)},
+        {"1" * 5000: node("Show")},
+        {"1": node("Show", "title " * 5000)},
+        settings(mode="x" * 100_000),
+        settings(mode=["x" * 100_000]),
+        settings(steps=-(10**200)),
+        settings(strength={"a": ["x" * 1000] * 1000}),
+        {"1": node("Show", source=["x" * 5000, 0])},
+        {str(i): node("Add", a=[str((i + 1) % 500), 0], b=1) for i in range(500)}
+        | {"s": node("Show", source=["0", 0])},
+    ],
+    ids=range(9),
+)
+def test_a_message_stays_short_however_long_the_names_and_values_are(graph):
+    with pytest.raises(WorkflowError) as caught:
+        plan(graph, CLASSES)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("index", [0.5, float("nan"), float("inf"), True, "0", None])
+def test_a_link_to_an_output_that_is_no_whole_number_is_refused(index):
+    graph = {"1": node("Number", value=1), "2": node("Add", a=["1", index], b=1), "3": node("Show", source=["2", 0])}
+    (problem,) = problems_of(graph)
+    assert "is not a value; a link is [node id, output index]" in problem
+
+
+@pytest.mark.parametrize("value", [None, {"a": 1}])
+def test_a_choice_is_never_an_object_or_nothing(value):
+    (problem,) = problems_of({"1": node("Picky", name=value, size=1, extra=1)})
+    assert "is not a choice" in problem
+
+
 # --- Files and changes --------------------------------------------------------------------------------------------
 
 
@@ -161,8 +215,28 @@ def test_bad_files_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WorkflowError, match="not UTF-8"):
         read_workflow(tmp_path / "x.json")
-    with pytest.raises(WorkflowError, match="cannot be read"):
+    with pytest.raises(WorkflowError, match=r"absent\.json: no such file"):
         read_workflow(tmp_path / "absent.json")
+
+
+def test_hostile_json_is_one_error_that_names_the_file(tmp_path):
+    for content, expected in {
+        "[" * 100_000: "nested more than 64 levels",
+        '{"1": ' + "9" * 5000 + "}": "5000 digits",
+        '{"1": NaN}': "nan, not a finite number",
+        '{"1": 1e999}': "not a finite number",
+    }.items():
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(WorkflowError, match=re.escape(expected)) as caught:
+            read_workflow(tmp_path / "x.json")
+        assert "x.json" in str(caught.value)
+    with pytest.raises(WorkflowError, match="is a folder"):
+        read_workflow(tmp_path)
+
+
+def test_a_setting_that_is_no_plain_json_is_taken_as_text():
+    for typed in ("[" * 2000, "9" * 5000, "NaN", '"\\ud800'):
+        assert with_settings(settings(), [f"1.mode={typed}"], CLASSES)["1"]["inputs"]["mode"] == typed
 
 
 def test_the_api_twin_of_an_editor_file_is_named(tmp_path):

@@ -1,0 +1,105 @@
+"""Regions are read as masks from features alone: bright on dark, and marked copies."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ming_univision.ming_core import load_mingtok
+from ming_univision.ming_core.images import to_pixels
+from ming_univision.ming_core.regions import region_mask
+from PIL import Image, ImageFilter
+
+from tiny_shapes.world import SceneObject, draw
+from tiny_shapes.world.edits import edit_region, region_image
+from tiny_shapes.world.scenes import Scene
+
+STAR = SceneObject("star", "red", "large", "top left")
+CIRCLE = SceneObject("circle", "blue", "large", "centre")
+SCENES = [Scene((STAR, CIRCLE), background) for background in ("white", "gray", "mint")]
+
+
+@pytest.fixture(scope="module")
+def mingtok(request):
+    return load_mingtok(request.config.rootpath / "models" / "tiny-shapes")
+
+
+def features(mingtok, images):
+    pixels = torch.from_numpy(np.stack(images)).float().div(255)
+    with torch.no_grad():
+        return mingtok.semantic_features(mingtok.encode(to_pixels(pixels, mingtok.native_side)))
+
+
+def without(scene, obj):
+    return Scene(tuple(other for other in scene.objects if other != obj), scene.background)
+
+
+def covered(scene, target):
+    """Share of each token that the edit changes: [8, 8]."""
+    return torch.from_numpy(edit_region(scene, target).reshape(8, 16, 8, 16).mean((1, 3)))
+
+
+def outline(inside):
+    """A line of three pixels around a region [H, W, 1]."""
+    wide = np.asarray(Image.fromarray(np.uint8(255 * inside[..., 0])).filter(ImageFilter.MaxFilter(7)))
+    return (wide > 128)[..., None] & (inside < 0.5)
+
+
+@pytest.mark.parametrize("gone", [STAR, CIRCLE])
+@pytest.mark.parametrize("kind", ["bright on dark", "tinted", "outlined"])
+def test_a_region_is_read_whole_and_hardly_any_token_more(mingtok, kind, gone):
+    befores, marked, shares = [], [], []
+    for scene in SCENES:
+        target, before = without(scene, gone), draw(scene)
+        inside = edit_region(scene, target)[..., None]
+        purple = np.array([160, 0, 200])
+        if kind == "bright on dark":
+            image = region_image(scene, target)
+        elif kind == "tinted":
+            image = np.rint(before * (1 - 0.6 * inside) + 0.6 * inside * purple).astype(np.uint8)
+        else:
+            image = np.where(outline(inside), purple, before).astype(np.uint8)
+        befores.append(before)
+        marked.append(image)
+        shares.append(covered(scene, target))
+    mask = region_mask(features(mingtok, befores), features(mingtok, marked), grow=0)
+    expected = torch.stack(shares)
+    assert mask.shape == (3, 8, 8) and mask.dtype == torch.float32
+    assert mask[expected > 0.3].all()
+    near = F.max_pool2d((expected > 0).float(), 3, stride=1, padding=1)  # a line around the region has a width
+    assert not mask[near == 0].any()
+    if kind != "outlined":
+        assert mask[expected == 0].sum() <= 1
+
+
+def test_grow_widens_by_whole_tokens_on_every_side(mingtok):
+    scene = SCENES[0]
+    before = features(mingtok, [draw(scene)])
+    region = features(mingtok, [region_image(scene, without(scene, CIRCLE))])
+    plain, grown = region_mask(before, region, grow=0)[0], region_mask(before, region, grow=2)[0]
+    near = [(y, x) for y in range(8) for x in range(8) if plain[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].any()]
+    assert {tuple(place) for place in grown.nonzero().tolist()} == set(near)
+
+
+def test_a_higher_threshold_takes_no_more(mingtok):
+    scene = SCENES[1]
+    before = features(mingtok, [draw(scene)])
+    region = features(mingtok, [region_image(scene, without(scene, STAR))])
+    masks = [region_mask(before, region, threshold, grow=0) for threshold in (0.0, 0.15, 0.5, 1.0)]
+    assert all((more >= less).all() for more, less in itertools.pairwise(masks))
+    assert masks[0].any() and not masks[-1].any()
+
+
+def test_a_picture_without_a_mark_and_a_flat_picture_have_no_region(mingtok):
+    before = features(mingtok, [draw(SCENES[0])])
+    flat = before._replace(latents=torch.ones_like(before.latents), tokens=-before.tokens)
+    assert not region_mask(before, before).any()
+    assert not region_mask(before, flat).any()
+
+
+def test_pictures_that_do_not_match_are_refused(mingtok):
+    before = features(mingtok, [draw(SCENES[0])])
+    two = features(mingtok, [draw(SCENES[0])] * 2)
+    with pytest.raises(ValueError, match="number of images"):
+        region_mask(before, two)
