@@ -16,7 +16,8 @@ from tiny_shapes.evaluation.chains import CHAIN_ROUNDS, evaluate_chains
 from tiny_shapes.evaluation.evaluator import Evaluator
 from tiny_shapes.evaluation.scores import mean, share
 from tiny_shapes.evaluation.suite import SUITE, photographs
-from tiny_shapes.world import Scene, describe, draw, split_of
+from tiny_shapes.world import Scene, describe, draw, read_region, split_of, to_patches
+from tiny_shapes.world.masking import grown
 
 
 class Oracle(Evaluator):
@@ -34,6 +35,10 @@ class Oracle(Evaluator):
 
     def says(self, task):
         return task.answer
+
+    def region_mask(self, before, region):
+        """Where a drawn region is bright, and the tokens beside it."""
+        return grown(to_patches(read_region(self.pixels(region))), 1)
 
     def same_words(self, one, other):
         return one.split() == other.split()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ming_core import Conversation, DrawRequest, Engine, Features, ImageOptions, ImageResult, Solver
 from ming_core.images import to_images, to_pixels
+from ming_core.regions import region_mask
 from ming_core.rounds import Progress
 
 from ..world import (
@@ -23,11 +24,9 @@ from ..world import (
     parse_scene,
     random_dialogue,
     random_scene,
-    read_region,
     split_of,
     terse_caption,
 )
-from ..world.masking import grown, to_patches
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +163,8 @@ class Evaluator:
         return [results[number] for number in range(len(requests))]
 
     def region_mask(self, before: Features, region: Features) -> np.ndarray:
-        """The tokens that a drawn region marks in an image, bool [h, w], and those beside them."""
-        return grown(to_patches(read_region(self.pixels(region))), 1)
+        """The tokens that a drawn region marks in an image, bool [h, w], as MingRegionMask reads them."""
+        return region_mask(before, region)[0].numpy() > 0.5
 
     def same_words(self, one: str, other: str) -> bool:
         """Whether two prompts are the same tokens to the model, so that it draws the same."""
