@@ -92,3 +92,14 @@ def test_the_subject_is_the_only_thing_that_is_asked_for():
         assert task.answer in ("the first", "the second")
         image = task.attached if task.answer == "the first" else task.second
         assert task.subject.position in {obj.position for obj in read_scene(image).objects}
+
+
+def test_a_question_about_one_of_the_images_says_which_and_is_answered_from_that_one():
+    counted = 0
+    for task in tasks_of("one", 120):
+        number = int("second picture" in task.prompt.lower() or "second image" in task.prompt.lower())
+        assert number or "first picture" in task.prompt.lower() or "first image" in task.prompt.lower()
+        if "background" in task.prompt and task.answer not in ("yes", "no"):
+            counted += 1
+            assert task.answer == read_scene((task.attached, task.second)[number]).background
+    assert counted > 8

@@ -280,7 +280,7 @@ RECIPE = (
             "chat": 0.2,
         },
         several=0.5,
-        quizzes=0.1,
+        quizzes=0.25,
         chains=0.2,
         cluttered=0.2,
         seed=7,

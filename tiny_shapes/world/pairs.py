@@ -1,7 +1,8 @@
-"""Questions about two images that are shown in one message: which of them has a thing, and what differs.
+"""Questions about two images that are shown in one message: which of them has a thing, what differs, and what is to be
+seen in one of them.
 
 Answers are always worded alike: "the first", "the second", "both", "neither"; "the color", "the place",
-"the background", "nothing".
+"the background", "nothing"; of one image, those of `questions`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 from .descriptions import with_article
 from .edits import Edit
 from .phrasing import pick, vary_spelling, vary_typing
-from .questions import Question
+from .questions import QUESTION_KINDS, Question, question
 from .scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Scene
 
-PAIR_KINDS = ("which", "difference")
+PAIR_KINDS = ("which", "difference", "one")
 
 WHICH: Mapping[tuple[bool, bool], str] = MappingProxyType(
     {(True, False): "the first", (False, True): "the second", (True, True): "both", (False, False): "neither"}
@@ -68,3 +69,16 @@ def ask_difference(rng: np.random.Generator, edit: Edit | None) -> Question:
     """
     text = vary_typing(rng, pick(rng, _DIFFERENCE))
     return Question(text, DIFFERENCES[edit.kind if edit else ""], edit.subject if edit else None)
+
+
+def ask_one(rng: np.random.Generator, first: Scene, second: Scene) -> Question | None:
+    """A question about one of two scenes: "What color is the star in the second picture?". None if it allows none."""
+    number = int(rng.integers(2))
+    asked = question(rng, (first, second)[number], pick(rng, QUESTION_KINDS))
+    if asked is None:
+        return None
+    of = f"the {('first', 'second')[number]} {pick(rng, ('picture', 'image'))}"
+    text = asked.text.rstrip("?.")
+    # some questions end with a place, which would seem to be one in the second image
+    forms = (f"In {of}: {text}?", f"In {of}: {text}?", f"{text}, in {of}?")
+    return asked._replace(text=vary_typing(rng, pick(rng, forms)))

@@ -24,10 +24,10 @@ from .descriptions import describe, parse_scene
 from .drawing import draw
 from .edits import EDIT_KINDS, Edit, random_edit, region_image
 from .masking import completion_mask, edit_mask, grown, padded_image, to_mask, to_patches, visible_part
-from .pairs import PAIR_KINDS, ask_difference, ask_which
+from .pairs import PAIR_KINDS, ask_difference, ask_one, ask_which
 from .phrasing import pick
 from .prompts import completion_words, edit_words, prompt
-from .questions import QUESTION_KINDS, question, small_talk
+from .questions import QUESTION_KINDS, Question, question, small_talk
 from .scenes import Scene, SceneObject, random_scene, split_of
 from .scoring import read_region
 
@@ -51,7 +51,7 @@ LATER_TASKS: Mapping[str, float] = MappingProxyType(
     {
         **{f"masked edit/{kind}": 1.0 for kind in EDIT_KINDS if kind != "background"},
         "complete": 1.0,
-        **{f"pair/{kind}": share for kind, share in zip(PAIR_KINDS, (3.0, 1.0), strict=True)},
+        **{f"pair/{kind}": share for kind, share in zip(PAIR_KINDS, (3.0, 1.0, 2.0), strict=True)},
         "outside": 1.0,
     }
 )
@@ -431,12 +431,17 @@ def _pair(rng: np.random.Generator, step: _Step, state: _State, constraints: _Co
     pair = state.pair or _scene_pair(rng, step, state.scene, constraints)
     if pair is None:
         return None
+    asked: Question | None
     if step.name == "pair/which":
         asked = ask_which(rng, pair.first, pair.second)
+    elif step.name == "pair/one":
+        asked = ask_one(rng, pair.first, pair.second)
     elif pair.edit is None and pair.first != pair.second:
         return None  # two unrelated scenes: everything differs
     else:
         asked = ask_difference(rng, pair.edit)
+    if asked is None:
+        return None
     shown = (None, None) if state.pair else (draw(pair.first), draw(pair.second))
     task = Task(asked.text, shown[0], asked.answer, None, step.name, None, pair.first, asked.subject, second=shown[1])
     return task, replace(state, scene=pair.second, shown=True, pair=pair)  # it goes on with the newest image
