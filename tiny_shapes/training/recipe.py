@@ -269,7 +269,7 @@ RECIPE = (
             "edit/add": 1.4,
             "edit/background": 0.4,
             "masked edit": 4.0,
-            "complete": 2.5,
+            "complete": 4.5,
             "pair": 3.0,
             "outside": 0.7,
             "identify region": 2.5,
