@@ -1,4 +1,4 @@
-"""The values that are trained: a low-rank branch beside each chosen layer of a network whose weights stay as they are."""
+"""The values that are trained: low-rank branches beside chosen layers of a network whose weights stay as they are."""
 
 from __future__ import annotations
 
