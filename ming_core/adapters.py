@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .experts import ExpertPerRow, OneExpert, Route, StackedWeight
-from .offload import OffloadableModule
+from .offload import NonfiniteError, OffloadableModule
 
 
 class LowRank(NamedTuple):
@@ -109,6 +109,18 @@ class Adapters:
         with branches(network, here):
             yield
 
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Name these as the first suspects where the model computes NaN or infinite values: nobody need download it."""
+        try:
+            yield
+        except NonfiniteError as error:
+            if not self.strengths:
+                raise
+            names = " and ".join(lora.name for lora in self.strengths)
+            remedy = f"lower the strength of the LoRA {names}, or leave it out; if that does not help, {error.remedy}"
+            raise NonfiniteError(error.dtype, remedy) from None
+
 
 @torch.inference_mode(False)  # kept for later calls, which need not run under inference mode
 @torch.no_grad()
@@ -142,7 +154,7 @@ def adapted(method: Callable[Concatenate[Owner, Arguments], Result]) -> Callable
 
     @functools.wraps(method)
     def with_adapters(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with owner.adapters.applied_to(owner.network):
+        with owner.adapters.applied_to(owner.network), owner.adapters.named_in_errors():
             return method(owner, *args, **kwargs)
 
     return with_adapters

@@ -85,6 +85,11 @@ class Features(ContentHashed, _Features):
     def batch(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of the tokens and of the latents."""
+        return self.tokens.shape[2], self.latents.shape[1]
+
     def split(self) -> list[Features]:
         """One Features of batch 1 for each image."""
         return [
@@ -104,10 +109,11 @@ class Features(ContentHashed, _Features):
 
 
 def require_comparable(a: Features, b: Features) -> None:
-    """Raises ValueError unless both have one tokenizer, one grid and equally many images."""
+    """Raises ValueError unless both have one tokenizer, one grid, equally many channels and equally many images."""
     for what, of_a, of_b in (
         ("tokenizer", a.tokenizer[:12], b.tokenizer[:12]),
         ("grid", a.grid, b.grid),
+        ("number of channels", a.widths, b.widths),
         ("number of images", a.batch, b.batch),
     ):
         if of_a != of_b:
@@ -145,6 +151,11 @@ def joined(*features: Features) -> Features:
             raise ValueError(
                 f"these features have different grids ({sizes} tokens): encode both pictures with one detail; drawn "
                 "pictures have that of detail `standard`"
+            )
+        if other.widths != first.widths:  # one of them came from a file that was tampered with, or another pack
+            raise ValueError(
+                f"these features have {first.widths} and {other.widths} channels in tokens and latents, where those of "
+                "one tokenizer have equally many: make them again"
             )
     return first._replace(
         tokens=torch.cat([f.tokens for f in features]),

@@ -259,8 +259,9 @@ def _peft_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise FileError(f"{config} is not a JSON object: {GET_AGAIN}")
     patterns = found.get("alpha_pattern") or {}
-    alphas = patterns.values() if isinstance(patterns, dict) else (patterns,)
-    for alpha in (found.get("lora_alpha", 1), *alphas):
+    if not isinstance(patterns, dict):
+        raise FileError(f"{config}: alpha_pattern is {described(patterns)}, and it must be an object: {GET_AGAIN}")
+    for alpha in (found.get("lora_alpha", 1), *patterns.values()):
         if type(alpha) not in (int, float):
             raise FileError(f"{config}: an alpha is {described(alpha)}, and it must be a number: {GET_AGAIN}")
     return found

@@ -341,10 +341,11 @@ class MingTok(OffloadableModule):
                 f"these features belong to another tokenizer ({features.tokenizer[:12]}) than this one "
                 f"({self.fingerprint[:12]}): make them with the MingTok of the model that is to use them"
             )
-        widths = features.tokens.shape[2], features.latents.shape[1]
         own = self.config.semantic_decoder.embed_dim, self.config.low_level_encoder.out_dim
-        if widths != own:
-            raise ValueError(f"these features have {widths} channels in tokens and latents, not {own}: make them again")
+        if features.widths != own:
+            raise ValueError(
+                f"these features have {features.widths} channels in tokens and latents, not {own}: make them again"
+            )
 
     def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[0] == 0:

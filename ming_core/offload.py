@@ -39,15 +39,26 @@ def all_on(device: torch.device, *modules: nn.Module) -> bool:
     return all(parameter.device == device for module in modules for parameter in module.parameters())
 
 
-def nonfinite_error(dtype: torch.dtype, perhaps: str = "") -> RuntimeError:
+class NonfiniteError(RuntimeError):
+    """The model computed NaN or infinite values.
+
+    dtype    what it computed in
+    remedy   what to do about it
+    """
+
+    def __init__(self, dtype: torch.dtype, remedy: str) -> None:
+        super().__init__(f"the model computed NaN or infinite values in {str(dtype).removeprefix('torch.')}: {remedy}")
+        self.dtype, self.remedy = dtype, remedy
+
+
+def nonfinite_error(dtype: torch.dtype, perhaps: str = "") -> NonfiniteError:
     """The error for NaN or infinite results, with the remedy: fp16 may be too narrow for the model.
 
     perhaps: a cause other than damaged weights, with its remedy.
     """
-    remedy = f"{perhaps}the weights are damaged, download them again"
     if dtype == torch.float16:
-        remedy = "choose fp32 (or bf16)"
-    return RuntimeError(f"the model computed NaN or infinite values in {str(dtype).removeprefix('torch.')}: {remedy}")
+        return NonfiniteError(dtype, "choose fp32 (or bf16)")
+    return NonfiniteError(dtype, f"{perhaps}the weights are damaged, download them again")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -99,7 +99,7 @@ class MingContinueConversation:
     @classmethod
     def VALIDATE_INPUTS(cls, name: str | None = None) -> bool | str:
         try:
-            if name is not None and (path := file_without_number(name)).exists():
+            if name is not None and (path := file_without_number(name, "name")).exists():
                 check_format(path, CONVERSATION_FORMAT)
         except FileError as error:
             return str(error)
@@ -109,11 +109,11 @@ class MingContinueConversation:
     def IS_CHANGED(cls, name: str | None, **_: object) -> str | float:
         if name is None:  # it is linked, and may become any name
             return float("nan")
-        path = file_without_number(name)
+        path = file_without_number(name, "name")
         return content_digest(path) if path.exists() else ""
 
     def resume(self, model: host.Loaded[Engine], name: str) -> tuple[Conversation]:
-        path = file_without_number(name)
+        path = file_without_number(name, "name")
         return (_loaded(model, path) if path.exists() else Conversation(),)
 
 

@@ -9,6 +9,8 @@ import time
 import unicodedata
 from pathlib import Path
 
+from ..ming_core.checks import described
+
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 LONGEST_NAME = 255  # bytes, on almost every disk
 LONGEST_PATH = {"linux": 4095, "darwin": 1023}.get(sys.platform, 32_766)  # in the same units, folders included
@@ -90,27 +92,31 @@ def folder_problem(folder: Path) -> str | None:
     return None
 
 
-def check_prefix(prefix: str, folder: Path) -> Path:
-    """Return `folder` / `prefix`. Raises ValueError if it is outside `folder`, cannot be made, or is no file name."""
+def check_prefix(prefix: object, folder: Path, called: str = "filename_prefix") -> Path:
+    """Return `folder` / `prefix`. Raises ValueError if it is outside `folder`, cannot be made, or is no file name.
+
+    called: what messages call the prefix.
+    """
+    if not isinstance(prefix, str):
+        raise ValueError(f"{called} is {described(prefix)}: it must be text, such as cats or cats/first")
     path = Path(folder, prefix.replace("\\", "/"))
     try:
         _check_characters(prefix)
         _check_length(path.name, LONGEST_NAME - LONGEST_ENDING)
         _check_length(str(path), LONGEST_PATH - LONGEST_ENDING)
     except ValueError as error:
-        raise ValueError(f"filename_prefix {error}") from None
+        raise ValueError(f"{called} {error}") from None
     if problem := folder_problem(path.parent):
         raise ValueError(problem)
     resolved, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if not resolved.is_relative_to(root) or resolved == root:
         raise ValueError(
-            f"filename_prefix {prefix!r} leads out of {folder} or is not a file name: use a name such as "
+            f"{called} {prefix!r} leads out of {folder} or is not a file name: use a name such as "
             '"cats" or "cats/first"'
         )
     if forbidden := sorted(FORBIDDEN.intersection(prefix)):
         raise ValueError(
-            f"filename_prefix {prefix!r} contains {' '.join(forbidden)}, which Windows does not allow in file names: "
-            "remove it"
+            f"{called} {prefix!r} contains {' '.join(forbidden)}, which Windows does not allow in file names: remove it"
         )
     return path
 

@@ -103,10 +103,11 @@ def missing_message(name: Any, kind: str) -> str:
     """What to do about a model that was not found."""
     if not isinstance(name, str):
         return f"model_name is {str(name)[:100]}: choose a model from the list"
+    shown = printable(name[:200])
     found = list(find_checkpoints(kind))
     there = _by_any_case(name, found)
     if there:
-        return f'there is no model "{name[:200]}": did you mean "{there}"? Choose it from the list (case matters)'
+        return f'there is no model "{shown}": did you mean "{there}"? Choose it from the list (case matters)'
     if reason := _why_left_out(name, kind):
         return reason
     repository, size = PUBLISHED[kind]
@@ -118,7 +119,7 @@ def missing_message(name: Any, kind: str) -> str:
     close = difflib.get_close_matches(name, found, n=1)
     meant = f'did you mean "{close[0]}"? ' if close else ""
     return (
-        f'{meant}the model "{name[:200]}" was not found. Put its folder (config.json, *.safetensors, tokenizer files) '
+        f'{meant}the model "{shown}" was not found. Put its folder (config.json, *.safetensors, tokenizer files) '
         f"in {' or '.join(map(str, places))}. The published model is {repository} ({size}), from "
         f"https://huggingface.co/{repository} or https://modelscope.cn/models/{repository}; put it in "
         f'{places[0] / published}, or download it there with "{sys.executable}" "{host.PACK / "quickstart.py"}" '

@@ -35,10 +35,15 @@ def replace_file(prefix: str, write: Callable[[Path], None]) -> dict:
     return _shown(path)
 
 
-def file_without_number(prefix: str) -> Path:
-    """output/ming/prefix.safetensors. Raises FileError for a prefix that leads elsewhere or is no file name."""
+def file_without_number(prefix: object, called: str = "filename_prefix") -> Path:
+    """output/ming/prefix.safetensors. Raises FileError for a prefix that leads elsewhere or is no file name.
+
+    called: what messages call the prefix.
+    """
     try:
-        path = check_prefix(filled(prefix), host.output_directory() / "ming")
+        path = check_prefix(
+            filled(prefix) if isinstance(prefix, str) else prefix, host.output_directory() / "ming", called
+        )
     except ValueError as error:
         raise FileError(str(error)) from None
     return path.with_name(f"{path.name}.safetensors")

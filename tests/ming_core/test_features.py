@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ming_univision.ming_core import Conversation
-from ming_univision.ming_core.features import joined
+from ming_univision.ming_core.features import change, joined
 
 
 def encoded(model, seed, side=32):
@@ -37,3 +37,17 @@ def test_features_that_do_not_fit_together_are_refused_with_the_remedy(model):
         joined(one, encoded(model, 2, side=64))
     with pytest.raises(ValueError, match="one MingTok"):
         joined(one, one._replace(tokenizer="another"))
+
+
+def test_features_of_other_widths_under_the_same_tokenizer_are_refused_in_words(model):
+    """A file without a digest may say that it is of any tokenizer."""
+    one = encoded(model, 1)
+    for other in (one._replace(tokens=one.tokens[..., :32]), one._replace(latents=one.latents[:, :4])):
+        with pytest.raises(ValueError, match=r"\(\d+, \d+\) and \(\d+, \d+\) channels .*: make them again"):
+            joined(one, other)
+        with pytest.raises(ValueError, match="their number of channels differs"):
+            change(one, other)
+        with pytest.raises(ValueError, match=r"channels in tokens and latents, not .*: make them again"):
+            model.mingtok.decode(other)
+        with pytest.raises(ValueError, match=r"channels in tokens and latents, not .*: make them again"):
+            model.understand(Conversation(), "What is it?", features=other, max_new_tokens=1)

@@ -322,3 +322,30 @@ def test_an_empty_instruction_is_an_error_of_that_input_alone():
 def test_what_a_node_validates_is_one_input_so_that_its_error_stands_on_that_one(node_id):
     validate = getattr(NODE_CLASS_MAPPINGS[node_id], "VALIDATE_INPUTS", None)
     assert validate is None or len(inspect.signature(validate).parameters) == 1
+
+
+# --- What a node checks itself ------------------------------------------------------------------------------------
+
+
+def checked_by_nodes():
+    for node_id, node in NODE_CLASS_MAPPINGS.items():
+        if hasattr(node, "VALIDATE_INPUTS"):
+            for name in inspect.signature(node.VALIDATE_INPUTS).parameters:
+                yield node_id, name
+
+
+@pytest.mark.parametrize(("node_id", "name"), list(checked_by_nodes()))
+@pytest.mark.parametrize(
+    "value",
+    [5, -1.5, math.nan, True, b"x", [], {}, (1,), object(), np.zeros(2), torch.zeros(2), "\0", "\ud800", "x" * 5000],
+)
+def test_what_a_node_checks_itself_gets_a_short_verdict_whatever_it_is(node_id, name, value):
+    verdict = NODE_CLASS_MAPPINGS[node_id].VALIDATE_INPUTS(**{name: value})
+    if name in ("prompt", "instruction", "scene") and verdict is True:  # its type is checked when the node runs
+        return
+    assert isinstance(verdict, str) and 0 < len(verdict) < 1500 and verdict.encode()
+
+
+def test_a_bad_name_of_a_conversation_to_continue_is_called_as_its_widget_is():
+    verdict = NODE_CLASS_MAPPINGS["MingContinueConversation"].VALIDATE_INPUTS(name="../x")
+    assert verdict.startswith("name '../x' leads out of")
