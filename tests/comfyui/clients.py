@@ -62,22 +62,7 @@ save_texts([text for output in outputs.values() for text in output.get("text", (
 COMFYKIT = """
 import asyncio, importlib.metadata
 from comfykit import ComfyKit
-async def drive_all(checkout: Path, comfyui_python: Path, python: Path, folder: Path) -> int:
-    """Every client runs every workflow. Returns how many runs failed."""
-    failed = 0
-    with Server(checkout, comfyui_python, folder / "base") as server:
-        print(f"ComfyUI {server.version}")
-        for number, (client, name) in enumerate((client, name) for client in CLIENTS for name in WORKFLOWS):
-            try:
-                version = drive(server, python, CLIENTS[client], name, folder / str(number))
-                print(f"right  {client} {version}: {name}", flush=True)
-            except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
-                failed += 1
-                print(f"WRONG  {client}: {name}: {error}", flush=True)
-    return failed
-
-
-def main():
+async def main():
     kit = ComfyKit(comfyui_url=f"http://{address}")
     done = await kit.execute(file)
     assert done.status == "completed", done
@@ -164,6 +149,21 @@ def drive(server: Server, python: Path, script: str, name: str, folder: Path) ->
     if name == "multi_round_edit":
         assert "green square" in (folder / "answer.txt").read_text(encoding="utf-8"), said
     return re.findall("VERSION (.+)", done.stdout)[-1]
+
+
+def drive_all(checkout: Path, comfyui_python: Path, python: Path, folder: Path) -> int:
+    """Every client runs every workflow. Returns how many runs failed."""
+    failed = 0
+    with Server(checkout, comfyui_python, folder / "base") as server:
+        print(f"ComfyUI {server.version}")
+        for number, (client, name) in enumerate((client, name) for client in CLIENTS for name in WORKFLOWS):
+            try:
+                version = drive(server, python, CLIENTS[client], name, folder / str(number))
+                print(f"right  {client} {version}: {name}", flush=True)
+            except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+                failed += 1
+                print(f"WRONG  {client}: {name}: {error}", flush=True)
+    return failed
 
 
 def main() -> int:
