@@ -77,7 +77,7 @@ import importlib.metadata, io
 from comfyuiclient import ComfyUIClient
 client = ComfyUIClient(address, file)
 client.connect()
-done = client.generate()
+done = client.generate(["SaveImage", "PreviewAny"])  # nodes by their class or title
 client.close()
 pictures = []
 for value in done.values():
