@@ -15,7 +15,7 @@ import websocket
 from .finding import PACK
 from .server import fetched, free_port
 
-LIMIT = 60  # seconds to wait for anything
+LIMIT = 240  # seconds to wait for anything; a busy machine takes long to load the page
 OPEN_DIALOGS = "[...document.querySelectorAll('[role=dialog]')].filter(d => d.getClientRects().length)"
 FLAGS = (
     "--headless=new",
@@ -126,7 +126,7 @@ class Page:
 
     def wait_until_quiet(self) -> None:
         """Wait until the page reports no error for three seconds; older errors are dropped."""
-        for _ in range(LIMIT // 3):
+        for _ in range(20):
             self.errors.clear()
             time.sleep(3)
             self.evaluate("return 0")  # collects the errors since

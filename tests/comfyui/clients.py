@@ -26,11 +26,11 @@ from .finding import NO_CHECKOUT, NotFound, find_checkout, find_python
 from .server import Server, ServerError, read_workflow
 
 WORKFLOWS = {
-    "text_to_image": {"2.text": "a small yellow star at the top on a navy background", "3.seed": 5, "3.steps": 4},
+    "text_to_image": {"3.prompt": "a small yellow star at the top on a navy background", "3.seed": 5, "3.steps": 4},
     "multi_round_edit": {
         "2.scene": "a large green square at the left on a white background",
-        "8.text": "Change the background to mint.",
-        "10.text": "Change the background to mint.",
+        "9.instruction": "Add a small red star at the right.",
+        "11.instruction": "Change the background to mint.",
         "9.steps": 2,
         "11.steps": 2,
         "13.steps": 2,
@@ -39,7 +39,7 @@ WORKFLOWS = {
 }
 LIMIT = 600  # seconds for one run of a client
 
-# Every script gets: the server's host:port, the API file, and the folder to put picture.png and answer.txt in.
+# Every script gets: the server's host:port, the API file, and the folder to put pictures and answer.txt in.
 SCRIPT_EXAMPLE = """
 import re, sys
 from pathlib import Path
@@ -52,7 +52,7 @@ ws.connect(f"ws://{address}/ws?clientId={client_id}", http_no_proxy=["127.0.0.1"
 workflow = json.loads(Path(file).read_text())
 images = get_images(ws, workflow)
 ws.close()
-save_picture([image for pictures in images.values() for image in pictures][-1])
+save_pictures([image for pictures in images.values() for image in pictures])
 print("VERSION", "of the checkout")
 # the script keeps images only: texts are in the history that it has read
 with urllib.request.urlopen(f"http://{address}/history") as answer:
@@ -62,27 +62,12 @@ save_texts([text for output in outputs.values() for text in output.get("text", (
 COMFYKIT = """
 import asyncio, importlib.metadata
 from comfykit import ComfyKit
-async def drive_all(checkout: Path, comfyui_python: Path, python: Path, folder: Path) -> int:
-    """Every client runs every workflow. Returns how many runs failed."""
-    failed = 0
-    with Server(checkout, comfyui_python, folder / "base") as server:
-        print(f"ComfyUI {server.version}")
-        for number, (client, name) in enumerate((client, name) for client in CLIENTS for name in WORKFLOWS):
-            try:
-                version = drive(server, python, CLIENTS[client], name, folder / str(number))
-                print(f"right  {client} {version}: {name}", flush=True)
-            except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
-                failed += 1
-                print(f"WRONG  {client}: {name}: {error}", flush=True)
-    return failed
-
-
-def main():
+async def main():
     kit = ComfyKit(comfyui_url=f"http://{address}")
     done = await kit.execute(file)
     assert done.status == "completed", done
     import urllib.request
-    save_picture(urllib.request.urlopen(done.images[-1]).read())
+    save_pictures([urllib.request.urlopen(image).read() for image in done.images])
     save_texts(done.texts)
 asyncio.run(main())
 print("VERSION", importlib.metadata.version("comfykit"))
@@ -92,12 +77,14 @@ import importlib.metadata, io
 from comfyuiclient import ComfyUIClient
 client = ComfyUIClient(address, file)
 client.connect()
-done = client.generate()
+done = client.generate(["SaveImage", "PreviewAny"])  # nodes by their class or title
 client.close()
-pictures = [value for value in done.values() if hasattr(value, "save")]
-stream = io.BytesIO()
-pictures[-1].save(stream, "PNG")
-save_picture(stream.getvalue())
+pictures = []
+for value in done.values():
+    if hasattr(value, "save"):
+        pictures.append(io.BytesIO())
+        value.save(pictures[-1], "PNG")
+save_pictures([picture.getvalue() for picture in pictures])
 texts = [value for value in done.values() if not hasattr(value, "save")]
 save_texts([text for value in texts for text in ([value] if isinstance(value, str) else value)])
 print("VERSION", importlib.metadata.version("comfyui-workflow-client"))
@@ -112,11 +99,10 @@ print(done.stdout[-2000:], done.stderr[-1000:])
 assert done.returncode == 0
 with urllib.request.urlopen(f"http://{address}/history") as answer:
     outputs = [entry["outputs"] for entry in json.loads(answer.read()).values()][-1]
-links = re.findall(r"http://\\S*/view\\?\\S+", done.stdout.replace("\\n", ""))
-image = [image for output in outputs.values() for image in output.get("images", ())][-1]
-assert image["filename"] in done.stdout.replace("\\n", ""), "comfy run does not name the picture"
-query = "&".join(f"{key}={value}" for key, value in image.items())
-save_picture(urllib.request.urlopen(f"http://{address}/view?{query}").read())
+saved = [image for output in outputs.values() for image in output.get("images", ()) if image["type"] == "output"]
+assert saved[0]["filename"] in done.stdout.replace("\\n", ""), "comfy run does not name the picture"
+query = "&".join(f"{key}={value}" for key, value in saved[0].items())
+save_pictures([urllib.request.urlopen(f"http://{address}/view?{query}").read()])
 save_texts([text for output in outputs.values() for text in output.get("text", ())])
 print("VERSION", importlib.metadata.version("comfy-cli"))
 """
@@ -124,8 +110,9 @@ HEAD = """
 import re, sys
 from pathlib import Path
 address, file, folder, checkout = sys.argv[1:]
-def save_picture(data):
-    Path(folder, "picture.png").write_bytes(data)
+def save_pictures(pictures):
+    for number, data in enumerate(pictures):
+        Path(folder, f"{number}.png").write_bytes(data)
 def save_texts(texts):
     Path(folder, "answer.txt").write_text("\\n".join(map(str, texts)), encoding="utf-8")
 """
@@ -157,11 +144,26 @@ def drive(server: Server, python: Path, script: str, name: str, folder: Path) ->
     )
     said = f"{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
     assert done.returncode == 0, said
-    with Image.open(folder / "picture.png") as image:
-        assert image.format == "PNG" and image.size == (128, 128), image
+    sizes = [Image.open(picture).size for picture in folder.glob("*.png")]
+    assert (128, 128) in sizes, f"no drawing among pictures of {sizes}: {said}"
     if name == "multi_round_edit":
         assert "green square" in (folder / "answer.txt").read_text(encoding="utf-8"), said
     return re.findall("VERSION (.+)", done.stdout)[-1]
+
+
+def drive_all(checkout: Path, comfyui_python: Path, python: Path, folder: Path) -> int:
+    """Every client runs every workflow. Returns how many runs failed."""
+    failed = 0
+    with Server(checkout, comfyui_python, folder / "base") as server:
+        print(f"ComfyUI {server.version}")
+        for number, (client, name) in enumerate((client, name) for client in CLIENTS for name in WORKFLOWS):
+            try:
+                version = drive(server, python, CLIENTS[client], name, folder / str(number))
+                print(f"right  {client} {version}: {name}", flush=True)
+            except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+                failed += 1
+                print(f"WRONG  {client}: {name}: {error}", flush=True)
+    return failed
 
 
 def main() -> int:

@@ -137,7 +137,7 @@ class Server:
 
     def advice(self) -> str:
         """Advice about a missing module, if the log names one."""
-        missing = re.search(r"No module named '(\w+)", self.log)
+        missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", self.log)
         if not missing:
             return ""
         by_itself = f"If it is still missing after that: {self.python} -m pip install {missing[1]}"

@@ -26,6 +26,9 @@ KINDS = {
     "segment_then_edit": 1,
     "multi_round_edit": 1,
     "branch_edits": 1,
+    "edit_inside_mask": 1,
+    "region_then_edit_inside": 1,
+    "compare_two_pictures": 1,
     "save_and_continue": 2,
     LOAD_CONVERSATION: 1,
     LOAD_FEATURES: 1,
@@ -113,15 +116,13 @@ def loading(kind: str, rng: random.Random) -> dict:
     if kind == LOAD_FEATURES:
         file = f"ming/kept_picture_{number:05}_.safetensors [output]"
         graph["3"] = {"class_type": "MingLoadFeatures", "inputs": {"file": file}}
-        del graph["2"]
         return graph
     file = f"ming/kept_{number:05}_.safetensors [output]"
     graph["6"] = {"class_type": "MingLoadConversation", "inputs": {"model": ["1", 0], "file": file}}
-    graph["2"] = {"class_type": "MingInstruction", "inputs": {"task": "edit", "text": "Make it blue."}}
     edited = {name: value for name, value in graph["3"]["inputs"].items() if name != "prompt"}
-    edited |= {"instruction": ["2", 0], "conversation": ["6", 0]}
+    edited |= {"instruction": "Make it blue.", "conversation": ["6", 0]}
     graph["3"] = {"class_type": "MingEdit", "inputs": edited}
-    again = {"conversation": ["3", 1], "filename_prefix": "continued"}
+    again = {"conversation": ["3", 1], "filename_prefix": "continued", "overwrite": False}
     graph["7"] = {"class_type": "MingSaveConversation", "inputs": again}
     return graph
 
@@ -139,7 +140,7 @@ def many_saves(number: int) -> dict:
     graph["9"] = {"class_type": "MingTokEncode", "inputs": graph["3"]["inputs"] | {"image": ["8", 0]}}
     graph["10"] = {"class_type": "MingTokSemanticFeatures", "inputs": {"mingtok": ["1", 1], "latent": ["9", 0]}}
     for i in range(12):
-        small = {"conversation": ["6", 1], "filename_prefix": f"killed_talk_{i}"}
+        small = {"conversation": ["6", 1], "filename_prefix": f"killed_talk_{i}", "overwrite": False}
         large = {"features": ["10", 0], "filename_prefix": f"killed_{i}"}
         graph[f"small {i}"] = {"class_type": "MingSaveConversation", "inputs": small}
         graph[f"large {i}"] = {"class_type": "MingSaveFeatures", "inputs": large}
