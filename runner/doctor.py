@@ -133,6 +133,7 @@ def _machine(report: Report, device: torch.device) -> None:
     report.tell("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, ROCm {torch.version.hip}")
     cores = f"{psutil.cpu_count(logical=False)} cores, {torch.get_num_threads()} threads of PyTorch"
     report.tell("processor", f"{platform.processor() or platform.machine()}, {cores}")
+    report.tell("load", f"{psutil.getloadavg()[0]:.1f}: times mean something only where nothing else runs")
     report.tell("instructions", torch.backends.cpu.get_cpu_capability())
     memory = psutil.virtual_memory()
     report.tell("memory", f"{memory.total / GB:.1f} GB, {memory.available / GB:.1f} GB free")

@@ -129,3 +129,18 @@ def test_two_checkouts_are_compared_round_by_round(capsys, monkeypatch):
     assert row.endswith("| same text |")
     with pytest.raises(SystemExit, match="no ming_core"):
         compare.Worker(PACK / "benchmarks", compare.Settings(PACK / "models" / "tiny-shapes", "fp32", None, 1))
+
+
+def test_the_floor_of_every_part_is_told_under_the_name_that_it_is_timed_by():
+    speed, reduced = importlib.import_module("speed"), importlib.import_module("reduced")
+    network = reduced.UniVision(reduced.reduced_config(16, 12), flow_hidden=reduced.FLOW_HIDDEN, device="meta")
+    found = speed.floors(network, 16, [2, 3])
+    assert {name for name in found if name.endswith(", 2 rows")} == {
+        "whole image, 2 rows",
+        "whole image with 8 steps of data_ab2, 2 rows",
+    }
+    language, flow, semantic = (found[name] for name in list(found)[:3])
+    projection = speed.weight_bytes(network.linear_proj)
+    per_token = language / speed.LM_STEPS + flow + semantic / 16 + projection
+    assert found["whole image, 2 rows"] == pytest.approx(16 * per_token + language / speed.LM_STEPS)
+    assert found["whole image with 8 steps of data_ab2, 2 rows"] < 0.7 * found["whole image, 2 rows"]
