@@ -5,6 +5,7 @@
     python quickstart.py map WORKFLOW.json (--table FILE | --images FOLDER) --out DIR [--set NODE.INPUT=VALUE ...]
     python quickstart.py download [NAME] [--to DIR]
     python quickstart.py quantize SOURCE TARGET [--format int4]
+    python quickstart.py doctor [--quick]
     python quickstart.py test [pytest's arguments]
     python quickstart.py comfyui [--dir CHECKOUT] [--python FILE] [--browser FILE]
 

@@ -13,15 +13,18 @@ they were; only keys and values of whole segments go into the prefix cache.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapters import Adapters, Lora, adapted
 from .checks import check_tensor, described, whole_number
 from .config import UniVisionConfig
 from .conversation import Conversation, Image, Part, Segment, Text, guidance_masks, segment_keys
@@ -52,6 +55,7 @@ class Engine:
     chat          text tokenizer and chat template; None for a network that is only trained or measured
     fingerprint   identifies the weights; the loader sets it
     prefix_cache  keys and values of past transcripts; `prefix_cache.clear()` frees them
+    adapters      the LoRAs that it computes with; engines with other ones share everything else (`with_lora`)
     """
 
     def __init__(self, network: UniVision, chat: ChatFormat | None = None, fingerprint: str = "") -> None:
@@ -59,6 +63,23 @@ class Engine:
         # in host memory, 57 KB a position in bf16: its 1 GiB holds some 18,000 positions
         self.prefix_cache = PrefixCache()
         self._weights = WeightsState(network.language_model, network.linear_proj)  # what keys and values depend on
+        self.adapters = Adapters()
+
+    def with_lora(self, file: str | Path | Lora, strength: float = 1.0) -> Engine:
+        """This model with one more LoRA; this engine stays as it is, and both share weights and prefix cache.
+
+        file      a safetensors file with the keys of this pack, of PEFT or of kohya's scripts (lora.py), or a Lora
+        strength  1.0 as it was trained, 0.0 without effect; may be negative
+
+        LoRAs add up, in any order. A conversation may go on with other LoRAs of the same model. Raises FileError for a
+        file that does not fit this model.
+        """
+        from .lora import read_lora  # not at the top: it knows the keys of checkpoints, whose loader makes engines
+
+        lora = file if isinstance(file, Lora) else read_lora(file, self.network)
+        engine = copy.copy(self)
+        engine.adapters = self.adapters.added(lora, strength)
+        return engine
 
     @property
     def chat(self) -> ChatFormat:
@@ -89,9 +110,9 @@ class Engine:
         return self.network.dtype
 
     def weights_key(self) -> bytes:
-        """Identifies the weights as they are now; keys of the prefix cache begin with it."""
+        """Identifies the weights as they are now, LoRAs included; keys of the prefix cache begin with it."""
         # the fingerprint is that of files: training or a patch changes weights without it
-        return self.fingerprint.encode() + self._weights.key()
+        return self.fingerprint.encode() + self._weights.key() + self.adapters.key
 
     @property
     def image_tokens(self) -> int:
@@ -244,18 +265,20 @@ class Engine:
 
     def _working_memory(self, length: int, options: TextOptions | ImageOptions) -> int:
         """Bytes that a round on a transcript of this length takes beside the weights, at most."""
-        language_model = self.network.language_model
+        language_model, adapters = self.network.language_model, self.adapters.bytes(self.dtype)
         if isinstance(options, TextOptions):
-            return language_model.working_memory(length, 1, options.max_new_tokens)
+            return adapters + language_model.working_memory(length, 1, options.max_new_tokens)
         # three guidance rows an image, and the row of those that goes on to the text after it
         images, new = len(options.seeds), 2 * options.max_new_tokens + self.image_tokens
         # two caches have room for all of the text: that before the image, and that after it
         drawing = language_model.working_memory(length, 4 * images, new, in_runs=options.mask is not None)
-        return drawing + self.mingtok.working_memory(images, self.config.llm_config.num_image_tokens_for_gen)
+        decoding = self.mingtok.working_memory(images, self.config.llm_config.num_image_tokens_for_gen)
+        return adapters + drawing + decoding
 
     # --- Run ------------------------------------------------------------------------------------------------------
 
     @exclusive
+    @adapted
     @torch.no_grad()
     def write(self, plan: RoundPlan[TextOptions], on_token: OnToken = None) -> TextResult:
         """Run a round that answers in text. on_token: see `understand`."""
@@ -274,6 +297,7 @@ class Engine:
         return TextResult(text, written.ids, conversation, prefilled.prefilled, written.stacked_logits(), truncated)
 
     @exclusive
+    @adapted
     @torch.no_grad()
     def draw(self, plan: RoundPlan[ImageOptions], on_token: OnToken = None) -> list[ImageResult]:
         """Run a round that draws, an image a seed. on_token: see `generate_images`."""
@@ -297,6 +321,7 @@ class Engine:
         return self._draw_rows([prefilled] * images, image_decoder, before, decoder, on_token)
 
     @exclusive
+    @adapted
     @torch.no_grad()
     def generate_batch(self, requests: Sequence[DrawRequest], options: ImageOptions | None = None) -> list[ImageResult]:
         """Many drawing rounds in few passes over the weights, each with a past of its own: one result a request.

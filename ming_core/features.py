@@ -128,6 +128,31 @@ def change(a: Features, b: Features) -> Tensor:
     return to_grid(difference[..., None], a.grid).clamp(0, 2)
 
 
+def joined(*features: Features) -> Features:
+    """Several batches of one tokenizer and one grid as one, in their order; its depth is the largest of theirs.
+
+    Raises ValueError for features of different tokenizers or grids.
+    """
+    first = features[0]
+    for other in features[1:]:
+        if other.tokenizer != first.tokenizer:
+            raise ValueError(
+                f"these features come from different tokenizers ({first.tokenizer[:12]} and {other.tokenizer[:12]}): "
+                "encode both pictures with one MingTok"
+            )
+        if other.grid != first.grid:
+            sizes = " and ".join("x".join(map(str, f.grid)) for f in (first, other))
+            raise ValueError(
+                f"these features have different grids ({sizes} tokens): encode both pictures with one detail; drawn "
+                "pictures have that of detail `standard`"
+            )
+    return first._replace(
+        tokens=torch.cat([f.tokens for f in features]),
+        latents=torch.cat([f.latents for f in features]),
+        depth=max(f.depth for f in features),
+    )
+
+
 def principal_colors(features: Features) -> Tensor:
     """The three principal components of all tokens as red, green and blue: float32 [B, 3, h, w], 0..1."""
     tokens = features.tokens.flatten(0, 1).double()

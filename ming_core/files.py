@@ -172,7 +172,8 @@ def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Put `data` at `path` in one step, and create its folder. Raises FileError; no partial file is left behind."""
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    # cut, because the name itself may be as long as names can be, in bytes of which a character has up to four
+    temporary = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -269,12 +270,23 @@ def read_tensors(path: str | Path, wanted: str) -> tuple[dict[str, Tensor], dict
         _require_format(path, about, wanted)
         # cloned: a mapped tensor would keep the file open, and change when the file does
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+    if not _is_text(about):
+        raise FileError(f"{path} is damaged: it has text that is not Unicode; {SAVE_AGAIN}")
     unknown = set(metadata) - {HEADER, DIGEST}  # no version wrote any other: the name of the digest is damaged
     if unknown or metadata.get(DIGEST) not in (None, _digest(tensors, metadata[HEADER])):
         raise FileError(
             f"{path} is damaged: its content has changed since it was saved (the digest differs); {SAVE_AGAIN}"
         )
     return tensors, about
+
+
+def _is_text(about: Any) -> bool:
+    """Whether no text in it has half a character (a lone surrogate), which JSON can spell and no file can hold."""
+    try:
+        json.dumps(about, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _format(about: Any) -> str:

@@ -7,6 +7,7 @@ contradict each other are an error.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ from .json_files import FileError, read_file, read_json
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 NAMES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")  # no others are read
 MAX_BYTES = 64 << 20  # twice the longest tokenizer.json in use, that of a vocabulary of 262,144
+MAX_ID = 1 << 24  # sixty times the largest vocabulary in use
 SOURCE = "the folder mingunivision of https://github.com/inclusionAI/Ming-UniVision"
 FETCH = f"copy {TOKENIZER} and {TOKENIZER_CONFIG} from {SOURCE} into that folder, or have quickstart.py download do it"
 
@@ -33,6 +35,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     contents = {name: _content(folder / name) for name in NAMES if os.path.lexists(folder / name)}
     stated = _stated_ids(folder / TOKENIZER_CONFIG, contents.get(TOKENIZER_CONFIG, {}))
     _check_ids(path, contents[TOKENIZER], stated)
+    _check_sizes(path, contents[TOKENIZER])
     tokenizer = _tokenizer(path, contents)
     if any(tokenizer.token_to_id(token) != i for token, i in stated.items()):
         # the library numbers added tokens from the end of the vocabulary on: where there are gaps, the vocabulary
@@ -128,6 +131,32 @@ def _check_ids(path: Path, content: Mapping[str, Any], stated: Mapping[str, int]
             f"{path.with_name(TOKENIZER_CONFIG)} gives the token {_shown(token)} the id {i}, but {TOKENIZER} {there}: "
             f"the two files belong to different checkpoints; {FETCH}"
         )
+
+
+def _check_sizes(path: Path, content: Mapping[str, Any]) -> None:
+    """The library asks for memory by what a file says, and ends the process where there is not as much."""
+    ids = {**_vocabulary(content), **_ids(content)}
+    wrong = next((token for token, i in ids.items() if type(i) is not int or not 0 <= i < MAX_ID), None)
+    if wrong is not None:
+        raise FileError(f"{path}: the token {_shown(wrong)} has the id {str(ids[wrong])[:40]}: {FETCH}")
+    places: list[Any] = [content.get("normalizer")]
+    while places:
+        place = places.pop()
+        if isinstance(place, dict):
+            if not _is_sound_charsmap(place.get("precompiled_charsmap", "")):
+                raise FileError(f"{path}: its normalizer has a precompiled_charsmap that is damaged: {FETCH}")
+            places += place.values()
+        elif isinstance(place, list):
+            places += place
+
+
+def _is_sound_charsmap(text: Any) -> bool:
+    """Whether a table of characters, in base64, is not longer than it is: its first four bytes say how long."""
+    try:
+        data = base64.b64decode(text or "")
+    except (TypeError, ValueError):
+        return False
+    return not data or int.from_bytes(data[:4], "little") <= len(data) - 4
 
 
 def _add_to_vocabulary(path: Path, content: dict[str, Any], stated: Mapping[str, int]) -> None:

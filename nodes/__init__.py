@@ -2,12 +2,14 @@
 
 from . import host
 from .conversation import (
+    MingContinueConversation,
     MingConversationPicture,
     MingConversationTranscript,
     MingLoadConversation,
     MingSaveConversation,
 )
 from .features import (
+    MingFeaturesBatch,
     MingFeaturesCompare,
     MingFeaturesPreview,
     MingFeaturesToLatent,
@@ -18,6 +20,7 @@ from .images import MingExampleScene, MingImageMetrics
 from .inputs import checked
 from .instructions import MingInstruction
 from .loaders import MingTokLoader, MingUniVisionLoader
+from .lora import MingLoraLoader
 from .mingtok import MingTokDecode, MingTokEncode, MingTokSemanticFeatures
 from .regions import MingRegionMask
 from .rounds import MingEdit, MingGenerate, MingUnderstand
@@ -28,6 +31,7 @@ host.register_model_folder()
 DISPLAY_NAMES = {
     MingTokLoader: "Load MingTok",
     MingUniVisionLoader: "Load Ming-UniVision",
+    MingLoraLoader: "Ming LoRA",
     MingExampleScene: "Ming Example Scene",
     MingTokEncode: "MingTok Encode",
     MingTokSemanticFeatures: "MingTok Semantic Features",
@@ -38,12 +42,14 @@ DISPLAY_NAMES = {
     MingInstruction: "Ming Instruction",
     MingFeaturesPreview: "Ming Features Preview",
     MingFeaturesCompare: "Ming Features Compare",
+    MingFeaturesBatch: "Ming Features Batch",
     MingRegionMask: "Ming Region Mask",
     MingFeaturesToLatent: "Ming Features to Latent",
     MingSaveFeatures: "Ming Save Features",
     MingLoadFeatures: "Ming Load Features",
     MingSaveConversation: "Ming Save Conversation",
     MingLoadConversation: "Ming Load Conversation",
+    MingContinueConversation: "Ming Continue Conversation",
     MingConversationPicture: "Ming Conversation Picture",
     MingConversationTranscript: "Ming Conversation Transcript",
     MingConversationStoryboard: "Ming Conversation Storyboard",

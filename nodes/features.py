@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ming_core import Features, MingTok, load_features, save_features
-from ..ming_core.features import CHANGED, change, principal_colors
+from ..ming_core.features import CHANGED, change, joined, principal_colors
 from ..ming_core.saved import FEATURES_FORMAT
 from . import host
 from .latents import to_latent
@@ -85,6 +85,27 @@ class MingFeaturesCompare:
         mask = enlarge((difference > threshold).float(), patch_size)[:, 0]
         device = host.images_device()
         return heatmap.to(device), mask.to(device), float(1 - difference.mean())
+
+
+class MingFeaturesBatch:
+    DESCRIPTION = "Joins features to a batch, to show the model several pictures in one message."
+    CATEGORY = FEATURES
+    RETURN_TYPES, RETURN_NAMES = ("MING_FEATURES",), ("features",)
+    OUTPUT_TOOLTIPS = ("All pictures: those of features_a first.",)
+    FUNCTION = "join"
+    SEARCH_ALIASES = ("batch features", "two pictures", "several images", "multiple images")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "features_a": socket("MING_FEATURES", "The first picture, or several; the model is shown them first."),
+                "features_b": socket("MING_FEATURES", "The next picture, encoded with the same MingTok and detail."),
+            }
+        }
+
+    def join(self, features_a: Features, features_b: Features) -> tuple[Features]:
+        return (joined(features_a, features_b),)
 
 
 class MingFeaturesToLatent:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 LONGEST_NAME = 255  # bytes, on almost every disk
+LONGEST_PATH = {"linux": 4095, "darwin": 1023}.get(sys.platform, 32_766)  # in the same units, folders included
 LONGEST_ENDING = len("_00001_.safetensors")
 CONTROL = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters, line and paragraph separators
 
@@ -18,15 +19,10 @@ CONTROL = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters, line and
 def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int]:
     """Return the folder, base name and first free number for a `filename_prefix`, counted as ComfyUI does.
 
-    The prefix may contain subfolders and %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second%.
+    The prefix may contain subfolders and the fields of `filled`.
     The folder is not created. Raises ValueError for a prefix outside `folder`, OSError for an unreadable folder.
     """
-    now = time.localtime()
-    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
-    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
-    fields |= {name: f"{number:02}" for name, number in pairs.items()}
-    for name, text in fields.items():
-        prefix = prefix.replace(f"%{name}%", text)
+    prefix = filled(prefix, width, height)
     full = Path(os.path.normpath(check_prefix(prefix, folder)))
     # %batch_num% is replaced by the node that saves a batch, so existing files have a number in its place
     name = r"\d+".join(map(re.escape, os.path.normcase(full.name).split("%batch_num%")))
@@ -34,6 +30,17 @@ def numbered_path(prefix: str, folder: Path, width: int = 0, height: int = 0) ->
     names = os.listdir(full.parent) if full.parent.is_dir() else []
     numbers = [int(match[1]) for name in names if (match := counted.match(os.path.normcase(name)))]
     return full.parent, full.name, max(numbers, default=0) + 1
+
+
+def filled(prefix: str, width: int = 0, height: int = 0) -> str:
+    """The prefix with %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second% filled in."""
+    now = time.localtime()
+    fields = {"width": str(width), "height": str(height), "year": str(now.tm_year)}
+    pairs = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
+    fields |= {name: f"{number:02}" for name, number in pairs.items()}
+    for name, text in fields.items():
+        prefix = prefix.replace(f"%{name}%", text)
+    return prefix
 
 
 def create_numbered(folder: Path, name: str, number: int, suffix: str) -> tuple[Path, int]:
@@ -74,6 +81,7 @@ def folder_problem(folder: Path) -> str | None:
         for name in folder.parts:
             _check_characters(name)
             _check_length(name, LONGEST_NAME)
+        _check_length(str(folder), LONGEST_PATH - LONGEST_NAME)
     except ValueError as error:
         return f"the folder's name {error}"
     for part in (folder, *folder.parents):
@@ -88,6 +96,7 @@ def check_prefix(prefix: str, folder: Path) -> Path:
     try:
         _check_characters(prefix)
         _check_length(path.name, LONGEST_NAME - LONGEST_ENDING)
+        _check_length(str(path), LONGEST_PATH - LONGEST_ENDING)
     except ValueError as error:
         raise ValueError(f"filename_prefix {error}") from None
     if problem := folder_problem(path.parent):
@@ -118,8 +127,9 @@ def _check_characters(name: str) -> None:
 
 
 def _check_length(name: str, longest: int) -> None:
-    # Linux counts bytes; Windows and macOS count as JavaScript does.
-    size = len(name.encode()) if sys.platform.startswith("linux") else len(name.encode("utf-16-le")) // 2
+    # Linux counts bytes; Windows and macOS count as JavaScript does. Half characters come in names that others gave.
+    linux = sys.platform.startswith("linux")
+    size = len(os.fsencode(name)) if linux else len(name.encode("utf-16-le", "surrogatepass")) // 2
     if size > longest:
         raise ValueError(f"{_short(name)} is too long ({size} bytes or characters): use at most {longest}")
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..ming_core import Engine, MingTok, UniVision
 from ..ming_core.experts import StackedWeight
+from ..ming_core.json_files import printable
 from ..ming_core.quantization import packed_state_dict
 
 
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 
 PACK = Path(__file__).resolve().parent.parent
 MODEL_FOLDER = "ming"  # the category in ComfyUI's models/
+LORA_FOLDER = "loras"  # core's own category
 
 Model = TypeVar("Model", Engine, MingTok)
 Listener = Callable[[int, int, "str | None"], None]
@@ -119,7 +121,7 @@ class Loaded(Generic[Model]):
     """A loaded model as it travels between nodes.
 
     patcher  ComfyUI's handle for moving the network between devices; None without ComfyUI
-    owner    the Ming-UniVision that this MingTok is a part of
+    owner    the Ming-UniVision that this MingTok is a part of, or that this one has in common with others but its LoRAs
     """
 
     model: Model
@@ -489,7 +491,7 @@ def _clear_text(node_class: str) -> None:
 
 def preview(images: Tensor) -> dict:
     """What an output node returns as "ui" for the page to show images [B, H, W, 3] on it; nothing without ComfyUI."""
-    core_nodes = sys.modules.get("nodes") if comfy else None
+    core_nodes: Any = sys.modules.get("nodes") if comfy else None
     return core_nodes.PreviewImage().save_images(images)["ui"] if hasattr(core_nodes, "PreviewImage") else {}
 
 
@@ -544,6 +546,28 @@ def model_folders() -> list[Path]:
 
 def own_model_folder() -> Path:
     """The model folder without ComfyUI: models/ming of the ComfyUI around the pack, else models/ of the pack."""
-    if PACK.parent.name == "custom_nodes":
-        return PACK.parent.parent / "models" / MODEL_FOLDER
-    return PACK / "models"
+    return _own_models() / MODEL_FOLDER if _in_comfyui() else _own_models()
+
+
+def lora_files() -> dict[str, Path]:
+    """The safetensors files in the folders for LoRAs, by the names in lists: cats/first.safetensors."""
+    if folder_paths:
+        names = folder_paths.get_filename_list(LORA_FOLDER)  # core remembers it until a folder changes
+        found = {name.replace(os.sep, "/"): Path(folder_paths.get_full_path(LORA_FOLDER, name) or "") for name in names}
+    else:
+        folder = own_lora_folder()
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    return {name: path for name, path in found.items() if path.suffix == ".safetensors" and name == printable(name)}
+
+
+def own_lora_folder() -> Path:
+    """The folder for LoRAs without ComfyUI: models/loras of the ComfyUI around the pack, else of the pack."""
+    return _own_models() / LORA_FOLDER
+
+
+def _own_models() -> Path:
+    return (PACK.parent.parent if _in_comfyui() else PACK) / "models"
+
+
+def _in_comfyui() -> bool:
+    return PACK.parent.name == "custom_nodes"

@@ -20,7 +20,7 @@ from ..ming_core.images import check_image
 from .host import Loaded
 from .widgets import MAX_SEED
 
-SOURCES = {
+SOURCES = {  # what to connect to a socket of each type that this pack takes
     "MING_UNIVISION": "Load Ming-UniVision",
     "MINGTOK": "Load MingTok or Load Ming-UniVision",
     "MING_FEATURES": "MingTok Semantic Features, Ming Generate or Ming Edit",
@@ -51,14 +51,15 @@ def check_inputs(node: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a node as plain values of the declared types. Raises ValueError."""
     declared = node.INPUT_TYPES()
     optional = declared.get("optional", {})
+    all_inputs = declared.get("required", {}) | optional
     by_node = inspect.signature(node.VALIDATE_INPUTS).parameters if hasattr(node, "VALIDATE_INPUTS") else ()
     values = dict(inputs)
-    for name, (kind, options) in (declared["required"] | optional).items():
-        value = inputs.get(name)
-        # not connected; or a list that a node checks by itself, as it does before the run, in words of its own
-        if (name not in inputs) or (value is None and name in optional) or (isinstance(kind, list) and name in by_node):
-            continue
-        values[name] = check_input(name, value, kind, options)
+    for name, (kind, options) in all_inputs.items():
+        if name not in inputs or (name in optional and inputs[name] is None):
+            continue  # not connected
+        if isinstance(kind, list) and name in by_node:
+            continue  # names of files and models, which a node checks in words of its own, as before a run
+        values[name] = check_input(name, inputs[name], kind, options)
     return values
 
 
@@ -78,7 +79,7 @@ def check_input(name: str, value: Any, kind: str | list[str], options: dict[str,
         if not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name} is {described(value)}: it must be true or false")
         return bool(value)
-    return check_socket(name, value, kind)
+    return check_socket(name, value, kind) if kind in SOURCES else value
 
 
 def check_socket(name: str, value: Any, kind: str) -> Any:

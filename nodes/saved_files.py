@@ -18,13 +18,33 @@ from ..ming_core import FileError
 from ..ming_core.files import check_format, file_format
 from ..ming_core.json_files import check_regular, log_left_out, printable
 from . import host
-from .filenames import numbered_path, validate_prefix
+from .filenames import check_prefix, create_numbered, filled, numbered_path, validate_prefix
 
 
 def save_new_file(prefix: str, write: Callable[[Path], None]) -> dict:
     """Write a new file in output/ming, and show the name under which load nodes list it."""
     with new_file(prefix, ".safetensors") as path:
         write(path)
+    return _shown(path)
+
+
+def replace_file(prefix: str, write: Callable[[Path], None]) -> dict:
+    """Write prefix.safetensors in output/ming and show its name. If it exists, `write` replaces it whole."""
+    path = file_without_number(prefix)
+    write(path)
+    return _shown(path)
+
+
+def file_without_number(prefix: str) -> Path:
+    """output/ming/prefix.safetensors. Raises FileError for a prefix that leads elsewhere or is no file name."""
+    try:
+        path = check_prefix(filled(prefix), host.output_directory() / "ming")
+    except ValueError as error:
+        raise FileError(str(error)) from None
+    return path.with_name(f"{path.name}.safetensors")
+
+
+def _shown(path: Path) -> dict:
     name = saved_name(path)
     host.show_text(name)
     return {"ui": {"text": [name]}}
@@ -61,11 +81,16 @@ class LoadingNode:
     def IS_CHANGED(cls, file: str | None, **_: object) -> str | tuple:
         if file is None:  # it is linked, and may become any of them
             return tuple((name, _modified(name)) for name in saved_files())
-        digest = hashlib.sha256()
-        with open(saved_path(file), "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return content_digest(saved_path(file))
+
+
+def content_digest(path: Path) -> str:
+    """What changes when the content of a file does."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _modified(name: str) -> int:
@@ -85,8 +110,7 @@ def new_file(prefix: str, suffix: str) -> Iterator[Path]:
     try:
         folder, name, number = numbered_path(prefix, root)
         folder.mkdir(parents=True, exist_ok=True)
-        while not _create(path := folder / f"{name}_{number:05}_{suffix}"):
-            number += 1
+        path, _ = create_numbered(folder, name, number, suffix)
     except ValueError as error:
         raise FileError(str(error)) from None
     except OSError as error:
@@ -96,15 +120,6 @@ def new_file(prefix: str, suffix: str) -> Iterator[Path]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-
-
-def _create(path: Path) -> bool:
-    """Create an empty file. Returns False if it exists; some disks ignore case."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def saved_files(file_format: str | None = None) -> list[str]:
@@ -154,7 +169,7 @@ def saved_path(name: str | None) -> Path:
 
     The name is None or empty if the list was empty when the workflow was saved.
     """
-    if not name:
+    if name is None or (isinstance(name, str) and not name):
         raise FileError("no file is chosen: save one first, press R to refresh the list, and choose it there")
     if not isinstance(name, str) or "\0" in name or printable(name) != name:
         raise FileError(f"{str(name)[:200]!r} is not a file name: choose a file from the list")

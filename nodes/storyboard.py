@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from ..ming_core import Conversation, Features, MingTok
 from ..ming_core.conversation import ANSWER, PROMPT, Part, Text
+from ..ming_core.features import joined
 from . import host
 from .mingtok import MingTokDecode
 from .typesetting import wrap, write
@@ -126,11 +127,7 @@ def _decoded(mingtok: host.Loaded[MingTok], images: list[Features]) -> list[Imag
     pictures: dict[int, Image.Image] = {}
     for grid in dict.fromkeys(image.grid for image in images):
         numbers = [i for i, image in enumerate(images) if image.grid == grid]
-        batch = images[numbers[0]]._replace(
-            tokens=torch.cat([images[i].tokens for i in numbers]),
-            latents=torch.cat([images[i].latents for i in numbers]),
-        )
-        decoded = MingTokDecode().decode(mingtok, batch)[0].cpu()
+        decoded = MingTokDecode().decode(mingtok, joined(*(images[i] for i in numbers)))[0].cpu()
         pictures.update(zip(numbers, map(_scaled, decoded), strict=True))
     return [pictures[i] for i in range(len(images))]
 

@@ -22,6 +22,10 @@ def combo(options: list[str], tooltip: str, **more: Any) -> tuple:
     return options, {"default": options[0], "tooltip": tooltip, **more}
 
 
+def boolean(default: bool, tooltip: str) -> tuple:
+    return "BOOLEAN", {"default": default, "tooltip": tooltip}
+
+
 def prompt(tooltip: str, default: str = "") -> tuple:
     """A multiline text that is taken literally: no {a|b} dynamic prompts."""
     return "STRING", {"default": default, "multiline": True, "dynamicPrompts": False, "tooltip": tooltip}
@@ -31,8 +35,8 @@ def file_name(default: str) -> tuple:
     return "STRING", {"default": default, "tooltip": "File name in output/ming; a counter is added."}
 
 
-def socket(kind: str, tooltip: str, **more: Any) -> tuple:
-    return kind, {"tooltip": tooltip, **more}
+def socket(kind: str, tooltip: str) -> tuple:
+    return kind, {"tooltip": tooltip}
 
 
 def seed(tooltip: str, *, changes: bool, **more: Any) -> tuple:

@@ -146,6 +146,14 @@ def _quantize_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def _doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="narrow layers: results are checked, times mean nothing")
+    parser.epilog = (
+        "Paste what it prints into an issue. The exit code is 1 when something is wrong. ComfyUI's own Python can run\n"
+        "this, from this folder."
+    )
+
+
 def _test_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("pytest_arguments", metavar="ARGUMENT", nargs="*", help="passed to pytest, such as -k words")
 
@@ -223,6 +231,12 @@ def _quantize(options: Namespace) -> int:
     return quantize.main(options.source, options.target, options.format)
 
 
+def _doctor(options: Namespace) -> int:
+    from . import doctor
+
+    return doctor.main(quick=options.quick)
+
+
 def _test(options: Namespace) -> int:
     from . import testing
 
@@ -263,6 +277,13 @@ COMMANDS = (
         "quantize a Ming-UniVision model into a new, smaller folder",
         _quantize_arguments,
         _quantize,
+        runs_in_comfyui=True,
+    ),
+    Command(
+        "doctor",
+        "examine this machine: results, speed, and what to expect of the published size",
+        _doctor_arguments,
+        _doctor,
         runs_in_comfyui=True,
     ),
     Command("test", "run all tests; further arguments go to pytest", _test_arguments, _test, needs_tests=True),

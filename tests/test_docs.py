@@ -171,7 +171,15 @@ def test_the_glossary_names_what_is_there(files, name):
 
 
 def test_the_guides_link_to_files_that_are_there():
-    for page in ("README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/TRAINING.md", "benchmarks/RESULTS.md"):
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/ARCHITECTURE.md",
+        "docs/TRAINING.md",
+        "benchmarks/RESULTS.md",
+        "docs/MODELS.md",
+        "docs/TROUBLESHOOTING.md",
+    ):
         text = (PACK / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+?)(?:#.+?)?\)", text):
             assert "://" in target or ((PACK / page).parent / target).exists(), (page, target)

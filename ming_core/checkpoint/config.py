@@ -18,7 +18,7 @@ from ..json_files import FileError, MissingFileError, read_json
 from ..mingtok import MingTok
 from ..quantization import FORMATS
 from .keys import checkpoint_keys
-from .reader import REDOWNLOAD_FILE, REDOWNLOAD_HINT, CheckpointError, CheckpointReader
+from .reader import REDOWNLOAD_FILE, REDOWNLOAD_HINT, CheckpointError, CheckpointReader, missing
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ def _read_entries(path: Path) -> dict[str, Any]:
     """All entries of config.json; none where it is not a JSON object."""
     try:
         entries = read_json(path, remedy=REDOWNLOAD_FILE)
-    except MissingFileError:
-        raise CheckpointError(f"{path} is missing: {REDOWNLOAD_FILE}") from None
+    except MissingFileError as error:
+        raise missing(path, error) from None
     except FileError as error:
         raise CheckpointError(str(error)) from None
     return entries if isinstance(entries, dict) else {}

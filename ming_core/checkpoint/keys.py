@@ -48,7 +48,7 @@ def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
     """Every key that this model needs, with the place in the model that it belongs to."""
     keys = {}
     for path, module in model.named_modules():
-        published = _published(path) if isinstance(model, UniVision) else path
+        published = published_name(path) if isinstance(model, UniVision) else path
         for name, parameter in module.named_parameters(recurse=False):
             dtype = QUANTIZED_DTYPES.get(parameter.dtype)
             dtypes = (dtype,) if dtype else (*SAFETENSORS_DTYPES, *OTHER_DTYPES)
@@ -65,7 +65,8 @@ def checkpoint_keys(model: nn.Module) -> dict[str, ParamSlice]:
     return keys
 
 
-def _published(path: str) -> str:
+def published_name(path: str) -> str:
+    """The name of a module of a Ming-UniVision in published checkpoints."""
     for ours, theirs in PREFIXES.items():
         if path.startswith(ours):
             return theirs + path.removeprefix(ours)

@@ -26,7 +26,7 @@ from ..text_tokenizer import FETCH
 from ..univision import UniVision
 from .config import MISMATCH
 from .folder import Checkpoint
-from .keys import IGNORED, OTHER_DTYPES, SCALE, ParamSlice, checkpoint_keys
+from .keys import IGNORED, OTHER_DTYPES, ParamSlice, checkpoint_keys
 from .reader import REDOWNLOAD_FILE, REDOWNLOAD_HINT, CheckpointError, CheckpointReader, TensorReader, and_more
 
 log = logging.getLogger(__name__)
@@ -130,16 +130,23 @@ def fill(
             else:
                 values = getattr(module, part.parameter).data
                 values[part.place] = _readable(files.read(info), info)
-                if key.endswith(SCALE) and not values[part.place].isfinite().all():
-                    raise CheckpointError(f"{info.file}: tensor {key} holds NaN or infinite values: {REDOWNLOAD_FILE}")
             done += info.end - info.begin
             if on_progress:
                 on_progress(done, total)
 
 
 def _readable(tensor: Tensor, info: TensorInfo) -> Tensor:
-    """The tensor in a dtype that every device copies and computes with: not all of them do float64 or fp8."""
-    return tensor.float() if info.dtype in OTHER_DTYPES else tensor
+    """The tensor in a dtype that every device copies and computes with: not all of them do float64 or fp8.
+
+    Raises CheckpointError for one with NaN or infinite values, which would make every image of the model black.
+    """
+    if info.dtype in OTHER_DTYPES:
+        tensor = tensor.float()
+    if tensor.is_floating_point() and tensor.numel():
+        extremes = torch.stack(torch.aminmax(tensor))  # a small part of what reading takes; isfinite would double it
+        if not extremes.isfinite().all():
+            raise CheckpointError(f"{info.file}: tensor {info.key} holds NaN or infinite values: {REDOWNLOAD_FILE}")
+    return tensor
 
 
 def _give_memory(module: nn.Module, name: str, device: Any, dtype: torch.dtype) -> None:
@@ -160,6 +167,12 @@ def _check(reader: CheckpointReader, keys: Mapping[str, ParamSlice]) -> None:
         shape = list(keys[missing[0]].shape)
         raise CheckpointError(
             f"{reader.folder}: tensor {missing[0]} {shape} is missing{and_more(missing)}: {MISMATCH}; {REDOWNLOAD_HINT}"
+        )
+    scales = [f"{key}_scale" for key in keys if f"{key}_scale" in reader.tensors and f"{key}_scale" not in keys]
+    if scales:
+        raise CheckpointError(
+            f"{reader.folder}: its weights are quantized (it has {scales[0]}), and its config.json has no "
+            "quantization_config that says how: restore it, or quantize the model again"
         )
     for key, part in keys.items():
         info = reader.tensors[key]

@@ -188,11 +188,15 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         return read_header(file, remedy=REDOWNLOAD_FILE)[0]
     except MissingFileError as error:
-        if os.path.islink(file):  # as in the cache of the hub, where the blob is gone
-            raise CheckpointError(f"{error}: {REDOWNLOAD_FILE}") from None
-        raise CheckpointError(f"{file} is missing: {REDOWNLOAD_FILE}") from None
+        raise missing(file, error) from None
     except FileError as error:
         raise CheckpointError(str(error)) from None
+
+
+def missing(file: Path, error: MissingFileError) -> CheckpointError:
+    """What to raise where a file is not there or, as in the cache of the hub, a link to it leads nowhere."""
+    what = str(error) if os.path.islink(file) else f"{file} is missing"
+    return CheckpointError(f"{what}: {REDOWNLOAD_FILE}")
 
 
 def _fingerprint(tensors: Mapping[str, TensorInfo], more: bytes) -> str:

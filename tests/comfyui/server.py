@@ -23,6 +23,8 @@ import websocket
 
 from .finding import PACK, has_gpu, remedy
 
+API_WORKFLOWS = {file.stem: file for file in sorted((PACK / "workflows" / "api").glob("*.json"))}
+
 START_LIMIT = 600  # seconds for a server to start; a cold disk can take minutes
 SILENCE_LIMIT = 300  # seconds without any event while a prompt runs
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
@@ -96,7 +98,7 @@ class Server:
 
     def __enter__(self) -> Server:
         for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
-            (self.base / name).mkdir(parents=True)
+            (self.base / name).mkdir(parents=True, exist_ok=True)  # they exist after an earlier server
         install_pack(self.base / "custom_nodes" / PACK.name)
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
         with self.log_file.open("wb") as log:
@@ -254,8 +256,19 @@ class Client(NamedTuple):
         return Run(prompt_id, list(self.events(prompt_id)), self.server.finished(prompt_id))
 
 
+def read_workflow(name: str, changes: dict | None = None) -> dict:
+    """A shipped workflow in the API format, with changed inputs: read_workflow("text_to_image", {"3.seed": 5})."""
+    prompt = json.loads(API_WORKFLOWS[name].read_text(encoding="utf-8"))
+    for key, value in (changes or {}).items():
+        node, socket = key.split(".")
+        prompt[node]["inputs"][socket] = value
+    return prompt
+
+
 def install_pack(place: Path) -> None:
     """Install the pack as users do: a link where the system allows one, else a copy."""
+    if place.exists():
+        return
     try:
         place.symlink_to(PACK, target_is_directory=True)
     except OSError:

@@ -173,6 +173,18 @@ def test_hidden_files_that_macos_leaves_beside_the_weights_are_passed_over(folde
     assert load_univision(folder).fingerprint == load_univision(checkpoint_folder).fingerprint
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_a_weight_that_is_not_finite_is_named(folder, value, dtype, quantization):
+    tensors = {key: t.to(dtype) for key, t in tensors_of(folder).items()}
+    key = "model.model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[key].view(-1)[-1] = value
+    rewrite(folder, tensors)
+    message = refusal(folder, quantization=quantization)
+    assert f"model.safetensors: tensor {key} holds NaN or infinite values: download this file again" in message
+
+
 # --- Other forms of the same weights ------------------------------------------------------------------------------
 
 
@@ -280,13 +292,10 @@ def test_two_files_that_give_a_token_two_ids_or_two_tokens_one_are_refused(folde
     assert special_ids(folder)["<image>"] == 99
 
 
-@pytest.mark.parametrize("decoder", [[], {"x": {"content": "a"}}, {"-1": {"content": "a"}}, {"1": "a"}, {"1": {}}])
+@pytest.mark.parametrize("decoder", [[5], {"x": {"content": "a"}}, {"-1": {"content": "a"}}, {"1": "a"}, {"1": {}}])
 def test_a_list_of_special_tokens_that_is_none_is_refused(folder, decoder):
     edit_json(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=decoder))
-    if decoder:
-        assert "added_tokens_decoder is not a list of tokens by id" in refusal(folder)
-    else:
-        assert load_univision(folder)
+    assert "added_tokens_decoder is not a list of tokens by id" in refusal(folder)
 
 
 def test_a_token_beyond_the_embeddings_is_refused(folder):
@@ -302,6 +311,22 @@ def test_a_tokenizer_that_makes_special_tokens_of_what_a_user_types_is_refused(f
 
     edit_json(folder / "tokenizer.json", as_words)
     assert "makes the special token" in refusal(folder)
+
+
+@pytest.mark.parametrize("i", [1 << 32, (1 << 32) - 1, -1, 1.5, "1", None])
+def test_an_id_that_would_take_all_memory_or_is_none_is_refused_before_the_library_sees_it(folder, i):
+    edit_json(folder / "tokenizer.json", lambda t: t["model"]["vocab"].update(A=i))
+    assert f"the token A has the id {i}" in refusal(folder)
+
+
+@pytest.mark.parametrize("table", ["////////////", "AAAABA==", 5, [], "x"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_table_of_characters_that_says_to_be_longer_than_it_is_does_not_end_the_process(folder, table, nested):
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    if nested:
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}, normalizer]}
+    edit_json(folder / "tokenizer.json", lambda t: t.update(normalizer=normalizer))
+    assert "tokenizer.json" in refusal(folder)
 
 
 @needs_pipes
@@ -357,8 +382,8 @@ def entry(dtype="F32", shape=(2,), data_offsets=(0, 8), **more):
         ({"a": entry(shape=[1], data_offsets=[0, 4])}, "12 bytes at the end belong to no tensor"),
         ({"a": entry(data_offsets=[16, 24])}, "cut off in tensor a"),
         ({"\ud800": entry()}, "a tensor is called '\\ud800'"),
-        ({"a": entry(), "__metadata__": []}, "__metadata__ is not an object of texts"),
-        ({"a": entry(), "__metadata__": {"x": 1}}, "__metadata__ is not an object of texts"),
+        ({"a": entry(), "__metadata__": []}, "its metadata are not an object of texts"),
+        ({"a": entry(), "__metadata__": {"x": 1}}, "its metadata are not an object of texts"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}}', "a.data_offsets[1] is inf"),
         (b'{"a":' * 100_000, "nested more than 64 levels deep"),
         (b'{"a":' + b"[]," * 30_000_000, "its header is too long"),
@@ -403,8 +428,10 @@ def test_absurd_entries_of_config_json_are_refused_in_under_a_second(folder, wha
     assert "config.json" in refusal(folder)
     assert time.monotonic() - start < 1
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        checkpoint_bytes(folder, "univision", torch.float32)
+    try:
+        assert checkpoint_bytes(folder, "univision", torch.float32) > 1 << 50  # which no machine has, and nodes say so
+    except CheckpointError as error:
+        assert "config.json" in str(error)
     assert time.monotonic() - start < 1
 
 

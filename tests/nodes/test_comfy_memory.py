@@ -26,8 +26,10 @@ from ming_univision.ming_core import (
     load_univision,
 )
 from ming_univision.ming_core.experts import StackedWeight
+from ming_univision.ming_core.lora import targets
 from ming_univision.nodes import host
 from ming_univision.tests.far_device import FarDevice, near_first
+from safetensors.torch import save_file
 
 comfy = pytest.importorskip("comfy", reason="ComfyUI is not on the path")
 management = comfy.model_management
@@ -428,6 +430,49 @@ def test_a_change_that_is_meant_for_comfyuis_samplers_is_refused(checkpoint_fold
     change(patcher)
     with pytest.raises(ValueError, match=f"another node changed this model.*{named}"):
         host.load_to_gpu(replace(loaded, patcher=patcher))
+
+
+# --- LoRAs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_file(checkpoint_folder, tmp_path):
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, target in targets(load_univision(checkpoint_folder).network).items():
+        rows, width = target.shape
+        tensors[f"{name}.lora_A"] = torch.randn(2, width, generator=generator) / width**0.5
+        tensors[f"{name}.lora_B"] = torch.randn(rows, 2, generator=generator) * 0.2
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+@pytest.mark.parametrize(("part", "quantization"), [(10, None), (0.6, "int8"), (0.0, None)])
+def test_a_lora_has_the_same_effect_wherever_the_weights_are(far, checkpoint_folder, lora_file, part, quantization):
+    near = load_univision(checkpoint_folder, quantization=quantization)
+    plain, expected = a_round(near), a_round(near.with_lora(lora_file))
+    engine = load_univision(checkpoint_folder, quantization=quantization, operations=host.operations())
+    loaded = host.managed(engine, "small")
+    tuned = replace(loaded, model=engine.with_lora(lora_file), owner=loaded)
+    far.free = int(part * size(loaded))
+    for one, result in ((tuned, expected), (loaded, plain), (tuned, expected)):  # two branches of a graph, in turns
+        check(a_round(host.load_to_gpu(one)), result)
+    assert len(management.current_loaded_models) == 1
+    assert loaded.patcher.loaded_size() == far_bytes(loaded)  # the branches were freed, and never counted as weights
+    with pytest.raises(AssertionError):
+        check(plain, expected)
+
+
+def test_a_model_whose_lora_ran_last_is_held_for_the_next_workflow(checkpoint_folder, lora_file):
+    loaded = load(checkpoint_folder)
+    tuned = replace(loaded, model=loaded.model.with_lora(lora_file), owner=loaded)
+    host.load_to_gpu(tuned)
+    base = weakref.ref(loaded)
+    del loaded, tuned
+    gc.collect()
+    assert base() is not None
+    management.unload_all_models()
+    gc.collect()
+    assert base() is None
 
 
 def test_more_is_loaded_when_there_is_room_and_some_given_back_when_there_is_not(far, checkpoint_folder, expected):

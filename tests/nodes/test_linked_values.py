@@ -9,7 +9,6 @@ import torch
 from ming_univision.ming_core import Conversation, Features
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 from ming_univision.nodes.inputs import check_inputs, checked
-from ming_univision.nodes.rounds import NO_PICTURE
 from ming_univision.nodes.widgets import MAX_SEED
 
 SIDE = 32
@@ -136,10 +135,8 @@ def test_a_linked_value_beyond_its_range_is_refused_before_anything_is_computed(
 def combos():
     for node_id, node in NODE_CLASS_MAPPINGS.items():
         for name, (kind, _) in node.INPUT_TYPES()["required"].items():
-            if isinstance(kind, list) and name not in (
-                "file",
-                "model_name",
-            ):  # the nodes check those, also before a run
+            # the nodes check names of files, also before a run
+            if isinstance(kind, list) and name not in ("file", "model_name", "lora_name"):
                 yield node_id, name, kind
 
 
@@ -194,15 +191,19 @@ def test_inputs_are_checked_also_where_they_are_given_by_position():
 
         @classmethod
         def INPUT_TYPES(cls):
-            return {"required": {"number": ("INT", {"default": 0, "min": 0, "max": 9})}}
+            number = ("INT", {"default": 0, "min": 0, "max": 9})
+            return {"required": {"number": number, "switch": ("BOOLEAN", {}), "other": ("AUDIO", {})}}
 
-        def run(self, number):
-            return number
+        def run(self, number, switch=True, other=None):
+            return number, switch, other
 
-    node = checked(Node)
-    assert node().run(np.int64(4)) == node().run(number=4.0) == 4
+    node, audio = checked(Node), object()
+    assert node().run(np.int64(4)) == node().run(number=4.0) == (4, True, None)
+    assert node().run(4, np.bool_(False), audio) == (4, False, audio)  # a type of another pack goes through
     with pytest.raises(ValueError, match="number is 10: it must be from 0 to 9"):
         node().run(10)
+    with pytest.raises(ValueError, match="switch is 1: it must be true or false"):
+        node().run(1, 1)
 
 
 BROKEN = {
@@ -304,16 +305,11 @@ def test_a_measure_is_never_nan(values):
 # --- An error stands where its cause is ---------------------------------------------------------------------------
 
 
-def test_an_edit_of_no_picture_fails_before_the_model_is_loaded_and_names_the_input(values):
-    node = NODE_CLASS_MAPPINGS["MingEdit"]
-    assert node.INPUT_TYPES()["required"]["model"][1]["lazy"]
-    with pytest.raises(ValueError) as early:
-        node().check_lazy_status(model=None, instruction="Blue.")
-    with pytest.raises(ValueError) as late:
-        run("MingEdit", values, instruction="Blue.")
-    assert str(early.value) == str(late.value) == NO_PICTURE and NO_PICTURE.startswith("features: ")
-    for given in ({"features": values["MING_FEATURES"]}, {"conversation": Conversation()}):
-        assert node().check_lazy_status(model=None, instruction="Blue.", **given) == ["model"]
+def test_an_edit_of_no_picture_names_the_input_and_computes_nothing(values):
+    values["MING_UNIVISION"].model.network = None  # whatever touched the model would fail in other words
+    for conversation in (None, Conversation()):
+        with pytest.raises(ValueError, match=r"^features: there is no picture to edit; connect .* Generate"):
+            run("MingEdit", values, instruction="Blue.", conversation=conversation)
 
 
 def test_an_empty_instruction_is_an_error_of_that_input_alone():

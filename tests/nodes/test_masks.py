@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ming_univision.ming_core import Features
 from ming_univision.ming_core.images import FITS, fit_mask, to_images, to_pixels
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 
@@ -88,3 +89,28 @@ def test_without_a_mask_encode_gives_an_all_white_one_with_which_an_edit_is_what
 def test_a_black_mask_says_what_to_do(loaded, picture):
     with pytest.raises(ValueError, match=r"black everywhere.*invert the mask"):
         edit(loaded, features=picture, mask=torch.zeros(1, 16, 16))
+
+
+def compare(**inputs):
+    return NODE_CLASS_MAPPINGS["MingFeaturesCompare"]().compare(threshold=0.1, **inputs)
+
+
+@pytest.mark.parametrize(("grid", "side"), [(16, 512), (32, 1024)])
+def test_a_mask_of_what_changed_has_the_side_of_the_published_models_picture(grid, side):
+    features = Features(torch.ones(1, grid**2, 8), torch.ones(1, 4, grid, grid), (grid, grid), "published")
+    heatmap, mask, _ = compare(features_a=features, features_b=features)
+    assert heatmap.shape == (1, side, side, 3) and mask.shape == (1, side, side)
+
+
+def test_a_mask_of_what_changed_has_the_side_of_the_picture_that_the_connected_tokenizer_decodes(mingtok, picture):
+    other = picture._replace(tokens=picture.tokens.clone())
+    other.tokens[:, 5] *= -1  # row 1, column 1 of 4
+    heatmap, mask, _ = compare(features_a=picture, features_b=other, mingtok=mingtok)
+    (decoded,) = NODE_CLASS_MAPPINGS["MingTokDecode"]().decode(mingtok, picture)
+    assert heatmap.shape == decoded.shape and mask.shape == decoded.shape[:3] == (1, SIDE, SIDE)
+    expected = torch.zeros(SIDE, SIDE)
+    expected[8:16, 8:16] = 1
+    assert torch.equal(mask[0], expected)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        strange = picture._replace(tokenizer="f" * 64)
+        compare(features_a=strange, features_b=strange, mingtok=mingtok)

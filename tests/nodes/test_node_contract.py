@@ -13,7 +13,7 @@ DRAWING = {
     "text_guidance": ("FLOAT", 3.0, 0, 20),
     "steps": ("INT", 16, 1, 64),
     "temperature": ("FLOAT", 1.0, 0, 2),
-    "solver": ["euler", "ab2"],
+    "solver": ["euler", "ab2", "data_ab2"],
     "start": ["draw now", "model decides"],
     "max_new_tokens": ("INT", 64, 1, 4096),
     "image_guidance": ("FLOAT", 1.1, 0, 10),
@@ -38,6 +38,12 @@ NODES = {
         {"model_name": [BUILT_IN], "precision": ["auto", "bf16", "fp16", "fp32", "int8", "int4"]},
         {},
         {"model": "MING_UNIVISION", "mingtok": "MINGTOK"},
+    ),
+    "MingLoraLoader": (
+        "Ming LoRA",
+        {"model": "MING_UNIVISION", "lora_name": [], "strength": ("FLOAT", 1.0, -10, 10)},
+        {},
+        {"model": "MING_UNIVISION"},
     ),
     "MingExampleScene": (
         "Ming Example Scene",
@@ -145,6 +151,12 @@ NODES = {
         {"mingtok": "MINGTOK"},
         {"heatmap": "IMAGE", "mask": "MASK", "similarity": "FLOAT"},
     ),
+    "MingFeaturesBatch": (
+        "Ming Features Batch",
+        {"features_a": "MING_FEATURES", "features_b": "MING_FEATURES"},
+        {},
+        {"features": "MING_FEATURES"},
+    ),
     "MingRegionMask": (
         "Ming Region Mask",
         {
@@ -167,12 +179,18 @@ NODES = {
     "MingSaveConversation": (
         "Ming Save Conversation",
         {"conversation": "MING_CONVERSATION", "filename_prefix": ("STRING", "conversation")},
-        {},
+        {"overwrite": "BOOLEAN"},
         {},
     ),
     "MingLoadConversation": (
         "Ming Load Conversation",
         {"model": "MING_UNIVISION", "file": []},
+        {},
+        {"conversation": "MING_CONVERSATION"},
+    ),
+    "MingContinueConversation": (
+        "Ming Continue Conversation",
+        {"model": "MING_UNIVISION", "name": ("STRING", "chat")},
         {},
         {"conversation": "MING_CONVERSATION"},
     ),
@@ -212,7 +230,8 @@ SEED_CHANGES = {"MingUnderstand": False, "MingGenerate": True, "MingEdit": True,
 
 
 @pytest.fixture(autouse=True)
-def empty_folders(tmp_path):
+def empty_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "own_lora_folder", lambda: tmp_path)
     with host.folders(output=tmp_path, input=tmp_path):
         yield
 
