@@ -24,19 +24,20 @@ def test_a_saved_conversation_goes_on_on_another_server_as_it_would_have_on_the_
     other = server_without_previews
     whole = workflow("save_and_continue", {"8.filename_prefix": "handed_over", f"{EDIT}.steps": 2})
     done = server.succeed(whole)
-    (expected,) = done.images
+    (expected,) = done.outputs["13"]["images"]
 
     name = moved(server, other, "handed_over")
     try:
+        edit = {key: value for key, value in whole[EDIT]["inputs"].items() if key != "features"}  # it is in the past
         prompt = {
             "1": whole["1"],
             "load": {"class_type": "MingLoadConversation", "inputs": {"file": name}},
-            EDIT: whole[EDIT] | {"inputs": whole[EDIT]["inputs"] | {"conversation": ["load", 0]}},
+            EDIT: {"class_type": "MingEdit", "inputs": edit | {"conversation": ["load", 0]}},
             "12": whole["12"],
             "13": whole["13"],
         }
         continued = other.succeed(prompt)
-        (found,) = continued.images
+        (found,) = continued.outputs["13"]["images"]
         assert pixels(other, found) == pixels(server, expected)
     finally:
         (other.base / "input" / "handed_over.safetensors").unlink()  # the others start from an empty folder
