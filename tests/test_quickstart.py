@@ -401,6 +401,30 @@ def test_only_a_torch_that_imports_and_is_new_enough_is_found(quickstart, monkey
             assert torch["folders"][0] == str(package.parent)
 
 
+# --- Extras -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_command_needs_beyond_the_requirements_is_announced_and_installed_once(
+    quickstart, pips, monkeypatch, capsys
+):
+    monkeypatch.setattr(quickstart, "find_torch", lambda python: None)
+    monkeypatch.setitem(quickstart.EXTRAS, "unheard", ("unheard[of]==1.0", "about 3 MB, 9 MB on disk"))
+    quickstart.install_extras(["unheard", "json"])  # what is there already is not installed
+    assert pips.calls == [["unheard[of]==1.0", "-c", str(quickstart.ROOT / "constraints.txt")]]
+    assert "About to download and install, once: unheard[of]==1.0, about 3 MB, 9 MB on disk" in capsys.readouterr().out
+    pips.fails.add(2)
+    with pytest.raises(quickstart.SetupError, match="could not be installed; pip says why above"):
+        quickstart.install_extras(["unheard"])
+
+
+def test_every_extra_that_a_command_may_need_is_known(quickstart, tmp_path):
+    for name in ("x.json", "t.csv"):
+        (tmp_path / name).write_text("")
+    words = ["map", str(tmp_path / "x.json"), "--table", str(tmp_path / "t.csv"), "--out", "there", "--ray"]
+    options = quickstart.load_command_line().parse(words)
+    assert set(options.command.extras(options)) == set(quickstart.EXTRAS)
+
+
 # --- pip ----------------------------------------------------------------------------------------------------------
 
 
