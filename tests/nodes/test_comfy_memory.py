@@ -446,8 +446,7 @@ def lora_file(checkpoint_folder, tmp_path):
     return tmp_path / "lora.safetensors"
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("part", [10, 0.6, 0.0])
+@pytest.mark.parametrize(("part", "quantization"), [(10, None), (0.6, "int8"), (0.0, None)])
 def test_a_lora_has_the_same_effect_wherever_the_weights_are(far, checkpoint_folder, lora_file, part, quantization):
     near = load_univision(checkpoint_folder, quantization=quantization)
     plain, expected = a_round(near), a_round(near.with_lora(lora_file))
