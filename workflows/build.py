@@ -59,6 +59,7 @@ LANE = 18  # from lane to lane
 BESIDE_OUTPUT = 14  # from node to wire, and from wire to wire, where they go up or down to their lanes
 BEFORE_INPUT = 46  # from where a wire leaves its lane to the node that it goes to
 ABOVE_ROW = TITLE + GROUP_EDGE + GROUP_TITLE + 20  # from the top of a row to its lowest lane
+WINDOW, SCALE = (1440, 900), 0.6  # of the view that is saved
 NOTE_ID = 1000
 NOTE_COLORS = {"color": "#1d2733", "bgcolor": "#2a3847"}
 OPTIONAL, LIST = 7, 6  # shapes of sockets
@@ -396,7 +397,7 @@ def page_graph(template: Template) -> dict[str, Any]:
     reroutes, arrivals = reroutes_of(template, links, found, tops)
     nodes = [page_node(template, node, found[node.id], links, order) for order, node in enumerate(template.nodes)]
     nodes.append(note_node(template, found[NOTE_ID], len(nodes)))
-    extra: dict[str, Any] = {"ds": {"scale": 0.6, "offset": [120, 180]}}
+    extra: dict[str, Any] = {"ds": view(found)}
     if reroutes:
         extra |= {"reroutes": reroutes, "linkExtensions": arrivals}
     return {
@@ -411,6 +412,12 @@ def page_graph(template: Template) -> dict[str, Any]:
         "extra": extra,
         "version": 0.4,
     }
+
+
+def view(found: Mapping[int, Place]) -> dict[str, Any]:
+    """The template in the middle of a window, for versions that open it where it was saved; others fit it in."""
+    middle = [(min(p[i] for p in found.values()) + max(p[i] + p[i + 2] for p in found.values())) / 2 for i in (2, 3)]
+    return {"scale": SCALE, "offset": [round(side / SCALE / 2 - m) for side, m in zip(WINDOW, middle, strict=True)]}
 
 
 def page_node(template: Template, node: Node, place: Place, links: list[Link], order: int) -> dict[str, Any]:

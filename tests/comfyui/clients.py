@@ -26,11 +26,11 @@ from .finding import NO_CHECKOUT, NotFound, find_checkout, find_python
 from .server import Server, ServerError, read_workflow
 
 WORKFLOWS = {
-    "text_to_image": {"2.text": "a small yellow star at the top on a navy background", "3.seed": 5, "3.steps": 4},
+    "text_to_image": {"3.prompt": "a small yellow star at the top on a navy background", "3.seed": 5, "3.steps": 4},
     "multi_round_edit": {
         "2.scene": "a large green square at the left on a white background",
-        "8.text": "Change the background to mint.",
-        "10.text": "Change the background to mint.",
+        "9.instruction": "Given the edit instruction: Change the background to mint, please identify the editing region",
+        "11.instruction": "Change the background to mint.",
         "9.steps": 2,
         "11.steps": 2,
         "13.steps": 2,

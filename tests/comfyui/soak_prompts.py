@@ -113,7 +113,6 @@ def loading(kind: str, rng: random.Random) -> dict:
     if kind == LOAD_FEATURES:
         file = f"ming/kept_picture_{number:05}_.safetensors [output]"
         graph["3"] = {"class_type": "MingLoadFeatures", "inputs": {"file": file}}
-        del graph["2"]
         return graph
     file = f"ming/kept_{number:05}_.safetensors [output]"
     graph["6"] = {"class_type": "MingLoadConversation", "inputs": {"model": ["1", 0], "file": file}}

@@ -59,22 +59,9 @@ def shapes(prompt: dict) -> list[tuple]:
     return sorted((shape(prompt, node) for node in prompt), key=repr)
 
 
-def wire_features_through(page) -> None:
-    """Connect each edit's features too, as its conversation is, so that each can be bypassed."""
-    page.evaluate("""
-        for (const node of app.graph.nodes.filter(n => n.type === 'MingEdit')) {
-            const before = node.getInputNode(node.findInputSlot('conversation'));
-            const first = app.graph.nodes.find(n => n.type === 'MingTokSemanticFeatures');
-            const source = before.type === 'MingEdit' ? before : first;
-            if (node.getInputNode(node.findInputSlot('features')) == null)
-                source.connect(source.findOutputSlot('features'), node, 'features');
-        }""")
-
-
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["first", "middle", "last"])
 def test_a_chain_with_a_bypassed_edit_runs_what_comes_in_goes_out(page, rendering, server, which):
     open_workflow(page, CHAIN)
-    wire_features_through(page)
     bypassed = edits(page)[which]
     set_mode(page, bypassed, BYPASS)
     assert str(bypassed) not in exported(page)
@@ -98,7 +85,7 @@ def test_a_chain_made_a_subgraph_and_unpacked_is_the_same_workflow(page, renderi
     open_workflow(page, CHAIN)
     before = exported(page)
     page.evaluate("""
-        const chain = app.graph.nodes.filter(n => ['MingEdit', 'MingInstruction'].includes(n.type) && n.id > 6);
+        const chain = app.graph.nodes.filter(n => n.type === 'MingEdit');
         app.graph.convertToSubgraph(new Set(chain));""")
     assert shapes(exported(page)) == shapes(before)
     assert queued(page, server)["status"]["status_str"] == "success"
