@@ -3,7 +3,8 @@
     python docs/pictures.py [NAME ...]
 
 NAME: "reconstruction", "rounds", "examination", or a workflow; all of them by default. A thumbnail shows the scene that
-a workflow starts from, the image of each of its drawing nodes (decoded for the thumbnail alone), and the answers.
+a workflow starts from, the image of each of its drawing nodes (decoded for the thumbnail alone), and the answers; or
+the nodes of SHOWN. The page has no slider for the thumbnails of a node pack, so before and after stand side by side.
 docs/graph.png, a screenshot, is not made here.
 """
 
@@ -13,6 +14,7 @@ import functools
 import importlib.util
 import logging
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,16 @@ SIDE, GAP, LINE = 512, 8, 26  # side of a thumbnail, gap between images, height 
 DARK, WHITE = (32, 35, 39), (255, 255, 255)
 SCENES = (3, 5, 8, 12, 13, 21, 34)  # seeds of unseen scenes for the reconstructions
 DRAWING = ("MingGenerate", "MingEdit")
+SHOWN = {  # the nodes whose images a thumbnail shows, where they are not the scene and all that is drawn
+    "reconstruct": ("10", "5"),
+    "edit_inside_mask": ("2", "10"),
+    "region_then_edit_inside": ("2", "11", "7"),
+    "extend_picture": ("4", "7"),
+    "edit_photograph": ("2", "11"),
+    "super_resolution_then_colorize": ("4", "8", "10"),
+    "enhance_chain": ("4", "8", "10", "12"),
+    "chat": ("5",),
+}
 
 Color = tuple[int, int, int]
 
@@ -52,26 +64,28 @@ def runner() -> tuple[Any, Any]:
 
 
 def results(name: str) -> tuple[list[Image.Image], list[str], list[str]]:
-    """The images of a workflow (the scene first, if any), the prompts of its drawing nodes, and the answers."""
+    """The images of a workflow (what it starts from first), the prompts of its drawing nodes, and the answers."""
     run, reader = runner()
     workflow = reader.read_workflow(WORKFLOWS / "api" / f"{name}.json")
-    found = run.run_workflow(workflow, output_dir=ROOT / "output", input_dir=ROOT / "input")
-    images, prompts, answers = [], [], []
-    for node, result in found.items():
-        kind, outputs = workflow[node]["class_type"], result.outputs
-        if kind == "MingExampleScene":
-            images.append(first_image(outputs[0][0]))
-        elif kind in DRAWING:
-            mingtok = next(
-                r.outputs[1][0].model for n, r in found.items() if workflow[n]["class_type"] == "MingUniVisionLoader"
-            )
-            images += [decoded(mingtok, features) for features in outputs[0]]
-            prompts += [prompt_of(workflow, found, node)] * len(outputs[0])
-        elif kind == "MingUnderstand":
-            answers.append(outputs[0][0])
-        elif kind == "MingTokDecode" and name == "reconstruct":
-            images.append(first_image(outputs[0][0]))
+    with tempfile.TemporaryDirectory() as folder:  # empty, or a chat would go on where it was
+        found = run.run_workflow(workflow, output_dir=folder, input_dir=ROOT / "input")
+    images: list[Image.Image] = []
+    prompts: list[str] = []
+    shown = SHOWN.get(name, [n for n in found if workflow[n]["class_type"] in ("MingExampleScene", *DRAWING)])
+    for node in shown:
+        kind, (first, *_) = workflow[node]["class_type"], found[node].outputs
+        if kind in DRAWING:
+            images += [decoded(tokenizer(workflow, found), features) for features in first]
+            prompts += [prompt_of(workflow, found, node)] * len(first)
+        else:
+            images.append(first_image(first[0]))
+    answers = [found[n].outputs[0][0] for n in found if workflow[n]["class_type"] == "MingUnderstand"]
     return images, prompts, answers
+
+
+def tokenizer(workflow: dict, found: dict) -> Any:
+    """The MingTok that a workflow loads."""
+    return next(found[n].outputs[1][0].model for n in found if workflow[n]["class_type"] == "MingUniVisionLoader")
 
 
 def prompt_of(workflow: dict, found: dict, node: str) -> str:
@@ -116,11 +130,21 @@ def thumbnail(name: str) -> None:
         strip = row(images[i : i + columns], side)
         canvas.paste(strip, ((SIDE - strip.width) // 2, top))
         top += side + GAP
+    if len(images) == 2 and not lines:
+        arrow(canvas, (SIDE // 2, top - GAP - side // 2))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=19)
     for line in lines:
         pen.text((2 * GAP, top), line, fill=WHITE, font=font)
         top += LINE
     canvas.save(WORKFLOWS / f"{name}.jpg", quality=88)
+
+
+def arrow(canvas: Image.Image, center: tuple[int, int]) -> None:
+    """Draw a disc with an arrow to the right: what is on its left becomes what is on its right."""
+    x, y = center
+    pen = ImageDraw.Draw(canvas)
+    pen.ellipse((x - 22, y - 22, x + 22, y + 22), fill=WHITE, outline=DARK, width=3)
+    pen.polygon([(x - 7, y - 11), (x + 12, y), (x - 7, y + 11)], fill=DARK)
 
 
 def stacked(rows: list[Image.Image]) -> Image.Image:

@@ -59,6 +59,7 @@ LANE = 18  # from lane to lane
 BESIDE_OUTPUT = 14  # from node to wire, and from wire to wire, where they go up or down to their lanes
 BEFORE_INPUT = 46  # from where a wire leaves its lane to the node that it goes to
 ABOVE_ROW = TITLE + GROUP_EDGE + GROUP_TITLE + 20  # from the top of a row to its lowest lane
+WINDOW, SCALE = (1440, 900), 0.6  # of the view that is saved
 NOTE_ID = 1000
 NOTE_COLORS = {"color": "#1d2733", "bgcolor": "#2a3847"}
 OPTIONAL, LIST = 7, 6  # shapes of sockets
@@ -166,7 +167,9 @@ def sockets(node_type: str) -> list[Socket]:
             combo = not isinstance(kind, str)
             more = {"options": kind} if combo else {}
             found.append(
-                Socket(name, "COMBO" if combo else kind, {**more, **(options[0] if options else {})}, part == "optional")
+                Socket(
+                    name, "COMBO" if combo else kind, {**more, **(options[0] if options else {})}, part == "optional"
+                )
             )
     return found
 
@@ -250,7 +253,7 @@ def lanes_of(template: Template) -> dict[int, list[Out]]:
         for out in node.inputs.values():
             if isinstance(out, Out) and not is_next(seats[out.node], (row, column)) and out not in lanes[row]:
                 lanes[row].append(out)
-    for row, outs in lanes.items():  # outputs of one node nest: the lower the output, the lower its lane
+    for outs in lanes.values():  # outputs of one node nest: the lower the output, the lower its lane
         order = [out.node for out in outs]
         outs.sort(key=lambda out: (-order.index(out.node), -link_of(template, out)[0]))
     return lanes
@@ -269,7 +272,9 @@ def numbered_columns(template: Template) -> Iterator[tuple[int, int, Column]]:
 
 def places(template: Template) -> tuple[dict[int, Place], dict[int, int]]:
     """Where every node is (the note too), and the y of the top of each row."""
-    lanes, found, tops = lanes_of(template), {}, {}
+    lanes = lanes_of(template)
+    found: dict[int, Place] = {}
+    tops: dict[int, int] = {}
     top, row, x = 0, -1, 0
     for number, place, column in numbered_columns(template):
         if number != row:
@@ -291,7 +296,7 @@ def places(template: Template) -> tuple[dict[int, Place], dict[int, int]]:
 
 
 def group_frames(template: Template, found: Mapping[int, Place]) -> list[dict[str, Any]]:
-    frames = []
+    frames: list[dict[str, Any]] = []
     for group in (group for row in template.rows for group in row):
         if not group.title:
             continue
@@ -318,7 +323,7 @@ def group_frames(template: Template, found: Mapping[int, Place]) -> list[dict[st
 class Link(NamedTuple):
     id: int
     out: Out
-    index: int  # of the output
+    output: int  # its number
     target: int
     slot: int  # of the input, as the page numbers them
     type: str
@@ -364,9 +369,7 @@ def reroutes_of(template: Template, links: list[Link], found: Mapping[int, Place
             taken = [
                 link
                 for link in links
-                if link.out == out
-                and found[link.target].row == row
-                and not is_next(source[:2], found[link.target][:2])
+                if link.out == out and found[link.target].row == row and not is_next(source[:2], found[link.target][:2])
             ]
             y = tops[row] - ABOVE_ROW - LANE * number
             beside = [o for o in outs[number:] if found[o.node][:2] == source[:2]]
@@ -394,7 +397,7 @@ def page_graph(template: Template) -> dict[str, Any]:
     reroutes, arrivals = reroutes_of(template, links, found, tops)
     nodes = [page_node(template, node, found[node.id], links, order) for order, node in enumerate(template.nodes)]
     nodes.append(note_node(template, found[NOTE_ID], len(nodes)))
-    extra: dict[str, Any] = {"ds": {"scale": 0.6, "offset": [120, 180]}}
+    extra: dict[str, Any] = {"ds": view(found)}
     if reroutes:
         extra |= {"reroutes": reroutes, "linkExtensions": arrivals}
     return {
@@ -403,12 +406,18 @@ def page_graph(template: Template) -> dict[str, Any]:
         "last_node_id": max(node["id"] for node in nodes if node["id"] != NOTE_ID),
         "last_link_id": len(links),
         "nodes": nodes,
-        "links": [[link.id, link.out.node, link.index, link.target, link.slot, link.type] for link in links],
+        "links": [[link.id, link.out.node, link.output, link.target, link.slot, link.type] for link in links],
         "groups": group_frames(template, found),
         "config": {},
         "extra": extra,
         "version": 0.4,
     }
+
+
+def view(found: Mapping[int, Place]) -> dict[str, Any]:
+    """The template in the middle of a window, for versions that open it where it was saved; others fit it in."""
+    middle = [(min(p[i] for p in found.values()) + max(p[i] + p[i + 2] for p in found.values())) / 2 for i in (2, 3)]
+    return {"scale": SCALE, "offset": [round(side / SCALE / 2 - m) for side, m in zip(WINDOW, middle, strict=True)]}
 
 
 def page_node(template: Template, node: Node, place: Place, links: list[Link], order: int) -> dict[str, Any]:
@@ -419,8 +428,8 @@ def page_node(template: Template, node: Node, place: Place, links: list[Link], o
         widget = {"widget": {"name": socket.name}} if socket.is_widget else {}
         inputs.append({"name": socket.name, **shape, "type": socket.type, **widget, "link": arriving.get(slot)})
     outs = []
-    for index, (name, kind, is_list) in enumerate(outputs(node.type)):
-        leaving = [link.id for link in links if link.out == Out(node.id, name) and link.index == index]
+    for name, kind, is_list in outputs(node.type):
+        leaving = [link.id for link in links if link.out == Out(node.id, name)]
         outs.append({"name": name, **({"shape": LIST} if is_list else {}), "type": kind, "links": leaving or None})
     named: dict[str, Any] = {}
     for socket in sockets(node.type):
@@ -476,15 +485,17 @@ def listing(templates: list[Template]) -> str:
     lines = [
         "# Templates",
         "",
-        "Made by `python workflows/build.py` from the descriptions in `templates.py`; `api/` has the same graphs for the",
-        "queue. 由 `python workflows/build.py` 生成；`api/` 中是供队列使用的同一批图。",
+        "Made by `python workflows/build.py` from the descriptions in `templates.py`; `api/` has the same graphs for",
+        "the queue. 由 `python workflows/build.py` 生成；`api/` 中是供队列使用的同一批图。",
         "",
         "| | Template | What it does |",
         "|---|---|---|",
     ]
     for t in templates:
         picture = f'<img src="{t.name}.jpg" width="128" alt="">'
-        lines.append(f"| {picture} | **{t.title[0]}**<br>{t.title[1]}<br>`{t.name}` | {t.sentence[0]}<br>{t.sentence[1]} |")
+        lines.append(
+            f"| {picture} | **{t.title[0]}**<br>{t.title[1]}<br>`{t.name}` | {t.sentence[0]}<br>{t.sentence[1]} |"
+        )
     return "\n".join(lines) + "\n"
 
 

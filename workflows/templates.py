@@ -14,6 +14,7 @@ from .build import Column, Group, Node, Note, Out, Space, Template
 LOAD, READ, ROUND, RESULT = "#5f9ea8", "#78a878", "#d0a94e", "#b58ad0"  # colors of groups
 SCENE = "a large red circle at the left and a small blue star at the right on a white background"
 MODEL, MINGTOK, IMAGE, FEATURES = Out(1, "model"), Out(1, "mingtok"), Out(2, "image"), Out(4, "features")
+LATENT = Out(3, "latent")
 SWAP = "or Load Image"
 DECODE_COLUMN = 84 + 58  # height of MingTok Decode and the space below it
 SEED = 7
@@ -43,7 +44,7 @@ def encode(number: int = 3, image: Out = IMAGE, label: str = "", **more: Any) ->
     return node(number, "MingTokEncode", label, mingtok=MINGTOK, image=image, **more)
 
 
-def expand(number: int = 4, latent: Out = Out(3, "latent"), label: str = "") -> Node:
+def expand(number: int = 4, latent: Out = LATENT, label: str = "") -> Node:
     return node(number, "MingTokSemanticFeatures", label, mingtok=MINGTOK, latent=latent)
 
 
@@ -55,11 +56,19 @@ def answer(number: int, of: int, area: int = 150) -> Node:
     return node(number, "PreviewAny", "answer", area, source=Out(of, "text"))
 
 
-def edit(number: int, label: str, words: str | Out, features: Out, conversation: Out | None = None, **more: Any) -> Node:
+def edit(
+    number: int,
+    label: str,
+    words: str | Out,
+    features: Out,
+    conversation: Out | None = None,
+    area: int = 0,
+    **more: Out,
+) -> Node:
     """Both the features and the conversation are linked: a chain still runs when any Ming Edit of it is bypassed."""
     if conversation:
         more["conversation"] = conversation
-    return node(number, "MingEdit", label, model=MODEL, instruction=words, features=features, **{"seed": SEED, **more})
+    return node(number, "MingEdit", label, area, model=MODEL, instruction=words, seed=SEED, features=features, **more)
 
 
 def drawn(number: int) -> tuple[Out, Out]:
@@ -81,9 +90,7 @@ def save(number: int, image: Out, file: str, area: int = 300, label: str = "afte
 
 def before_and_after(decoder: Node, first: Node, last: Node, width: int = 300) -> Group:
     """The picture that was edited and the result side by side, the decoder above the first to save width."""
-    return group(
-        "Before and after", RESULT, column(width, decoder, first), column(width, Space(DECODE_COLUMN), last)
-    )
+    return group("Before and after", RESULT, column(width, decoder, first), column(width, Space(DECODE_COLUMN), last))
 
 
 def read_picture(*below: Node | Note | Space) -> tuple[Group, Group]:
@@ -140,7 +147,7 @@ TEMPLATES = [
         ("Ask about a picture.", "就一幅图提问。"),
         (
             "The picture is encoded once; the model reads its features and answers.",
-            "Try *What color is the star?*, or your own picture; for photographs, *stretch* and *high* in MingTok Encode.",
+            "Try *What color is the star?*; for photographs, use *stretch* and *high* in MingTok Encode.",
         ),
         (
             (
@@ -155,7 +162,7 @@ TEMPLATES = [
                     "Ask",
                     ROUND,
                     column(300, ask(6, "ask", DESCRIBE, features=FEATURES), Note(300, 300)),
-                    column(300, answer(7, 6, 260)),
+                    column(300, answer(7, 6, 220)),
                 ),
             ),
         ),
@@ -181,9 +188,7 @@ TEMPLATES = [
                             "MingGenerate",
                             area=110,
                             model=MODEL,
-                            prompt=instruction(
-                                "generate", "a small yellow star at the top right on a navy background"
-                            ),
+                            prompt=instruction("generate", "a small yellow star at the top right on a navy background"),
                             seed=SEED,
                         ),
                     ),
@@ -315,9 +320,7 @@ TEMPLATES = [
                             FEATURES,
                         ),
                     ),
-                    column(
-                        250, node(6, "MingRegionMask", features=FEATURES, region=Out(5, "features"))
-                    ),
+                    column(250, node(6, "MingRegionMask", features=FEATURES, region=Out(5, "features"))),
                 ),
             ),
             (
@@ -364,16 +367,17 @@ TEMPLATES = [
                     "Make room",
                     READ,
                     column(
-                        236, node(3, "ImageCrop", "the part we have", image=IMAGE, width=256, height=512)
+                        236,
+                        node(3, "ImageCrop", "the part we have", image=IMAGE, width=256, height=512),
+                        Space(60),
+                        Note(562, 150),
                     ),
-                    column(
-                        250, node(4, "ImagePadForOutpaint", image=Out(3, "IMAGE"), right=256, feathering=0)
-                    ),
+                    column(250, node(4, "ImagePadForOutpaint", image=Out(3, "IMAGE"), right=256, feathering=0)),
                 ),
                 group(
                     "Encode once",
                     READ,
-                    column(236, encode(5, Out(4, "IMAGE"), mask=Out(4, "MASK")), Note(570, 190)),
+                    column(236, encode(5, Out(4, "IMAGE"), mask=Out(4, "MASK"))),
                     column(258, expand(6, Out(5, "latent"))),
                 ),
             ),
@@ -422,11 +426,15 @@ TEMPLATES = [
                     column(
                         250,
                         node(3, "ImageCrop", "the part", image=IMAGE, width=768, height=768, x=0, y=128),
-                        Note(560, 190),
+                        Space(30),
+                        Note(560, 180),
                     ),
                 ),
                 group(
-                    "Encode once", READ, column(236, encode(4, Out(3, "IMAGE"))), column(258, expand(5, Out(4, "latent")))
+                    "Encode once",
+                    READ,
+                    column(236, encode(4, Out(3, "IMAGE"))),
+                    column(258, expand(5, Out(4, "latent"))),
                 ),
                 group(
                     "Edit",
@@ -509,13 +517,19 @@ TEMPLATES = [
                     column(
                         250,
                         expand(),
-                        node(5, "MingInstruction", "identify region", task="identify region", text="Move the red circle to the top."),
+                        node(
+                            5,
+                            "MingInstruction",
+                            "identify region",
+                            task="identify region",
+                            text="Move the red circle to the top.",
+                        ),
                     ),
                 ),
                 group(
                     "1. Show the region",
                     ROUND,
-                    column(290, edit(6, "1, identify the region", Out(5, "instruction"), FEATURES)),
+                    column(290, edit(6, "1, identify the region", Out(5, "instruction"), FEATURES, area=34)),
                 ),
                 group(
                     "2. Edit",
@@ -524,6 +538,7 @@ TEMPLATES = [
                 ),
             ),
             (
+                group("", LOAD, column(300, Note(300, 320))),
                 group(
                     "Before, region, after",
                     RESULT,
@@ -532,7 +547,6 @@ TEMPLATES = [
                     column(310, save(10, Out(9, "image"), "segment_then_edit_region", 310, "region")),
                     column(310, save(12, Out(11, "image"), "segment_then_edit", 310)),
                 ),
-                group("", LOAD, column(300, Note(300, 320))),
             ),
         ),
     ),
@@ -558,7 +572,11 @@ TEMPLATES = [
                 ),
             ),
             (
-                group("2. Find the region", ROUND, column(270, edit(9, "2, identify region", REGION, FEATURES, Out(6, "conversation")))),
+                group(
+                    "2. Find the region",
+                    ROUND,
+                    column(270, edit(9, "2, identify region", REGION, FEATURES, Out(6, "conversation"))),
+                ),
                 group("3. Edit", ROUND, column(270, edit(11, "3, edit", CHANGE, *drawn(9)))),
                 group("4. Refine", ROUND, column(270, edit(13, "4, refine", instruction("refine"), *drawn(11)))),
                 before_and_after(
@@ -718,24 +736,29 @@ TEMPLATES = [
         ),
         (
             (
-                *read_picture(before(14, area=150, label="the picture")),
+                *read_picture(Note(570, 150)),
                 group(
                     "What does it show?",
                     ROUND,
-                    column(290, ask(6, "describe", DESCRIBE, features=FEATURES), Note(600, 150)),
-                    column(300, answer(13, 6, 160)),
+                    column(290, ask(6, "describe", DESCRIBE, features=FEATURES)),
+                    column(300, answer(13, 6, 130), before(14, area=180, label="the picture")),
                 ),
             ),
             (
                 group(
                     "Branch A",
                     ROUND,
-                    column(280, edit(7, "branch A", "Move the blue star to the top right.", FEATURES, Out(6, "conversation"))),
+                    column(
+                        280,
+                        edit(7, "branch A", "Move the blue star to the top right.", FEATURES, Out(6, "conversation")),
+                    ),
                 ),
                 group(
                     "Branch B",
                     ROUND,
-                    column(280, edit(8, "branch B", "Change the background to navy.", FEATURES, Out(6, "conversation"))),
+                    column(
+                        280, edit(8, "branch B", "Change the background to navy.", FEATURES, Out(6, "conversation"))
+                    ),
                 ),
                 group(
                     "A and B",
@@ -755,8 +778,7 @@ TEMPLATES = [
             "每按一次运行就多一轮：先说画什么，再说改什么。",
         ),
         (
-            "Every press of Run adds a round to the saved conversation, and the storyboard shows all of it (it decodes every "
-            "picture).",
+            "Every press of Run adds a round to the saved conversation; the storyboard decodes and shows all of it.",
             "Run it, write *Change the background to navy.*, run it again; another name begins a new chat.",
         ),
         (
@@ -883,7 +905,10 @@ TEMPLATES = [
                     "Two questions",
                     ROUND,
                     column(290, ask(2, "first question", "Which shapes do you know?")),
-                    column(290, ask(3, "second question", "What backgrounds are there?", conversation=Out(2, "conversation"))),
+                    column(
+                        290,
+                        ask(3, "second question", "What backgrounds are there?", conversation=Out(2, "conversation")),
+                    ),
                 ),
                 group(
                     "Read it",
@@ -925,6 +950,7 @@ TEMPLATES = [
                 ),
             ),
             (
+                group("", LOAD, column(300, Note(300, 250))),
                 group(
                     "The first and the second",
                     RESULT,
@@ -937,7 +963,6 @@ TEMPLATES = [
                     column(290, ask(9, "about both", "Which picture has a star?", features=Out(8, "features"))),
                     column(290, answer(10, 9, 200)),
                 ),
-                group("", LOAD, column(300, Note(300, 250))),
             ),
         ),
     ),
@@ -967,13 +992,12 @@ TEMPLATES = [
                             height=512,
                             crop="center",
                         ),
-                        Note(560, 130),
                     ),
                 ),
                 group(
                     "Encode, expand, decode",
                     READ,
-                    column(236, encode()),
+                    column(236, encode(), Note(570, 140)),
                     column(258, expand()),
                     column(220, decode(5, FEATURES)),
                 ),

@@ -62,12 +62,26 @@ def test_the_workflow_runs_on_the_built_in_model_with_an_empty_input_folder(serv
         elif node["class_type"] == "PreviewAny":
             assert done.outputs[node_id]["text"][0].strip()
         elif node["class_type"].startswith("MingSave"):
-            assert list((server.base / "output" / "ming").glob(f"{node['inputs']['filename_prefix']}_0*.safetensors"))
+            number = "" if node["inputs"].get("overwrite") else "_0*"
+            name = f"{node['inputs']['filename_prefix']}{number}.safetensors"
+            assert list((server.base / "output" / "ming").glob(name))
 
 
 def expected_size(prompt: dict, node_id: str) -> tuple[int, int]:
-    source = prompt[prompt[node_id]["inputs"]["images"][0]]
-    if source["class_type"] == "ImageScale":
-        return source["inputs"]["width"], source["inputs"]["height"]
-    assert source["class_type"] == "MingTokDecode"
+    """The width and height of what a node shows, by where it comes from."""
+    inputs = prompt[node_id]["inputs"]
+    source = next(inputs[socket] for socket in ("images", "image", "destination") if socket in inputs)[0]
+    kind, given = prompt[source]["class_type"], prompt[source]["inputs"]
+    if kind in ("ImageScale", "ImageCrop"):
+        return given["width"], given["height"]
+    if kind == "ImagePadForOutpaint":
+        width, height = expected_size(prompt, source)
+        return width + given["left"] + given["right"], height + given["top"] + given["bottom"]
+    if kind == "ImageCompositeMasked":
+        return expected_size(prompt, source)
+    if kind == "MingExampleScene":
+        return given["size"], given["size"]
+    if kind == "MaskToImage":  # of a region: every token is shown as a square
+        return 512, 512
+    assert kind == "MingTokDecode"
     return SIDE, SIDE

@@ -19,8 +19,8 @@ DRAW = "3"  # the node of text_to_image that draws
 
 
 def picture(server: Server, done: Run) -> np.ndarray:
-    """The only image that a run saved, 0 to 255."""
-    (saved,) = done.images
+    """The only image that a run saved, 0 to 255; previews are not saved."""
+    (saved,) = [image for image in done.images if image["type"] == "output"]
     with Image.open(io.BytesIO(server.fetch("/view", **saved))) as image:
         return np.asarray(image).astype(int)
 
@@ -118,7 +118,7 @@ def test_the_same_prompt_twice_runs_nothing(server, workflow):
 
 @pytest.mark.parametrize(
     ("changed", "value"),
-    [("11.seed", 7), ("10.text", "Change the color of the red circle to pink."), ("13.text_guidance", 2.0)],
+    [("11.seed", 7), ("11.instruction", "Change the color of the red circle to pink."), ("13.text_guidance", 2.0)],
     ids=["its seed", "its words", "a guidance"],
 )
 def test_a_change_in_a_round_runs_that_round_and_what_follows_only(server, workflow, changed, value):
@@ -138,7 +138,7 @@ BAD = {
     "a negative seed": ("text_to_image", {"3.seed": -1}, "value_smaller_than_min", "seed"),
     "an unknown solver": ("text_to_image", {"3.solver": "heun"}, "value_not_in_list", "solver"),
     "a word for a number": ("text_to_image", {"3.batch_size": "many"}, "invalid_input_type", "batch_size"),
-    "another socket's value": ("text_to_image", {"3.model": ["2", 0]}, "return_type_mismatch", "MING_UNIVISION"),
+    "another socket's value": ("text_to_image", {"3.model": ["1", 1]}, "return_type_mismatch", "MING_UNIVISION"),
     "an unknown precision": ("text_to_image", {"1.precision": "int3"}, "value_not_in_list", "precision"),
     "a model that is not there": ("text_to_image", {"1.model_name": "x"}, CUSTOM, "huggingface.co"),
     "a scene of unknown things": ("describe", {"2.scene": "an elephant"}, CUSTOM, "elephant"),
@@ -189,7 +189,7 @@ def test_refused_before_anything_runs_an_empty_instruction_on_that_input_alone(s
 
 def test_an_edit_without_a_picture_fails_at_once_and_names_the_input(server, workflow):
     prompt = workflow(ROUNDS)
-    del prompt["9"]["inputs"]["conversation"]
+    del prompt["9"]["inputs"]["features"], prompt["9"]["inputs"]["conversation"]
     done = server.run(branch(prompt, "9"))
     assert done.end.kind == "execution_error" and done.end.data["node_id"] == "9"
     message = done.end.data["exception_message"]
