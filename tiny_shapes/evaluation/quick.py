@@ -25,13 +25,15 @@ def quick_evaluation(engine: Engine, objects: tuple[int, int]) -> dict[str, floa
     figures = {
         "asked": _answered(Evaluator(engine, QUESTIONS, objects), "question"),
         "described": _answered(Evaluator(engine, DESCRIPTIONS, objects), "describe"),
+        "paired": _answered(Evaluator(engine, QUESTIONS, objects), "pair"),
     }
     drawn = _compared(Evaluator(engine, DRAWINGS, objects), "generate")
     for name in ("shape", "color", "size", "position"):
         figures[f"drawn_{name}"] = float(np.mean([v for c in drawn for v in getattr(c, name)]))
     figures["drawn_background"] = float(np.mean([c.background for c in drawn]))
     figures["drawn"] = float(np.mean([c.objects_right for c in drawn]))
-    figures["edited"] = float(np.mean([c.all_right for c in _compared(Evaluator(engine, EDITS, objects), "edit")]))
+    for name, task in (("edited", "edit"), ("completed", "complete")):
+        figures[name] = float(np.mean([c.all_right for c in _compared(Evaluator(engine, EDITS, objects), task)]))
     engine.prefix_cache.clear()
     return figures
 
