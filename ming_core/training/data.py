@@ -136,11 +136,11 @@ class _Reader:
             self.leave_out(path, str(error))
 
     def _drawing(self, path: Path) -> Sample:
-        prompt = _text(path).strip()
         stem, name = path.with_suffix(""), self._name(path)
         before, after = (self.pictures.get(stem.with_name(stem.name + end)) for end in (BEFORE, AFTER))
         alone = self.pictures.get(stem)
         self.used |= {picture for picture in (before, after, alone) if picture}
+        prompt = _text(path).strip()
         if not prompt:
             raise _Unusable("it is empty")
         if before and after:
@@ -152,12 +152,10 @@ class _Reader:
         return Sample(name, prompt, target=self._checked(alone))
 
     def _questions(self, path: Path) -> Sample:
-        pairs = []
-        for number, line in enumerate(_text(path).splitlines(), 1):
-            if line.strip():
-                pairs.append(_pair(line, number))
         picture = self.pictures.get(path.with_suffix(""))
         self.used |= {picture} if picture else set()
+        lines = enumerate(_text(path).splitlines(), 1)
+        pairs = [_pair(line, number) for number, line in lines if line.strip()]
         if not pairs:
             raise _Unusable("it is empty")
         return Sample(self._name(path), source=self._checked(picture) if picture else None, questions=tuple(pairs))

@@ -1,0 +1,52 @@
+"""Training in several processes: the same loss, checkpoints for another number of them, and one that writes."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(processes, checkpoint, data, out, steps, batch, *more):
+    """Train in this many processes; gives the losses of all rows of the log."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, *(torchrun if processes > 1 else ["-m"]), "ming_core.training", "lora"]
+    options = {"model": checkpoint, "data": data, "out": out, "rank": 2, "steps": steps, "batch": batch, "lr": 0.01}
+    arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments, "--device", "cpu", *more], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (out.with_suffix(".training") / "log.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)], done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_with_the_doubled_batch_and_either_goes_on_with_the_others_checkpoint(
+    checkpoint_folder, data, tmp_path
+):
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    losses, _ = run(1, checkpoint_folder, data, one, 20, 4)
+    together, said = run(2, checkpoint_folder, data, two, 20, 2)
+    assert together == pytest.approx(losses, rel=1e-4)
+    assert losses[1] < losses[0]
+    first, second = load_file(one), load_file(two)
+    assert all((first[name] - second[name]).abs().max() < 1e-3 for name in first)
+    # one process talks
+    assert said.count("memory: ") == said.count("written: ") == 1
+    # each goes on with what the other has
+    for file in ("state.safetensors", "log.csv"):
+        a, b = (path.with_suffix(".training") / file for path in (one, two))
+        kept = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        b.write_bytes(kept)
+    longer, _ = run(1, checkpoint_folder, data, one, 30, 4, "--resume")
+    together, said = run(2, checkpoint_folder, data, two, 30, 2, "--resume")
+    assert "continuing from step 20" in said
+    assert len(longer) == 3 and together == pytest.approx(longer, rel=1e-3)
