@@ -2,8 +2,10 @@
 
     python quickstart.py demo [--image FILE] [--output DIR]
     python quickstart.py run WORKFLOW.json [--set NODE.INPUT=VALUE ...] [--image FILE] [--output DIR]
+    python quickstart.py map WORKFLOW.json (--table FILE | --images FOLDER) --out DIR [--set NODE.INPUT=VALUE ...]
     python quickstart.py download [NAME] [--to DIR]
     python quickstart.py quantize SOURCE TARGET [--format int4]
+    python quickstart.py doctor [--quick]
     python quickstart.py test [pytest's arguments]
     python quickstart.py comfyui [--dir CHECKOUT] [--python FILE] [--browser FILE]
 
@@ -31,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -44,6 +47,7 @@ CONSTRAINTS = "constraints.txt"
 RESTARTED = "QUICKSTART_RESTARTED"  # set for the run inside .venv, to that folder
 CALLER = "QUICKSTART_CALLER"  # set for the run inside .venv, to the Python that this was started with
 OLDEST_PYTHON = (3, 10)
+EXTRAS = {"ray": ("ray[data]==2.60.0", "about 150 MB, 500 MB on disk")}  # installed when a command needs them
 OLDEST_TORCH = (2, 4)
 
 # What PyTorch itself requires. A PyTorch that is installed already may need other versions than the tested ones.
@@ -80,10 +84,12 @@ def main(argv: list[str]) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         check_python()
-        command = load_command_line().parse(argv).command
+        options = load_command_line().parse(argv)
+        command = options.command
         if command.needs_tests:
             check_tests()
         if (in_environment() and is_finished()) or (command.runs_in_comfyui and has_requirements()):
+            install_extras(command.extras(options))
             return hand_over(argv)
         prepare_environment()
         if os.environ.get(RESTARTED) == str(VENV) and not in_environment():
@@ -345,6 +351,21 @@ def torch_size() -> str:
         "    To download less, press Ctrl-C, install a CPU build of PyTorch 2.4 or newer for the Python\n"
         "    that you start this with, and try again: it will be used."
     )
+
+
+def install_extras(names: Sequence[str]) -> None:
+    """Installs what a command needs beyond the requirements, into the environment that this runs in."""
+    python = Path(sys.executable)
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            continue
+        requirement, size = EXTRAS[name]
+        print(f"About to download and install, once: {requirement}, {size}", flush=True)
+        torch = find_torch(sys.executable)
+        if run_pip([*pip(python), requirement, "-c", str(constraints_beside(torch))]) != 0:
+            raise SetupError(
+                f"{requirement} could not be installed; pip says why above. Without it, leave out --{name}."
+            )
 
 
 def pip(python: Path) -> list[str]:

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import statistics
 import threading
 import time
@@ -32,7 +31,8 @@ from ming_core import Conversation, Engine, UniVision
 from ming_core.checkpoint import INDEX, in_shards
 from ming_core.checkpoint.keys import checkpoint_keys
 from ming_core.config import MingTokConfig, UniVisionConfig, read_config, write_config
-from ming_core.cuda_graphs import SWITCH, Recorder
+from ming_core.cost import bandwidth, token_bytes, weight_bytes
+from ming_core.cuda_graphs import Recorder
 
 GB = 1e9
 SHARD = 2e9  # bytes
@@ -183,8 +183,8 @@ def run_on_cpu(folder: Path, precision: str, tokens: int) -> None:
 
 def run_on_gpu(folder: Path, precisions: list[str]) -> None:
     """Time whole images in these precisions, and print them as a table."""
-    bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {bandwidth / GB:.0f} GB/s\n")
+    copies = bandwidth(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {copies / GB:.0f} GB/s\n")
     columns = ("precision", "images", "rows", "seconds", "with graphs", "floor, s", "ratio", "ratio with graphs")
     print_row(*columns)
     print_row(*["---"] * len(columns))
@@ -195,8 +195,8 @@ def run_on_gpu(folder: Path, precisions: list[str]) -> None:
             first = engine.generate_image(Conversation(), PROMPT, max_new_tokens=1)
             for images in (1, 4):
                 for rows, past in ((2, Conversation()), (3, first.conversation)):
-                    plain, graphs = (drawing_time(engine, past, images, switch) for switch in ("0", "1"))
-                    floor = image_bytes(engine.network, images, rows) / bandwidth
+                    plain, graphs = (drawing_time(engine, past, images, recorded) for recorded in (False, True))
+                    floor = image_bytes(engine.network, images, rows) / copies
                     if Recorder.failed:  # after one failure this process records no more graphs
                         graphs = math.nan
                     figures = (plain, graphs, floor, plain / floor, graphs / floor)
@@ -212,9 +212,9 @@ def print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def drawing_time(engine: Engine, past: Conversation, images: int, graphs: str) -> float:
-    """Seconds of a round that draws, with CUDA graphs ("1") or without: the median of three after one to warm up."""
-    os.environ[SWITCH] = graphs
+def drawing_time(engine: Engine, past: Conversation, images: int, graphs: bool) -> float:
+    """Seconds of a round that draws, with CUDA graphs or without: the median of three after one to warm up."""
+    engine.network.language_model.cuda_graphs = graphs
     times = []
     for _ in range(4):
         torch.cuda.synchronize()
@@ -225,44 +225,11 @@ def drawing_time(engine: Engine, past: Conversation, images: int, graphs: str) -
     return statistics.median(times[1:])
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that the GPU reads and writes when it copies 2 GB; measured before a model is loaded."""
-    source = torch.empty(int(2e9), dtype=torch.uint8, device="cuda")
-    target, times = torch.empty_like(source), []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    moved = 2 * source.nbytes
-    del source, target
-    torch.cuda.empty_cache()
-    return moved / min(times)
-
-
 def image_bytes(network: UniVision, images: int, rows: int) -> float:
-    """Bytes of weights that drawing has to read: all of them once per token, the flow head's blocks once per step.
-
-    Rows are assumed to choose their experts independently: b rows read E * (1 - (1 - k/E)^b) of E experts.
-    """
-    config, net = network.config, network.flow_head.net
-    llm, tokens = config.llm_config, config.llm_config.num_image_tokens_for_gen
-    layers = network.language_model.model.layers
-    experts = sum(weight_bytes(layer.mlp.experts) for layer in layers)
-    read = 1 - (1 - llm.num_experts_per_tok / llm.num_experts) ** (images * rows)
-    language = weight_bytes(layers) - experts + experts * read
-    modulations = [net.cond_embed, net.final_layer.adaLN_modulation, *(b.adaLN_modulation for b in net.res_blocks)]
-    once = [network.flow_head.vis_head, network.mingtok.semantic_decoder, network.linear_proj, *modulations]
-    step = [net.input_proj, net.final_layer.linear, *(b.mlp for b in net.res_blocks)]
-    steps = config.vishead_diffloss_config.steps
-    per_token = sum(map(weight_bytes, once)) + steps * sum(map(weight_bytes, step))
-    return (tokens + 1) * language + tokens * per_token
-
-
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights."""
-    return sum(p.nbytes for p in module.parameters())
+    """Bytes of weights that drawing has to read; the language model runs once more than there are tokens."""
+    token = token_bytes(network, rows, network.config.vishead_diffloss_config.steps, images)
+    tokens = network.config.llm_config.num_image_tokens_for_gen
+    return tokens * token.total + token.language_model
 
 
 def load(folder: Path, precision: str, device: str) -> Engine:

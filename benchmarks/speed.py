@@ -4,7 +4,8 @@
 
 Measured on the reduced model (reduced.py), which has the published proportions. Both sides of a ratio are measured
 alternately, and their medians compared. Drawing is bound by reading weights, so beside every part stands how many times
-as many weights the plain implementation reads: what not reading them can gain at most.
+as many weights the plain implementation reads: what not reading them can gain at most. A second table tells each time
+as a multiple of the floor: the bytes that must be read, at the bandwidth that is measured in the same run.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from reduced import reduced_model
 from timing import machine, medians
 from torch import Tensor, nn
 
-from ming_core import Conversation, Engine, Features, Guidance, ImageResult, Solver
+from ming_core import Conversation, Engine, Features, Guidance, ImageResult, Solver, UniVision
 from ming_core.conversation import Image, guidance_masks
+from ming_core.cost import bandwidth, token_bytes, weight_bytes
 from ming_core.flow_head import Sampler
 from ming_core.kv_cache import DecodeCache
 
 PROMPT = "Please generate the corresponding image based on the description. a large red circle on a white background"
 STEPS = 16
+FAST = Solver(STEPS // 2, "data_ab2")  # as accurate as STEPS of Euler (steps.py)
 LM_STEPS = 8  # tokens forwarded for one measurement of the language model
 
 
@@ -162,6 +165,23 @@ def _flow_head(case: Case, hidden: Tensor) -> Pair:
     )
 
 
+def floors(network: UniVision, tokens: int, rows: list[int]) -> dict[str, float]:
+    """The bytes of weights that each part of the tables above must read, by its name there."""
+    found = {}
+    for n in rows:
+        plainly, fast = (token_bytes(network, n, steps) for steps in (STEPS, STEPS // 2))
+        found[f"language model, {LM_STEPS} steps of {n} rows"] = LM_STEPS * plainly.language_model
+        found[f"flow head, a token of {n} rows"] = plainly.flow_head
+        # without the projection, which is not measured there
+        semantic = plainly.semantic_decoder - weight_bytes(network.linear_proj)
+        found[f"semantic decoder, an image of {n} rows"] = tokens * semantic
+        # the language model runs once more than there are tokens
+        found[f"whole image, {n} rows"] = tokens * plainly.total + plainly.language_model
+        whole = tokens * fast.total + fast.language_model
+        found[f"whole image with {FAST.steps} steps of {FAST.method}, {n} rows"] = whole
+    return found
+
+
 def repeat(times: int, run: Callable[[], object]) -> None:
     """Call `run` so many times."""
     for _ in range(times):
@@ -208,10 +228,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     engine = reduced_model(options.tokens)
     ratios: dict[str, float] = {}
+    ours_took: dict[str, float] = {}
 
     def row(name: str, ours: Callable[[], object], other: Callable[[], object], repeats: int, *more: str) -> None:
         seconds = medians({"ours": ours, "other": other}, repeats)
-        ratios[name] = seconds["other"] / seconds["ours"]
+        ratios[name], ours_took[name] = seconds["other"] / seconds["ours"], seconds["ours"]
         cells = [name, *(f"{x:.3f}" for x in seconds.values()), f"{ratios[name]:.2f}", *more]
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -224,12 +245,23 @@ def main() -> None:
             check_equal(part.name, part.ours, part.plain)
             row(part.name, part.ours, part.plain, 4 * options.repeats, f"{part.reads:.2f}")
         row(f"whole image, {case.rows} rows", case.ours, case.plain, options.repeats, "")
+        fast = partial(case.ours, solver=FAST)
+        row(
+            f"whole image with {FAST.steps} steps of {FAST.method}, {case.rows} rows",
+            fast,
+            case.plain,
+            options.repeats,
+            "",
+        )
+    speed = bandwidth(torch.device("cpu"))
+    print(f"\n{speed / 1e9:.1f} GB/s are read\n\n| what | GB | floor, s | ours, s | multiple |\n|---|---|---|---|---|")
+    for name, size in floors(cases[0].engine.network, options.tokens, [case.rows for case in cases]).items():
+        floor = size / speed
+        print(f"| {name} | {size / 1e9:.3f} | {floor:.3f} | {ours_took[name]:.3f} | {ours_took[name] / floor:.2f} |")
     print("\n| what | ours, s | the other, s | ratio |\n|---|---|---|---|")
     for case in cases:
         name = f"four images in one pass, against one by one, {case.rows} rows"
         row(name, partial(case.ours, 4), partial(repeat, 4, case.ours), options.repeats)
-        name = f"ab2 with {STEPS // 2} steps, against euler with {STEPS}, {case.rows} rows"
-        row(name, partial(case.ours, solver=Solver(STEPS // 2, "ab2")), case.ours, options.repeats)
     if options.plot:
         plot(ratios, options.plot)
 

@@ -2,7 +2,8 @@
 
     causal_attention         a whole sequence at once: training, and the semantic decoder
     cached_attention         new tokens of every row over that row's own cache: the semantic decoder, token by token
-    prefill_attention        new tokens of one sequence over its cache, grouped key/value heads
+    prefill_attention        new tokens of one sequence over its cache, grouped key/value heads; on GPUs
+                             fused_prefill_attention
     shared_prefix_attention  new tokens of several rows over a prefix that they share and their own caches, in one
                              softmax: guidance rows and the images of a batch
 
@@ -17,9 +18,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from .kv_cache import DecodeCache, LayerCache, PrefillCache
 
+# enable_gqa; torch 2.4 has none
+TORCH_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
 # (layer, queries [B, heads, T, d], keys and values [B, kv_heads, T, d]) -> [B, heads, T, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -52,12 +56,12 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     Used on CUDA, where torch's fused attention goes to cuDNN on newer GPUs: reports say that it plans anew for every N
     and is wrong for one query on some cards. Not measured: there was no GPU to do so.
     """
-    # (B, heads, 1, N); scaling the query takes d products a head, scaling the scores would take N
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
+    rows, heads, _, d = q.shape
+    scores = scaled_scores(by_head(q).float(), by_head(k), d)  # (heads * B, 1, N)
     if mask is not None:
         scores = scores.where(mask, float("-inf"))
     # float32 as far as the softmax, whose exponentials magnify rounding; its results can bear the cast
-    return scores.softmax(-1).to(q.dtype) @ v
+    return torch.bmm(scores.softmax(-1).to(q.dtype), by_head(v)).view(heads, rows, 1, d).transpose(0, 1)
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -75,6 +79,18 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).flatten(0, 1)[None]
 
 
+def fused_prefill_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`prefill_attention` of q [1, heads, T, d], k and v [kv_heads, N, d], by the fused kernels of a GPU.
+
+    They take the causal triangle of the last T positions without a mask, and key/value heads without copies.
+    """
+    causal, k, v = causal_lower_right(q.shape[2], k.shape[1]), k[None], v[None]
+    if TORCH_GROUPS_HEADS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
+
+
 def shared_prefix_attention(
     q: Tensor,
     prefix: tuple[Tensor, Tensor],
@@ -87,32 +103,55 @@ def shared_prefix_attention(
     q            [rows, heads, T, d]
     prefix       keys and values [kv_heads, P, d]
     own          keys and values [rows, kv_heads, n, d], the T new tokens among them
-    prefix_bias  float32 [rows, P], added to the scores of the prefix (-inf: not seen)
+    prefix_bias  float32 [1, rows * heads / kv_heads * T, P], added to the scores of the prefix (-inf: not seen); see
+                 `prefix_bias`
     own_mask     bool [T, n], True where a new token may attend
     Returns [rows, heads, T, d].
     """
     (prefix_k, prefix_v), (own_k, own_v) = prefix, own
     rows, heads, tokens, d = q.shape
     kv_heads, length, _ = prefix_k.shape
-    q = q.reshape(rows, kv_heads, -1, d)  # (rows, kv, group * T, d)
-    scaled = q.float() * d**-0.5
+    # everything key/value head by key/value head, as the caches lie in memory, so that only the queries are copied;
+    # cast in the same kernel where that is needed: (kv, rows, group, T, d)
+    grouped = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    grouped = grouped.reshape(kv_heads, -1, d)
     # the queries of all rows in one product: the prefix, 57 KB a position in bf16, is read once, not once a row
-    # (kv, rows, group * T, P), then (kv, rows, group * T, n)
-    past = (scaled.transpose(0, 1).reshape(kv_heads, -1, d) @ prefix_k.float().mT).view(kv_heads, rows, -1, length)
-    if prefix_bias is not None:
-        # -inf is safe: every token sees at least itself, so no softmax is left without a finite score
-        past = past + prefix_bias[None, :, None]
-    recent = (scaled @ own_k.float().mT).transpose(0, 1)
+    past = scaled_scores(grouped, prefix_k, d, prefix_bias)  # (kv, rows * group * T, P)
+    recent = scaled_scores(grouped.view(kv_heads * rows, -1, d), by_head(own_k), d)  # (kv * rows, group * T, n)
     if own_mask is not None:
-        # (kv, rows, group, T, n) for the mask, which knows tokens but no groups
-        recent = recent.unflatten(2, (-1, tokens)).where(own_mask, float("-inf")).flatten(2, 3)
+        # (.., group, T, n) for the mask, which knows tokens but no groups
+        recent = recent.unflatten(1, (-1, tokens)).where(own_mask, float("-inf")).flatten(1, 2)
     # only the scores are put together and taken apart: keys and values stay where they are
-    weights = torch.cat([past, recent], dim=-1).softmax(-1).to(q.dtype)
-    past, recent = weights.split([length, own_k.shape[2]], dim=-1)
-    # (rows, kv, group * T, d)
-    gathered = (past.reshape(kv_heads, -1, length) @ prefix_v).view(kv_heads, rows, -1, d).transpose(0, 1)
+    scores = torch.cat([past, recent.view(kv_heads, past.shape[1], -1)], dim=-1)
+    past, recent = scores.softmax(-1).to(q.dtype).split([length, own_k.shape[2]], dim=-1)
+    gathered = (past @ prefix_v).view(kv_heads * rows, -1, d)
     # the two parts only need adding: one softmax has normalised them together
-    return (gathered + recent.transpose(0, 1) @ own_v).reshape(rows, heads, tokens, d)
+    gathered = torch.baddbmm(gathered, recent.view(len(gathered), -1, own_v.shape[2]), by_head(own_v))
+    return gathered.view(kv_heads, rows, -1, tokens, d).transpose(0, 1).reshape(rows, heads, tokens, d)
+
+
+def scaled_scores(q: Tensor, k: Tensor, d: int, bias: Tensor | None = None) -> Tensor:
+    """Scores of queries [H, m, d] for keys [H, n, d], by sqrt(d): float32 [H, m, n].
+
+    bias: float32 [1, m, n], added.
+    """
+    # product, scale and bias in one kernel; without a bias any tensor of a fitting shape stands there, and is not read
+    added, beta = (q[..., :1], 0) if bias is None else (bias, 1)
+    return torch.baddbmm(added, q, k.float().mT, beta=beta, alpha=d**-0.5)
+
+
+def by_head(x: Tensor) -> Tensor:
+    """[rows, heads, n, d] -> [heads * rows, n, d]; a view of what a `LayerCache` holds."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def prefix_bias(rows: Tensor, queries: int) -> Tensor:
+    """What is added to the scores of a prefix: from [rows, P] to [1, rows * queries, P].
+
+    queries: the queries of a row for one key/value head, heads / kv_heads * T.
+    """
+    # -inf is safe: every token sees at least itself, so no softmax is left without a finite score
+    return rows.repeat_interleave(queries, dim=0)[None]
 
 
 class CausalAttention:
@@ -134,14 +173,15 @@ class PrefillAttention:
     """Attention of the next `tokens` positions of a sequence that is being prefilled."""
 
     def __init__(self, cache: PrefillCache, tokens: int) -> None:
-        self.cache, self.mask = cache, None
-        if cache.length and tokens > 1:
+        self.cache, self.mask, self.fused = cache, None, cache.keys.is_cuda
+        if cache.length and tokens > 1 and not self.fused:
             # (T, N), built once for all layers; query t stands at position cache.length + t, which shifts the diagonal
             mask = torch.ones(tokens, cache.length + tokens, dtype=torch.bool, device=cache.keys.device)
             self.mask = mask.tril(cache.length)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return prefill_attention(q, *self.cache.append(layer, k[0], v[0]), self.mask)
+        keys, values = self.cache.append(layer, k[0], v[0])
+        return fused_prefill_attention(q, keys, values) if self.fused else prefill_attention(q, keys, values, self.mask)
 
 
 class DecodeAttention:
@@ -149,8 +189,11 @@ class DecodeAttention:
 
     def __init__(self, cache: DecodeCache) -> None:
         self.cache = cache
+        self.bias: Tensor | None = None  # of the prefix, made once for all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.bias is None and self.cache.prefix_bias is not None:
+            self.bias = prefix_bias(self.cache.prefix_bias, q.shape[1] // k.shape[1] * q.shape[2])
         prefix, own = self.cache.prefix, self.cache.layers[layer]
         end = prefix.length  # its buffers may be longer, and hold no values from there on
         recent = own.append(k, v)  # stored before attending: a token attends to itself
@@ -158,6 +201,6 @@ class DecodeAttention:
             q,
             (prefix.keys[layer, :, :end], prefix.values[layer, :, :end]),
             recent,
-            self.cache.prefix_bias,
+            self.bias,
             own.attn_mask(q.shape[2]),
         )

@@ -9,17 +9,15 @@ A replay is compared with the step itself, on inputs that it was not recorded on
 Where recording fails or the results differ, the step goes on running as it is; so it does where weights are offloaded,
 or where experts synchronize with the device.
 
-MING_UNIVISION_CUDA_GRAPHS=1 in the environment asks for graphs. They are off by default, since no GPU was available
-when this was written: the tests replay operations on the CPU, one by one, as a graph would, but not what CUDA does when
-a recording fails. Nor are they used with the allocator cudaMallocAsync, which ComfyUI chooses unless it is started with
---disable-cuda-malloc: there, memory that is freed while a recording fails would end the process.
+A host that does without graphs says so to the language model (`LanguageModel.cuda_graphs`). No GPU was available when
+this was written: the tests replay operations on the CPU, one by one, as a graph would, but not what CUDA does when a
+recording fails.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 
 import torch
@@ -30,7 +28,6 @@ from .offload import all_on
 
 log = logging.getLogger(__name__)
 
-SWITCH = "MING_UNIVISION_CUDA_GRAPHS"
 TOLERANCE = 0.01  # relative distance of a replay from the step: a GPU may choose another kernel for the same product
 
 Tensors = tuple[Tensor, ...]
@@ -95,29 +92,29 @@ class CapturedStep:
         self.record = self.replay = None
 
 
-def graphs_requested() -> bool:
-    return os.environ.get(SWITCH) == "1"
+def graphs_possible(device: torch.device) -> bool:
+    """Whether steps on this device may be recorded: on CUDA, until a recording has failed."""
+    return device.type == "cuda" and not torch.version.hip and not Recorder.failed
 
 
 def recorder(device: torch.device, *modules: nn.Module) -> Record | None:
-    """A recorder for steps that use these modules on `device`; None where graphs are not requested or not possible."""
-    if device.type != "cuda" or torch.version.hip or not graphs_requested() or Recorder.failed:
-        return None
-    if torch.cuda.get_allocator_backend() != "native":
-        log.warning("no CUDA graphs with the allocator %s: --disable-cuda-malloc", torch.cuda.get_allocator_backend())
+    """A recorder for steps that use these modules on `device`; None where not possible, or some are elsewhere."""
+    if not graphs_possible(device):
         return None
     device = torch.empty(0, device=device).device  # with its index
     return Recorder(device) if all_on(device, *modules) else None
 
 
 class TokenLoop:
-    """The steps that a drawing takes for every token: called as they are, or replayed where graphs are requested.
+    """The steps that a drawing takes for every token: called as they are, or replayed where graphs are possible.
 
-    modules: those whose weights the steps read. Entered around the loop; `advance` completes a token.
+    modules  those whose weights the steps read
+    graphs   False: the steps are just called, whatever is possible
+    Entered around the loop; `advance` completes a token.
     """
 
-    def __init__(self, device: torch.device, *modules: nn.Module) -> None:
-        self.device, self.record = device, recorder(device, *modules)
+    def __init__(self, device: torch.device, *modules: nn.Module, graphs: bool = True) -> None:
+        self.device, self.record = device, recorder(device, *modules) if graphs else None
         self.static: list[LayerCaches] = []
 
     def step(

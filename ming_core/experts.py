@@ -50,9 +50,9 @@ class OneExpert(NamedTuple):
 
 
 class ExpertPerRow(NamedTuple):
-    """A route on which each row goes through an expert of its own."""
+    """A route on which each of R rows goes through P / R experts of its own, [R, K] -> [P, N]."""
 
-    experts: Tensor  # int64 [P]
+    experts: Tensor  # int64 [P], those of the first row first
 
 
 class SortedRows(NamedTuple):
@@ -78,7 +78,7 @@ class StackedWeight(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
-        """Multiply every row of x [P, K] by the weights of its expert -> [P, N]."""
+        """Multiply every row of x by the weights of its expert, [P, K] -> [P, N]; of its experts, if it has several."""
         raise NotImplementedError
 
 
@@ -110,8 +110,9 @@ class StackedLinear(StackedWeight):
             # indexed before the copy: 12 MB of bf16 (gate and up) or 6 MB (down) cross the bus, not those of 64 experts
             return F.linear(x, self.values[route.expert].to(x.device, x.dtype, non_blocking=True))
         if isinstance(route, ExpertPerRow):
-            # the index copies an [N, K] matrix for each row, on the device: cheap for few rows only
-            return torch.einsum("pnk,pk->pn", self.values[route.experts].to(x.dtype), x)
+            # the index copies an [N, K] matrix for each pair, on the device: cheap for few of them only
+            weights = self.values[route.experts].to(x.dtype).view(len(x), -1, x.shape[-1])  # (R, P / R * N, K)
+            return torch.bmm(weights, x[..., None]).view(len(route.experts), -1)
         return grouped_product(x, self.values.mT.to(x.dtype), route.ends)  # mT is a view, (E, K, N)
 
 
@@ -150,8 +151,8 @@ class Experts(nn.Module):
         x [T, H]; chosen int64 [T, k]; weights float32 [T, k]. Returns [T, H]; summed in float32.
         """
         outputs = self.outputs(x, chosen, self.dispatch(x, chosen.numel()))  # (T, k, H)
-        # as published: the outputs are cast to float32 one by one, and only their sum is cast back
-        return (outputs.float() * weights[..., None]).sum(1).to(x.dtype)
+        # as published: the outputs become float32 one by one, by the weights' dtype, and only their sum is cast back
+        return (outputs * weights[..., None]).sum(1).to(x.dtype)
 
     def dispatch(self, x: Tensor, pairs: int) -> type[Route]:
         """The kind of route for so many pairs of a token and an expert."""
@@ -165,8 +166,8 @@ class Experts(nn.Module):
         """Every token of x [T, H] through each of its chosen experts [T, k], by a kind of route -> [T, k, H]."""
         experts = chosen.flatten()
         if kind is ExpertPerRow:
-            rows = x.repeat_interleave(chosen.shape[1], 0)  # (T * k, H), in order: nothing to restore
-            return self._multiply(rows, ExpertPerRow(experts)).unflatten(0, chosen.shape)
+            # in order: nothing to restore
+            return self._multiply(x, ExpertPerRow(experts)).unflatten(0, chosen.shape)
         order = experts.argsort(stable=True)  # pairs of one expert stand together
         restored = torch.empty_like(order)  # the inverse permutation
         restored[order] = torch.arange(len(order), device=order.device)
@@ -184,7 +185,7 @@ class Experts(nn.Module):
         return out[restored].unflatten(0, chosen.shape)  # (T, k, H), in the order of x
 
     def _multiply(self, x: Tensor, route: Route) -> Tensor:
-        """Rows x [P, H] through their experts -> [P, H]."""
+        """Rows x through their experts, one a row or several -> [P, H]."""
         gate, up = self.gate_up(x, route).chunk(2, dim=-1)  # (P, I) each
         return self.down(F.silu(gate) * up, route)
 
@@ -267,16 +268,19 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, x: Tensor, image_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts of x [T, H], int64 [T, k], best first, and their weights float32 [T, k], which sum to 1."""
-        scores = self.scores(x, image_gate)
-        weights, chosen = scores.topk(self.top_k, dim=-1)
-        # as published without an epsilon, since the best of E probabilities is at least 1 / E
-        return chosen, weights / weights.sum(-1, keepdim=True)
+        best, chosen = self.logits(x, image_gate).topk(self.top_k, dim=-1)
+        # published as the best of all probabilities, divided by their sum: what their common divisor is, cancels out
+        return chosen, best.softmax(-1, dtype=torch.float32)
 
     def scores(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
         """Probability of every expert, float32 [T, E]."""
+        return self.logits(x, image_gate).float().softmax(-1)
+
+    def logits(self, x: Tensor, image_gate: Tensor | None = None) -> Tensor:
+        """What the router says of every expert, [T, E]."""
         logits = self.gate(x)
         if image_gate is not None:
             # both routers for every token: 64 columns cost little, picking tokens out would synchronize. Drawn tokens
             # are not among these: by the image router, latents of the reference cases are off by 0.7 to 1.0
             logits = torch.where(image_gate[:, None], self.image_gate(x), logits)
-        return logits.float().softmax(-1)
+        return logits

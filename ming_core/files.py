@@ -172,7 +172,8 @@ def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Put `data` at `path` in one step, and create its folder. Raises FileError; no partial file is left behind."""
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    # cut, because the name itself may be as long as names can be, in bytes of which a character has up to four
+    temporary = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:

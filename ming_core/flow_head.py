@@ -260,7 +260,7 @@ class Sampler:
             self.net.modulations(self.time, z).unbind(), *self.schedule.rule, strict=True
         ):
             # x[:, None] is (B, 1, C): all guidance rows of an image look at the same latent, as published
-            velocities.appendleft(self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations).float()))
+            velocities.appendleft(self._guided(self.net.velocity(x[:, None].to(z.dtype), modulations)))
             # x + momentum * (x - before), one kernel instead of three
             before, x = x, torch.lerp(before, x, 1 + momentum) if momentum else x
             for weight, velocity in zip(weights, velocities, strict=False):
@@ -271,10 +271,10 @@ class Sampler:
     def _guided(self, v: Tensor) -> Tensor:
         """Velocities of the guidance rows [B, g, C] -> [B, C]."""
         # published as v_u + g * (v_c - v_u), here multiplied out
-        guided = (self.guidance_weights * v).sum(1)  # (B, C); the weights add up to 1
+        guided = (self.guidance_weights * v).sum(1).float()  # (B, C); the weights are float32 and add up to 1
         if not self.renorm:
             return guided
         # long guided velocities overshoot: hold them to the length of the conditional one
-        length = v[:, 0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        length = v[:, 0].float().norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         # the epsilon is added to the quotient, not to its divisor, as published
         return guided * (length + 1e-8).clamp(0, 1)

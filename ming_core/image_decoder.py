@@ -147,6 +147,7 @@ class ImageDecoder:
             network.flow_head,
             network.mingtok.semantic_decoder,
             network.linear_proj,
+            graphs=network.language_model.cuda_graphs,
         ) as loop:
             # from here on the caches may be static, until the loop is left
             draw_token = self._token_steps(loop)

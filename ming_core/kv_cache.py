@@ -60,8 +60,9 @@ class LayerCache:
     """
 
     def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
-        # not zeroed: what is not filled is never read, except in a static cache, which zeroes it
-        self.keys = torch.empty(rows, heads, capacity, head_dim, device=device, dtype=dtype)
+        # not zeroed: what is not filled is never read, except in a static cache, which zeroes it. In memory heads come
+        # before rows, as attention over a shared prefix takes them
+        self.keys = torch.empty(heads, rows, capacity, head_dim, device=device, dtype=dtype).transpose(0, 1)
         self.values = torch.empty_like(self.keys)
         self.length = 0  # a host number: asking for it never waits for the device
         self.cache_position: CachePosition | None = None  # set while the cache is static

@@ -8,6 +8,7 @@ while a prompt is read, over a `DecodeCache` while rows grow token by token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,22 @@ from torch import Tensor, nn
 
 from .attention import Attend, DecodeAttention, PrefillAttention
 from .config import LanguageModelConfig
-from .cuda_graphs import graphs_requested
+from .cuda_graphs import graphs_possible
 from .experts import Experts, GatedMlp, MixtureOfExperts
 from .kv_cache import DecodeCache, PrefillCache
 from .offload import OffloadableModule
 
+# before its fused kernel, torch rounded to 16 bit before it multiplied by the weight
+ROUNDS_ONCE = hasattr(torch.ops.aten, "_fused_rms_norm")
 PREFILL_CHUNK = 512  # tokens forwarded at once; bounds the mask of a chunk to [512, length so far]
+
+
+def prefill_bounds(tokens: int) -> list[int]:
+    """Where the chunks of a prompt begin, and the end of the last; never is a single token left for one of its own."""
+    bounds = [*range(0, tokens, PREFILL_CHUNK), tokens]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 < PREFILL_CHUNK:
+        bounds[-2] -= 1  # fused kernels for many queries do not always take one
+    return bounds
 
 
 class RMSNorm(nn.Module):
@@ -33,9 +44,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.device, torch.float32)  # it may rest on another device
+        weight = self.weight.to(x.device)  # it may rest on another device
         # the weight is multiplied in float32 too: only the product is rounded, as published
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        if ROUNDS_ONCE and weight.dtype == x.dtype:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)  # one kernel on a GPU
+        return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), self.eps).to(x.dtype)
 
 
 class Rope(NamedTuple):
@@ -159,7 +172,12 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(OffloadableModule):
-    """The decoder with its output layer, and the two ways to run it over a cache: `prefill` and `decode`."""
+    """The decoder with its output layer, and the two ways to run it over a cache: `prefill` and `decode`.
+
+    `cuda_graphs`: whether the steps of a drawing may be recorded as CUDA graphs. A host that has none sets it to False.
+    """
+
+    cuda_graphs = True
 
     def __init__(
         self,
@@ -198,7 +216,8 @@ class LanguageModel(OffloadableModule):
         # each token is copied for each of its experts, and their outputs are float32 until they are summed
         experts = 4 * chunk * config.num_experts_per_tok * config.hidden_size * 4
         # a GPU may copy the experts of a step, for which a CUDA graph has its own memory, or of a short chunk
-        copies = max(self._gathered_bytes(rows) * (2 if graphs_requested() else 1), self._gathered_bytes(chunk))
+        recorded = self.cuda_graphs and graphs_possible(self.device)
+        copies = max(self._gathered_bytes(rows) * (2 if recorded else 1), self._gathered_bytes(chunk))
         # float32, once as they come and once as probabilities
         logits = 2 * rows * config.vocab_size * 4
         # the prefix is stored once for all rows
@@ -246,15 +265,15 @@ class LanguageModel(OffloadableModule):
         its square. `on_chunk` is called between them with the number of finished embeddings and may raise to stop.
         """
         hidden = x[-1]
-        for start in range(0, len(x), PREFILL_CHUNK):
+        for start, end in pairwise(prefill_bounds(len(x))):
             if start and on_chunk:
                 on_chunk(start)
-            chunk = x[None, start : start + PREFILL_CHUNK]  # (1, t, H)
-            tokens = chunk.shape[1]  # the last chunk is shorter
+            chunk = x[None, start:end]  # (1, t, H)
+            tokens = end - start
             # a prompt is never compacted: positions run on from what the cache holds
             positions = torch.arange(cache.length, cache.length + tokens, device=x.device)[None]
             # images of the prompt take the image router, everything else the text router
-            gate = None if image_gate is None else image_gate[None, start : start + PREFILL_CHUNK]
+            gate = None if image_gate is None else image_gate[None, start:end]
             hidden = self.model(chunk, positions, PrefillAttention(cache, tokens), gate)[0, -1]
             # only now, since every layer of a chunk writes to the same positions
             cache.advance(tokens)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .adapters import Lora, LowRank
 from .checkpoint.keys import SAFETENSORS_DTYPES, published_name
+from .checks import described
 from .experts import StackedWeight
 from .files import TensorInfo, read_header, write_whole
 from .json_files import FileError, read_json
@@ -60,6 +61,7 @@ OTHER_KINDS = {  # parts of keys -> kinds of files whose change is not up @ down
     "lora_up.bias": "a LoRA with biases",
 }
 GET_AGAIN = "get it again"
+ALPHA_DTYPES = (*SAFETENSORS_DTYPES, "F64", "I64", "I32", "I16", "I8", "U8")
 PEFT_CONFIG = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -197,6 +199,12 @@ def _by_layer(path: Path, stored: Mapping[str, TensorInfo]) -> dict[str, dict[st
                     f"{path}: {parts[part].key} is stored as {parts[part].dtype}, and a LoRA must be stored as one of "
                     f"{', '.join(SAFETENSORS_DTYPES)}: get it as one of these"
                 )
+        alpha = parts.get("alpha")
+        if alpha and (math.prod(alpha.shape) != 1 or alpha.dtype not in ALPHA_DTYPES):
+            raise FileError(
+                f"{path}: {alpha.key} is {alpha.dtype} {list(alpha.shape)}, and an alpha is one number: the file is "
+                f"damaged, {GET_AGAIN}"
+            )
     return by_layer
 
 
@@ -250,6 +258,11 @@ def _peft_config(path: Path) -> Mapping[str, Any]:
     found = read_json(config, remedy=GET_AGAIN)
     if not isinstance(found, dict):
         raise FileError(f"{config} is not a JSON object: {GET_AGAIN}")
+    patterns = found.get("alpha_pattern") or {}
+    alphas = patterns.values() if isinstance(patterns, dict) else (patterns,)
+    for alpha in (found.get("lora_alpha", 1), *alphas):
+        if type(alpha) not in (int, float):
+            raise FileError(f"{config}: an alpha is {described(alpha)}, and it must be a number: {GET_AGAIN}")
     return found
 
 

@@ -262,13 +262,16 @@ class MingTok(OffloadableModule):
 
     @exclusive
     def decode(self, features: Features) -> Tensor:
-        """Features -> pixels, float32 [B, 3, H, W] in [-1, 1]. Raises ValueError for another tokenizer's features.
+        """Features -> pixels, float32 [B, 3, H, W] in [-1, 1].
 
-        Computed in float32 whatever the dtype of the weights, as published.
+        Computed in float32 whatever the dtype of the weights, as published. Raises ValueError for another tokenizer's
+        features, and RuntimeError where the weights are so large that they overflow.
         """
         self.check_features(features)
         self.calls["decode"] += 1
         patches = self.patches(features.tokens.to(self.device, torch.float32))  # (B, N, cells*cells, p*p*3)
+        if not patches.isfinite().all():  # a black image would be taken for one
+            raise nonfinite_error(torch.float32)
         # nothing bounds the head's output, and pixels outside [-1, 1] would wrap round in 8 bit
         return self.assemble(patches, features.grid).float().clamp(-1, 1)
 

@@ -63,7 +63,7 @@ def _brightness(latents: Tensor) -> Tensor:
     """Where each of N tokens [N, C] lies from the larger (0) to the smaller (1) of two clusters: [N]."""
     smaller = _two_means(latents)
     if smaller.all() or not smaller.any():  # all tokens are alike
-        return torch.zeros(len(latents))
+        return torch.zeros(len(latents), device=latents.device)
     if smaller.float().mean() > 0.5:
         smaller = ~smaller
     origin = latents[~smaller].mean(0)

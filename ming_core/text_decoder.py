@@ -16,6 +16,7 @@ from .prompts import ChatFormat, TextStream
 from .rounds import OnToken, Progress
 
 MIN_TEMPERATURE = 1e-30  # a temperature below is taken as this one: in float32 it would be 0
+CANDIDATES = 128  # tokens that are sorted at first, of some 150 thousand; usually one of them is chosen
 NO_TOKEN = -1  # chosen where the logits are not finite
 
 
@@ -107,15 +108,36 @@ class TextDecoder:
             # sampled on the CPU, so that a seed means the same on every device; rows that are not finite are, too
             best = best.cpu()
             temperature = max(self.sampling.temperature, MIN_TEMPERATURE)
-            # (rows, vocabulary); a NaN would end multinomial with an error that names no remedy
+            # (rows, vocabulary); NaN is refused below
             probs = ((logits.cpu() - best) / temperature).softmax(-1).nan_to_num(1)
-            probs, order = probs.sort(dim=-1, descending=True)
-            # the nucleus: tokens before which less than top_p has been collected, at least one
-            probs[probs.cumsum(-1) - probs >= self.sampling.top_p] = 0
-            # (rows, 1); multinomial takes weights of any sum
-            chosen = order.gather(1, torch.multinomial(probs, 1, generator=self.generator))
+            chosen = sample(probs, self.sampling.top_p, self.generator)  # (rows, 1)
         # one transfer to the host for both, the tokens and whether the logits were finite
         ids = chosen.where(best.isfinite(), NO_TOKEN)[:, 0].tolist()
         if NO_TOKEN in ids:
             raise nonfinite_error(self.language_model.dtype)
         return ids
+
+
+def sample(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Choose one token for each row of probs [rows, vocabulary], on the CPU, from the nucleus of mass top_p: [rows, 1].
+
+    Every token waits for an exponentially distributed time, and the first to come is chosen where the rates are its
+    probabilities: the largest of p / waiting time. As torch.multinomial does with all tokens sorted, and the same token
+    for the same seed, but only as many are sorted as can have won: of the others the n-th most likely has at most an
+    n-th of the mass that is left.
+    """
+    count = probs.shape[-1]
+    waiting = torch.empty_like(probs).exponential_(generator=generator)  # by rank, the most likely token first
+    candidates = min(CANDIDATES, count)
+    while True:
+        best, order = probs.topk(candidates, dim=-1)
+        collected = best.cumsum(-1)
+        # the nucleus: tokens before which less than top_p has been collected, at least one
+        best[collected - best >= top_p] = 0
+        first = (best / waiting[:, :candidates]).max(-1, keepdim=True)
+        # more than the rest can have: 0 where the nucleus ends before, and some more than what rounding leaves out
+        left = torch.where(best[:, -1:] > 0, probs.sum(-1, keepdim=True) - collected[:, -1:] + 1e-4, 0)
+        limits = torch.minimum(left / torch.arange(1, count - candidates + 1), best[:, -1:])  # (rows, those not sorted)
+        if bool((limits / waiting[:, candidates:] < first.values).all()):  # true of none, too
+            return order.gather(1, first.indices)
+        candidates = min(4 * candidates, count)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 LONGEST_NAME = 255  # bytes, on almost every disk
+LONGEST_PATH = {"linux": 4095, "darwin": 1023}.get(sys.platform, 32_766)  # in the same units, folders included
 LONGEST_ENDING = len("_00001_.safetensors")
 CONTROL = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters, line and paragraph separators
 
@@ -80,6 +81,7 @@ def folder_problem(folder: Path) -> str | None:
         for name in folder.parts:
             _check_characters(name)
             _check_length(name, LONGEST_NAME)
+        _check_length(str(folder), LONGEST_PATH - LONGEST_NAME)
     except ValueError as error:
         return f"the folder's name {error}"
     for part in (folder, *folder.parents):
@@ -94,6 +96,7 @@ def check_prefix(prefix: str, folder: Path) -> Path:
     try:
         _check_characters(prefix)
         _check_length(path.name, LONGEST_NAME - LONGEST_ENDING)
+        _check_length(str(path), LONGEST_PATH - LONGEST_ENDING)
     except ValueError as error:
         raise ValueError(f"filename_prefix {error}") from None
     if problem := folder_problem(path.parent):
@@ -124,8 +127,9 @@ def _check_characters(name: str) -> None:
 
 
 def _check_length(name: str, longest: int) -> None:
-    # Linux counts bytes; Windows and macOS count as JavaScript does.
-    size = len(name.encode()) if sys.platform.startswith("linux") else len(name.encode("utf-16-le")) // 2
+    # Linux counts bytes; Windows and macOS count as JavaScript does. Half characters come in names that others gave.
+    linux = sys.platform.startswith("linux")
+    size = len(os.fsencode(name)) if linux else len(name.encode("utf-16-le", "surrogatepass")) // 2
     if size > longest:
         raise ValueError(f"{_short(name)} is too long ({size} bytes or characters): use at most {longest}")
 

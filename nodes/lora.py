@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..ming_core import Engine
 from ..ming_core.adapters import Lora
+from ..ming_core.checks import described
+from ..ming_core.json_files import printable
 from ..ming_core.lora import read_lora
 from . import host
 from .widgets import CATEGORY, number, socket
@@ -67,8 +69,11 @@ class MingLoraLoader:
 
 
 def missing_message(name: object) -> str:
+    if not isinstance(name, str):
+        return f"lora_name is {described(name)}: choose a LoRA of the folder models/loras from the list"
     return (
-        f'the LoRA "{name}" was not found: put its .safetensors file in the folder models/loras, press R, and choose it'
+        f'the LoRA "{printable(name[:200])}" was not found: put its .safetensors file in the folder models/loras, '
+        "press R, and choose it"
     )
 
 

@@ -106,7 +106,7 @@ def missing_message(name: Any, kind: str) -> str:
     found = list(find_checkpoints(kind))
     there = _by_any_case(name, found)
     if there:
-        return f'there is no model "{name}": did you mean "{there}"? Choose it from the list (case matters)'
+        return f'there is no model "{name[:200]}": did you mean "{there}"? Choose it from the list (case matters)'
     if reason := _why_left_out(name, kind):
         return reason
     repository, size = PUBLISHED[kind]
@@ -146,7 +146,7 @@ def _why_left_out(name: str, kind: str) -> str | None:
         try:
             Checkpoint(folder).config.read(UniVisionConfig if kind == "univision" else MingTokConfig)
         except (CheckpointError, OSError) as error:
-            return f'the model "{name}" cannot be listed: {error}'
+            return f'the model "{name[:200]}" cannot be listed: {error}'
     return None
 
 
@@ -208,7 +208,8 @@ def _check_memory(kind: str, folder: Path | Checkpoint, dtype: torch.dtype, quan
     if needed <= memory:
         return
     where = "this machine" if offload.type == "cpu" else f"the GPU ({offload})"
-    fits_gpu = offload.type == "cpu" and compute.type == "cuda" and host.total_memory(compute) > needed
+    on_gpu = offload.type == "cpu" and compute.type not in host.SHARES_RAM
+    fits_gpu = on_gpu and host.total_memory(compute) > needed
     hint = ", or start ComfyUI with --highvram to load it straight to the GPU" if fits_gpu else ""
     raise ValueError(
         f"this model takes {needed / GB:.1f} GB at {quantization or str(dtype).removeprefix('torch.')}, "

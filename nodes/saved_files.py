@@ -31,7 +31,6 @@ def save_new_file(prefix: str, write: Callable[[Path], None]) -> dict:
 def replace_file(prefix: str, write: Callable[[Path], None]) -> dict:
     """Write prefix.safetensors in output/ming and show its name. If it exists, `write` replaces it whole."""
     path = file_without_number(prefix)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path)
     return _shown(path)
 
@@ -170,7 +169,7 @@ def saved_path(name: str | None) -> Path:
 
     The name is None or empty if the list was empty when the workflow was saved.
     """
-    if not name:
+    if name is None or (isinstance(name, str) and not name):
         raise FileError("no file is chosen: save one first, press R to refresh the list, and choose it there")
     if not isinstance(name, str) or "\0" in name or printable(name) != name:
         raise FileError(f"{str(name)[:200]!r} is not a file name: choose a file from the list")

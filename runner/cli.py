@@ -26,6 +26,7 @@ class Command:
     help: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
+    extras: Callable[[Namespace], Sequence[str]] = lambda options: ()  # of EXTRAS in quickstart.py
     needs_tests: bool = False  # a published pack comes without them
     runs_in_comfyui: bool = False  # any Python with requirements.txt will do, and no environment is made for it
 
@@ -75,6 +76,10 @@ def _workflow_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="the folder for results (default: output/ beside quickstart.py)"
     )
+    _settings_argument(parser)
+
+
+def _settings_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         metavar="NODE.INPUT=VALUE",
@@ -82,6 +87,39 @@ def _workflow_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         help='change an input, for example 5.seed=7, or "5.features=[3,0]" for a link; can be given more than once',
+    )
+
+
+def _map_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("workflow", metavar="WORKFLOW.json", type=_existing_file)
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument(
+        "--table",
+        metavar="FILE",
+        type=_existing_file,
+        help="a row for each run: CSV, tab-separated, JSON lines or Parquet, with columns NODE.INPUT, image and id",
+    )
+    rows.add_argument("--images", metavar="FOLDER", type=_existing_folder, help="a run for each picture in a folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for results, or an fsspec URL")
+    _settings_argument(parser)
+    parser.add_argument(
+        "--batch", metavar="N", type=_positive, default=1, help="draw N rows in one pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="spread the rows over all GPUs with Ray, of this machine or of the cluster at ADDRESS",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_positive, help="with --ray, the number of processes (default: one for each GPU)"
+    )
+    parser.epilog = (
+        "Every row gets a folder in DIR/rows, and DIR/results.jsonl has a line for each. Run it again to go on with\n"
+        "the rows that are not done: those that failed, were interrupted, or were changed since. Relative paths in a\n"
+        "table begin in its folder. An empty cell leaves what the workflow has. A column that begins with # is a\n"
+        "remark."
     )
 
 
@@ -108,6 +146,14 @@ def _quantize_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def _doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="narrow layers: results are checked, times mean nothing")
+    parser.epilog = (
+        "Paste what it prints into an issue. The exit code is 1 when something is wrong. ComfyUI's own Python can run\n"
+        "this, from this folder."
+    )
+
+
 def _test_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("pytest_arguments", metavar="ARGUMENT", nargs="*", help="passed to pytest, such as -k words")
 
@@ -118,6 +164,13 @@ def _comfyui_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--browser", metavar="FILE", help="a Chromium, Chrome or Edge")
     parser.add_argument("--only", metavar="WORDS", help="only the checks that match, as pytest's -k")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folders, with the server's log")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
 
 
 def _existing_file(text: str) -> Path:
@@ -147,6 +200,25 @@ def _run_workflow(options: Namespace) -> int:
     return terminal.main(options.workflow, settings=options.settings, image=options.image, output=options.output)
 
 
+def _map(options: Namespace) -> int:
+    from .table import command
+
+    return command.main(
+        options.workflow,
+        table=options.table,
+        images=options.images,
+        out=options.out,
+        settings=options.settings,
+        ray=options.ray,
+        workers=options.workers,
+        batch=options.batch,
+    )
+
+
+def _map_extras(options: Namespace) -> Sequence[str]:
+    return () if options.ray is None else ("ray",)
+
+
 def _download(options: Namespace) -> int:
     from . import download
 
@@ -157,6 +229,12 @@ def _quantize(options: Namespace) -> int:
     from . import quantize
 
     return quantize.main(options.source, options.target, options.format)
+
+
+def _doctor(options: Namespace) -> int:
+    from . import doctor
+
+    return doctor.main(quick=options.quick)
 
 
 def _test(options: Namespace) -> int:
@@ -181,6 +259,13 @@ COMMANDS = (
     Command("demo", "ask about a picture and edit it over several rounds", _demo_arguments, _run_workflow),
     Command("run", "run a workflow in the API format", _run_arguments, _run_workflow),
     Command(
+        "map",
+        "run a workflow for each row of a table, or for each picture in a folder",
+        _map_arguments,
+        _map,
+        extras=_map_extras,
+    ),
+    Command(
         "download",
         "download a published model, or resume or verify a download",
         _download_arguments,
@@ -192,6 +277,13 @@ COMMANDS = (
         "quantize a Ming-UniVision model into a new, smaller folder",
         _quantize_arguments,
         _quantize,
+        runs_in_comfyui=True,
+    ),
+    Command(
+        "doctor",
+        "examine this machine: results, speed, and what to expect of the published size",
+        _doctor_arguments,
+        _doctor,
         runs_in_comfyui=True,
     ),
     Command("test", "run all tests; further arguments go to pytest", _test_arguments, _test, needs_tests=True),

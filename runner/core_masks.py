@@ -77,9 +77,10 @@ class ImagePadForOutpaint:
         self, image: Tensor, left: int, top: int, right: int, bottom: int, feathering: int
     ) -> tuple[Tensor, Tensor]:
         batch, height, width, channels = image.shape
-        padded = torch.full((batch, height + top + bottom, width + left + right, channels), 0.5)
+        size = (batch, height + top + bottom, width + left + right, channels)
+        padded = torch.full(size, 0.5, device=image.device)
         padded[:, top : top + height, left : left + width] = image
-        mask = torch.ones(1, *padded.shape[1:3])
+        mask = torch.ones(1, *padded.shape[1:3], device=image.device)
         mask[:, top : top + height, left : left + width] = _feather(height, width, left, top, right, bottom, feathering)
         return padded, mask
 
@@ -87,9 +88,9 @@ class ImagePadForOutpaint:
 def _feather(height: int, width: int, left: int, top: int, right: int, bottom: int, feathering: int) -> Tensor:
     """[height, width]: 1 at the edges that were extended, down to 0 at `feathering` pixels from them."""
     if not 0 < feathering < min(height, width) / 2:
-        return torch.zeros(height, width)
-    y, x = torch.arange(height)[:, None], torch.arange(width)
-    distance = torch.full((height, width), min(height, width), dtype=torch.float64)
+        return torch.zeros(height, width, device="cpu")
+    y, x = torch.arange(height, device="cpu")[:, None], torch.arange(width, device="cpu")
+    distance = torch.full((height, width), min(height, width), dtype=torch.float64, device="cpu")
     for extended, along in ((top, y), (bottom, height - y), (left, x), (right, width - x)):
         if extended:
             distance = torch.minimum(distance, along)

@@ -53,7 +53,7 @@ class LoadImage:
     @classmethod
     def INPUT_TYPES(cls):
         folder = Path(host.input_directory())
-        files = sorted(f.name for f in folder.iterdir() if _is_image(f)) if folder.is_dir() else []
+        files = sorted(f.name for f in folder.iterdir() if is_image_file(f)) if folder.is_dir() else []
         return {"required": {"image": (files, {"image_upload": True})}}
 
     RETURN_TYPES = ("IMAGE", "MASK")
@@ -257,7 +257,7 @@ NODE_CLASS_MAPPINGS = {
 }
 
 
-def _is_image(path: Path) -> bool:
+def is_image_file(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()
 
 
@@ -305,11 +305,16 @@ def _tensors(frame: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns one frame as [H, W, 3] in 0..1, and the mask of its transparency."""
     if frame.mode.startswith("I"):  # 16 bits per pixel, which PIL's own conversion would clip at 255
         grey = torch.from_numpy(np.asarray(frame).astype(np.float32) / 65535.0).clamp(0.0, 1.0)
-        return grey[..., None].expand(-1, -1, 3).contiguous(), torch.zeros(_NO_ALPHA_SIDE, _NO_ALPHA_SIDE)
+        return grey[..., None].expand(-1, -1, 3).contiguous(), _opaque()
     if "A" in frame.getbands() or "transparency" in frame.info:
         rgba = _from_pil(frame.convert("RGBA"))
         return rgba[..., :3].contiguous(), 1.0 - rgba[..., 3]
-    return _from_pil(frame.convert("RGB")), torch.zeros(_NO_ALPHA_SIDE, _NO_ALPHA_SIDE)
+    return _from_pil(frame.convert("RGB")), _opaque()
+
+
+def _opaque() -> torch.Tensor:
+    """The mask of a frame without transparency, in host memory whatever the default device is."""
+    return torch.zeros(_NO_ALPHA_SIDE, _NO_ALPHA_SIDE, device="cpu")
 
 
 def _from_pil(image: Image.Image) -> torch.Tensor:

@@ -36,7 +36,7 @@ def execute(
 ) -> NodeResult:
     """Runs `node` on the results of the nodes that it is linked to, by node id."""
     started = time.perf_counter()
-    inputs = _linked_inputs(node, results)
+    inputs = gathered_inputs(node, results)
     inputs |= {name: [value] for name, value in node.hidden_values(workflow, extra_pnginfo).items()}
     returned = map_inputs(node, getattr(instance, node.function), inputs)
     outputs, ui = _merge(node, returned)
@@ -65,7 +65,7 @@ def map_inputs(node: Node, function: Callable[..., Any], inputs: Mapping[str, li
     ]
 
 
-def _linked_inputs(node: Node, results: Mapping[str, NodeResult]) -> dict[str, list[Any]]:
+def gathered_inputs(node: Node, results: Mapping[str, NodeResult]) -> dict[str, list[Any]]:
     """Every declared input as a list of its own: the values of the linked output, or the one value of a widget."""
     inputs = {name: [value] for name, value in node.declared_inputs() if not is_link(value)}
     for name, source, index in node.links():

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .execution import NodeResult, constant_inputs, map_inputs
@@ -31,15 +32,16 @@ class OutputCache:
     def __init__(self) -> None:
         self._entries: dict[Hashable, CacheEntry] = {}
 
-    def select(self, nodes: Sequence[Node]) -> dict[str, CacheEntry]:
+    def select(self, nodes: Sequence[Node], folders: Mapping[str, Path]) -> dict[str, CacheEntry]:
         """The entry of each node, by node id. Entries that none of these nodes has are dropped.
 
-        The nodes must be in running order. Nodes of equal content share an entry.
+        The nodes must be in running order. Nodes of equal content share an entry. `folders` has the output folder of
+        each node, by node id: what saves or shows a result has an entry for each folder, since its files are there.
         """
         selected: dict[Hashable, CacheEntry] = {}
         by_node: dict[str, CacheEntry] = {}
         for node in nodes:
-            key = _content(node, by_node)
+            key = folders[node.id] if node.is_output else None, _content(node, by_node)
             entry = selected.get(key) or self._entries.get(key) or CacheEntry()
             selected[key] = by_node[node.id] = entry
         self._entries = selected
@@ -53,10 +55,10 @@ def _content(node: Node, entries: Mapping[str, CacheEntry]) -> Hashable:
     )
     # As in ComfyUI, a node that asks for its id, or that declares itself NOT_IDEMPOTENT, has an entry of its own.
     shares = "UNIQUE_ID" not in node.hidden.values() and not getattr(node.node_class, "NOT_IDEMPOTENT", False)
-    return node.node_class, None if shares else node.id, _hashable(_is_changed(node)), inputs
+    return node.node_class, None if shares else node.id, _hashable(is_changed(node)), inputs
 
 
-def _is_changed(node: Node) -> Any:
+def is_changed(node: Node) -> Any:
     """What the node's IS_CHANGED returns, None without one. As in ComfyUI, linked inputs are None to it."""
     function = getattr(node.node_class, "IS_CHANGED", None)
     if function is None:

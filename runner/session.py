@@ -128,12 +128,19 @@ class Session:
         self._instances = {}
 
     def run(
-        self, workflow: Workflow, *, on_event: OnEvent | None = None, extra_pnginfo: dict[str, Any] | None = None
+        self,
+        workflow: Workflow,
+        *,
+        output_dir: str | Path | None = None,
+        on_event: OnEvent | None = None,
+        extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, NodeResult]:
         """Checks `workflow`, then runs it; returns the result of every node that an output node needs, by node id.
 
         Args:
             workflow: in the API format, as `read_workflow` returns it; it is not changed.
+            output_dir: where nodes save to in this run; None means the session's folder. In another folder than before,
+                the nodes that save or show a result run again, and nothing else does.
             on_event: called when a node starts, after each of its tokens and when it is done; may raise to stop.
             extra_pnginfo: passed to nodes that ask for EXTRA_PNGINFO, which save it in their images.
 
@@ -143,10 +150,11 @@ class Session:
         """
         workflow = copy.deepcopy(workflow)
         notify = on_event or _ignore
-        with host.folders(output=self.output_dir, input=self.input_dir), torch.inference_mode():
+        folder = self.output_dir if output_dir is None else absolute(output_dir)
+        with host.folders(output=folder, input=self.input_dir), torch.inference_mode():
             nodes = plan(workflow, self.node_classes)
-            _check_writable(self.output_dir)
-            entries = self._cache.select(nodes)
+            check_writable(folder)
+            entries = self._cache.select(nodes, dict.fromkeys((node.id for node in nodes), folder))
             self._keep_instances(nodes)
             results: dict[str, NodeResult] = {}
             for number, node in enumerate(nodes, start=1):
@@ -200,7 +208,7 @@ def _ignore(event: Event) -> None:
     pass
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Raises WorkflowError for an output folder that cannot be made or written to. The folder is not made."""
     if problem := folder_problem(folder):
         raise WorkflowError(f"cannot make the output folder {folder}: {problem}")

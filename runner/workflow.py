@@ -47,11 +47,22 @@ NodeClasses = Mapping[str, Any]  # V1 node classes, which share no base class, b
 Workflow = dict[str, dict[str, Any]]
 
 
+class Problem(str):
+    """One sentence about what is wrong. `place` is the (node id, input) that it is about, None for the whole."""
+
+    place: tuple[str, str] | None
+
+    def __new__(cls, sentence: str, place: tuple[str, str] | None = None) -> Problem:
+        problem = super().__new__(cls, printable(sentence))
+        problem.place = place if place is not None else getattr(sentence, "place", None)
+        return problem
+
+
 class WorkflowError(ValueError):
     """A workflow was refused before any of it ran. `problems` has one sentence for each problem."""
 
     def __init__(self, problems: Iterable[str] | str):
-        self.problems = [printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [Problem(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in this workflow:\n  - "
         shown, more = self.problems[:_MAX_CHOICES_SHOWN], len(self.problems) - _MAX_CHOICES_SHOWN
         super().__init__(head + "\n  - ".join([*shown, f"and {more} more"] if more > 0 else shown))
@@ -199,13 +210,38 @@ def with_settings(workflow: Workflow, settings: Iterable[str], node_classes: Nod
         node_id, dot, name = target.rpartition(".")
         if not (equals and dot and node_id and name):
             problems.append(f'setting "{_short(setting)}": expected NODE.INPUT=VALUE, for example 5.seed=7')
-        elif node_id not in workflow:
-            known = _listed(f"{known_id} ({_short(_title(node))})" for known_id, node in workflow.items())
-            problems.append(
-                f'setting "{_short(setting)}": there is no node {_short(node_id)}; the workflow has {known}'
-            )
-        else:
-            problems += _set_input(node_id, workflow[node_id], name, text, node_classes)
+            continue
+        try:
+            kind = _kind_of_input(workflow, node_id, name, node_classes)
+        except ValueError as error:
+            problems.append(f'setting "{_short(setting)}": {error}')
+            continue
+        value = _parsed(text)
+        as_typed = kind == "STRING" and not (isinstance(value, str) or is_link(value))
+        workflow[node_id].setdefault("inputs", {})[name] = text if as_typed else value
+    if problems:
+        raise WorkflowError(problems)
+    return workflow
+
+
+def with_inputs(workflow: Workflow, values: Mapping[tuple[str, str], Any], node_classes: NodeClasses) -> Workflow:
+    """Returns a copy of `workflow` with the values of inputs replaced, by (node id, input).
+
+    Text is taken literally by a text widget, and elsewhere read as JSON if it is valid JSON: "7" is 7 for a number.
+    Raises WorkflowError for an unknown node or input, with its place.
+    """
+    _check_shape(workflow)
+    workflow = copy.deepcopy(workflow)
+    problems = []
+    for place, value in values.items():
+        node_id, name = place
+        try:
+            kind = _kind_of_input(workflow, node_id, name, node_classes)
+        except ValueError as error:
+            problems.append(Problem(str(error), place))
+            continue
+        literal = kind == "STRING" or not isinstance(value, str)
+        workflow[node_id].setdefault("inputs", {})[name] = value if literal else _parsed(value)
     if problems:
         raise WorkflowError(problems)
     return workflow
@@ -242,20 +278,29 @@ def with_image(workflow: Workflow, file: str | Path) -> Workflow:
     return workflow
 
 
-def _set_input(node_id: str, node: dict[str, Any], name: str, text: str, node_classes: NodeClasses) -> list[str]:
+def _kind_of_input(workflow: Workflow, node_id: str, name: str, node_classes: NodeClasses) -> str | None:
+    """The declared type of an input; None for one that only the workflow knows. Raises ValueError without one."""
+    if node_id not in workflow:
+        known = _listed(f"{known_id} ({_short(_title(node))})" for known_id, node in workflow.items())
+        raise ValueError(f"there is no node {_short(node_id)}; the workflow has {known}")
+    node = workflow[node_id]
     node_class = node_classes.get(node["class_type"])
     sockets = _sockets(node_class.INPUT_TYPES()) if node_class else {}
-    inputs = node.setdefault("inputs", {})
+    inputs = node.get("inputs", {})
     if name not in sockets and name not in inputs:
         known = _listed(dict.fromkeys([*sockets, *inputs])) or "no inputs"
-        return [f'node {node_id} "{_short(_title(node))}" has no input "{_short(name)}"; it has {known}']
+        raise ValueError(
+            f'node {_short(node_id)} "{_short(_title(node))}" has no input "{_short(name)}"; it has {known}'
+        )
+    return sockets[name].kind if name in sockets else None
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON text, and any other text as it is."""
     try:
-        value = read_json(text.encode("utf-8", "surrogatepass"))
+        return read_json(text.encode("utf-8", "surrogatepass"))
     except FileError:
-        value = text
-    is_text = name in sockets and sockets[name].kind == "STRING"
-    inputs[name] = text if is_text and not (isinstance(value, str) or is_link(value)) else value
-    return []
+        return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,8 +464,8 @@ def _checked(node: Node, nodes: Mapping[str, Node], known: Mapping[str, Any]) ->
     validate = getattr(node.node_class, "VALIDATE_INPUTS", None)
     asked = inspect.getfullargspec(validate) if validate else None
     own_types = asked is not None and "input_types" in asked.args
-    problems = [
-        f'{node.described}: the required input "{socket.name}" is missing'
+    problems: list[str] = [
+        Problem(f'{node.described}: the required input "{socket.name}" is missing', (node.id, socket.name))
         for socket in node.sockets.values()
         if socket.required and socket.name not in node.inputs
     ]
@@ -437,7 +482,7 @@ def _checked(node: Node, nodes: Mapping[str, Node], known: Mapping[str, Any]) ->
                 by_node = asked is not None and (asked.varkw is not None or name in asked.args)
                 node.inputs[name] = _widget_value(socket, value, check_bounds=not by_node)
         except ValueError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(Problem(f"{where}: {error}", (node.id, name)))
     if asked is not None and not problems:
         problems += _refused_by_node(node, validate, asked, received)
     return problems
@@ -570,6 +615,8 @@ def _refused_by_node(node: Node, validate: Any, asked: inspect.FullArgSpec, rece
         verdict = f"{type(error).__name__}: {error}"
     if verdict is True:
         return []
-    names = ", ".join(f'"{name}"' for name in values if name in node.inputs)
-    where = f"{node.described}, input {names}" if names else node.described
-    return [f"{where}: {verdict if verdict else 'the node refuses it'}"]
+    names = [name for name in values if name in node.inputs]
+    quoted = ", ".join(f'"{name}"' for name in names)
+    where = f"{node.described}, input {quoted}" if names else node.described
+    place = (node.id, names[0]) if len(names) == 1 else None
+    return [Problem(f"{where}: {verdict if verdict else 'the node refuses it'}", place)]

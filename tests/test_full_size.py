@@ -54,7 +54,7 @@ def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(full_size, m
 
 
 def test_the_table_of_a_gpu_has_a_figure_under_every_heading(full_size, folder, monkeypatch, capsys):
-    monkeypatch.setattr(full_size, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(full_size, "bandwidth", lambda device: 1e9)
     monkeypatch.setattr(full_size.torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(full_size.torch.cuda, "synchronize", lambda: None)
     load = full_size.load

@@ -108,7 +108,7 @@ def test_a_bad_command_line_is_refused_before_anything_is_installed(quickstart, 
     assert not quickstart.VENV.exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "download", "quantize", "test", "comfyui"])
+@pytest.mark.parametrize("command", ["demo", "run", "map", "download", "quantize", "test", "comfyui"])
 def test_every_command_has_help_without_an_environment(quickstart, capsys, command):
     with pytest.raises(SystemExit) as caught:
         quickstart.main([command, "--help"])

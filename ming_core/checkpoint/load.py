@@ -168,6 +168,12 @@ def _check(reader: CheckpointReader, keys: Mapping[str, ParamSlice]) -> None:
         raise CheckpointError(
             f"{reader.folder}: tensor {missing[0]} {shape} is missing{and_more(missing)}: {MISMATCH}; {REDOWNLOAD_HINT}"
         )
+    scales = [f"{key}_scale" for key in keys if f"{key}_scale" in reader.tensors and f"{key}_scale" not in keys]
+    if scales:
+        raise CheckpointError(
+            f"{reader.folder}: its weights are quantized (it has {scales[0]}), and its config.json has no "
+            "quantization_config that says how: restore it, or quantize the model again"
+        )
     for key, part in keys.items():
         info = reader.tensors[key]
         if info.shape != part.shape:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PRODUCT_CHUNK = 1 << 23  # values dequantized at once for a product: at most 200 MB beside them
 INT8_ROWS = 32  # of x; from more on, dequantizing once costs less than the CPU's kernel, which reads all for every row
+KERNEL_ROWS = 16  # of x, that the CUDA kernel takes at once: fewer cost as much
 K_TILES = 8  # of the CUDA kernel: widths must be multiples of 16 * 8
 HALVES_GROUPS = (256, 128, 64, 32)  # that the int4 kernels know; for int8 any will do, so the largest
 

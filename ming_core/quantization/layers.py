@@ -27,7 +27,7 @@ from ..experts import GATHER_LIMIT, ExpertPerRow, OneExpert, Route, StackedLinea
 from ..offload import all_on
 from ..univision import UniVision
 from .formats import CHUNK, FORMATS, ROW_BLOCK, group_of, quantize_int4, quantize_int8
-from .kernels import can_pack, join_halves, kernel_product, kernel_serves, pack, quantized_product, unpack
+from .kernels import KERNEL_ROWS, can_pack, join_halves, kernel_product, kernel_serves, pack, quantized_product, unpack
 
 QUANTIZED = ("language_model.", "flow_head.")
 KEPT = re.compile(r"\.(gate|image_gate)$|\.time_embed\.|\.input_proj$|\.final_layer\.linear$")
@@ -150,15 +150,26 @@ class QuantizedStackedLinear(QuantizedWeight, StackedWeight):
             values, scale = (p[route.expert].to(x.device) for p in (self.values, self.scale))
             return quantized_product(x, values, scale, packed)
         if isinstance(route, ExpertPerRow) and packed:
-            return self._row_by_row(x, route.experts)
+            return self._gathered(x, route.experts)
         raise TypeError(f"quantized experts cannot be multiplied by {type(route).__name__} here: check `serves` first")
 
-    def _row_by_row(self, x: Tensor, experts: Tensor) -> Tensor:
-        """Copy the weights of each row's expert, and multiply each row by the kernel on its own."""
-        scale = self.scale[experts]
+    def _gathered(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Copy the weights of all rows' experts, and multiply by the kernel all rows with all of them."""
+        each = len(experts) // len(x)
+        parts = zip(x.split(KERNEL_ROWS), experts.split(KERNEL_ROWS * each), strict=True)
+        return torch.cat([self._gathered_rows(rows, chosen) for rows, chosen in parts])
+
+    def _gathered_rows(self, x: Tensor, experts: Tensor) -> Tensor:
+        rows, pairs = len(x), len(experts)
         values = self.values.view(torch.int64)[experts].view(self.values.dtype)  # copied eight bytes at a time
-        rows = torch.cat([kernel_product(*of_one) for of_one in zip(x[:, None], values, scale, strict=True)])
-        return join_halves(rows, scale) if values.dtype == torch.int8 else rows
+        # of int4 (K/g, P, N, 2): the groups of columns come first in what the kernel takes
+        scale = self.scale[experts] if values.dtype == torch.int8 else self.scale.transpose(0, 1)[:, experts]
+        stacked = scale if values.dtype == torch.int8 else scale.flatten(1, 2)
+        # the kernel takes as long for one row as for all of them: (R, P * N), or both halves of each
+        found = kernel_product(x, values.flatten(0, 1), stacked).view(rows, rows, pairs // rows, -1)
+        # each row with its own experts: (P, N)
+        own = found.diagonal(dim1=0, dim2=1).permute(2, 0, 1).flatten(0, 1)
+        return join_halves(own, scale) if values.dtype == torch.int8 else own
 
 
 def quantize(model: UniVision, kind: str) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import websocket
 
+from .finding import PACK
 from .server import fetched, free_port
 
 LIMIT = 60  # seconds to wait for anything
+OPEN_DIALOGS = "[...document.querySelectorAll('[role=dialog]')].filter(d => d.getClientRects().length)"
 FLAGS = (
     "--headless=new",
     "--no-sandbox",  # unavailable in many containers; only a local server is opened
@@ -132,9 +134,45 @@ class Page:
                 return
         raise PageError(f"the page keeps reporting errors: {self.errors}")
 
+    def press(self, key: str) -> None:
+        """Press and release a key, such as Escape."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Escape": 27}[key])
+
+    def write(self, text: str) -> None:
+        """Put a text where the cursor is."""
+        self.call("Input.insertText", text=text)
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the mouse at a place on the page, move it in steps, and release it."""
+
+        def mouse(kind: str, part: float, buttons: int) -> None:
+            x, y = (a + (b - a) * part for a, b in zip(start, end, strict=True))
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1)
+            time.sleep(0.2)  # the page follows the mouse in its own time
+
+        mouse("mouseMoved", 0, 0)
+        mouse("mousePressed", 0, 1)
+        for part in (0.2, 0.4, 0.6, 0.8, 1):
+            mouse("mouseMoved", part, 1)
+        mouse("mouseReleased", 1, 0)
+
     def open(self, url: str) -> None:
+        # a page with a changed workflow would ask whether to leave it, and wait for an answer
+        self.call(
+            "Runtime.evaluate",
+            expression="window.addEventListener('beforeunload', e => e.stopImmediatePropagation(), true)",
+        )
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
+
+
+def open_workflow(page: Page, name: str) -> dict:
+    """Open a shipped template in a tab of its own, and forget earlier errors. Returns the template."""
+    saved = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    page.errors.clear()
+    page.evaluate("await app.loadGraphData(saved, true, true, name)", saved=saved, name=name)
+    return saved
 
 
 def described(details: dict) -> str:

@@ -24,6 +24,7 @@ from ming_univision.tests.comfyui.finding import (
 )
 from ming_univision.tests.comfyui.server import API_WORKFLOWS, Server, ServerError, read_workflow
 
+NODES_2 = "Comfy.VueNodes.Enabled"
 HERE = Path(__file__).resolve().parent
 USED = pytest.StashKey[list]()  # what the checks ran on, for the table's head
 DOWN = pytest.StashKey[bool]()  # whether a server did not start
@@ -111,6 +112,18 @@ def page(pytestconfig: pytest.Config, server: Server) -> Iterator[Page]:
         page.wait_until_quiet()
         pytestconfig.stash[USED].append(f"{page.version} from {browser}")
         yield page
+
+
+@pytest.fixture(params=["classic", "Nodes 2.0"])
+def rendering(request, page):
+    modern = request.param == "Nodes 2.0"
+    kind = page.evaluate("return app.ui.settings.settingsLookup[key]?.type", key=NODES_2)
+    if kind != "boolean":  # absent or hidden: not yet available to users
+        if modern:
+            pytest.skip("this ComfyUI has no Nodes 2.0 rendering")
+        return request.param
+    page.evaluate("await app.extensionManager.setting.set(key, modern)", key=NODES_2, modern=modern)
+    return request.param
 
 
 @pytest.fixture(params=API_WORKFLOWS)

@@ -12,6 +12,7 @@ COLORS = ("red", "blue", "green", "yellow", "purple", "pink")
 BACKGROUNDS = ("white", "black", "navy", "mint")
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("left", "right", "top", "bottom")
+BUILT_IN = "tiny-shapes (built in)"
 SMALL = "small"  # a model with random weights that takes a tenth of the time, so that there can be many prompts
 KEPT = 3  # runs of save_and_continue whose files are loaded again
 # Kinds of prompts, and how often each comes: shipped workflows, and two that load what `kept` saved.
@@ -61,6 +62,16 @@ def any_prompt(rng: random.Random) -> dict:
             if "model_name" in node["inputs"]:
                 node["inputs"]["model_name"] = SMALL
     return graph
+
+
+def one_of_each() -> list[dict]:
+    """Prompts that use every kind, each model, and each precision that the soak uses."""
+    graphs = [prompt(kind, random.Random(number)) for number, kind in enumerate(KINDS)]
+    for name in (BUILT_IN, SMALL):
+        for precision in ("auto", "int8", "int8"):
+            loader = {"1.model_name": name, "1.precision": precision, "3.steps": 1}
+            graphs.append(read_workflow("text_to_image", loader))
+    return graphs
 
 
 def is_of_small_model(graph: dict) -> bool:

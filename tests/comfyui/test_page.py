@@ -2,32 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-import pytest
+from ming_univision.tests.comfyui.browser import OPEN_DIALOGS, open_workflow
 from ming_univision.tests.comfyui.finding import PACK
-
-NODES_2 = "Comfy.VueNodes.Enabled"
-OPEN_DIALOGS = "[...document.querySelectorAll('[role=dialog]')].filter(d => d.getClientRects().length)"
-
-
-@pytest.fixture(params=["classic", "Nodes 2.0"])
-def rendering(request, page):
-    modern = request.param == "Nodes 2.0"
-    kind = page.evaluate("return app.ui.settings.settingsLookup[key]?.type", key=NODES_2)
-    if kind != "boolean":  # absent or hidden: not yet available to users
-        if modern:
-            pytest.skip("this ComfyUI has no Nodes 2.0 rendering")
-        return request.param
-    page.evaluate("await app.extensionManager.setting.set(key, modern)", key=NODES_2, modern=modern)
-    return request.param
-
-
-def open_workflow(page, name: str) -> dict:
-    saved = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    page.errors.clear()
-    page.evaluate("await app.loadGraphData(saved, true, true, name)", saved=saved, name=name)
-    return saved
 
 
 def without_cores_own_display(prompt: dict) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def test_a_file_with_changed_numbers_loads_the_same_content_or_is_refused_in_wor
 @given(data=st.data())
 def test_a_damaged_file_breaks_no_list_and_is_validated_in_words(saved, folder, data):
     path = folder / "output" / "ming" / "x_00001_.safetensors"
-    path.parent.mkdir(exist_ok=True)
+    shutil.rmtree(path.parent, ignore_errors=True)
+    path.parent.mkdir()
     path.write_bytes(data.draw(st.one_of(changed_header(saved.data), changed_about(saved.data), st.binary())))
     for name in ("MingLoadFeatures", "MingLoadConversation"):
         node = NODE_CLASS_MAPPINGS[name]

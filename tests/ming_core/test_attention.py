@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ming_univision.ming_core.attention import shared_prefix_attention, single_query_attention
+from ming_univision.ming_core import attention
+from ming_univision.ming_core.attention import (
+    fused_prefill_attention,
+    prefill_attention,
+    prefix_bias,
+    shared_prefix_attention,
+    single_query_attention,
+)
 
 HEADS, KV_HEADS, DIM, PREFIX, OWN = 8, 2, 64, 300, 40
 
@@ -47,6 +54,19 @@ def test_rows_see_their_own_part_of_the_prefix_and_earlier_tokens_alone():
     visible[1, 50:200] = False
     own = torch.ones(3, OWN, dtype=torch.bool).tril(OWN - 3)
     bias = torch.zeros(2, PREFIX).masked_fill(~visible, float("-inf"))
-    found = shared_prefix_attention(q, tuple(kv[:2]), tuple(kv[2:]), bias, own)
+    found = shared_prefix_attention(q, tuple(kv[:2]), tuple(kv[2:]), prefix_bias(bias, HEADS // KV_HEADS * 3), own)
     mask = torch.cat([visible[:, None].expand(-1, 3, -1), own.expand(2, -1, -1)], dim=2)[:, None]
     torch.testing.assert_close(found, whole(q, *kv, mask=mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [True, False])  # with and without enable_gqa
+@pytest.mark.parametrize(("tokens", "past"), [(5, 0), (5, 12), (1, 12), (1, 0)])
+def test_the_prefill_of_a_gpu_is_that_of_a_cpu(monkeypatch, grouped, tokens, past):
+    if grouped and not attention.TORCH_GROUPS_HEADS:
+        pytest.skip("this torch has no enable_gqa")
+    monkeypatch.setattr(attention, "TORCH_GROUPS_HEADS", grouped)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, HEADS, tokens, DIM, generator=generator)
+    k, v = (torch.randn(KV_HEADS, past + tokens + 3, DIM, generator=generator)[:, : past + tokens] for _ in range(2))
+    mask = torch.ones(tokens, past + tokens, dtype=torch.bool).tril(past) if past and tokens > 1 else None
+    torch.testing.assert_close(fused_prefill_attention(q, k, v), prefill_attention(q, k, v, mask), rtol=1e-4, atol=1e-5)

@@ -57,9 +57,9 @@ def graphs(monkeypatch, captured_steps):
 DRAWINGS = {
     "from a prompt": {},
     "an edit, with three rows": {"edit": True, "guidance": Guidance(2.0, 1.3)},
-    "inside a mask, in runs": {"edit": True, "mask": torch.tensor([[0, 1, 1, 0]] * 4)},
+    "inside a mask, in runs": {"edit": True, "mask": torch.tensor([[False, True, True, False]] * 4)},
     "without guidance": {"guidance": Guidance(1.0, 1.0)},
-    "two pictures": {"seeds": [1, 2]},
+    "two pictures": {"seeds": [1, 3]},
     "second order and renorm": {"solver": Solver(4, "ab2", renorm=True)},
     "second order in the data": {"solver": Solver(4, "data_ab2")},
 }
@@ -173,16 +173,47 @@ def test_a_replay_that_fails_is_given_up():
     assert [step(torch.tensor([float(i)]))[0].item() for i in range(4)] == [0, 2, 4, 6] and not step.replaying
 
 
-def test_there_are_graphs_only_on_a_gpu_when_asked_for_and_after_no_failure(model, monkeypatch):
-    gpu = torch.device("cuda")
-    assert recorder(gpu, model) is None
-    monkeypatch.setenv(cuda_graphs.SWITCH, "1")
-    assert recorder(torch.device("cpu"), model) is None
-    monkeypatch.setattr(cuda_graphs.Recorder, "failed", True)
-    assert recorder(gpu, model) is None
-    monkeypatch.setattr(cuda_graphs.Recorder, "failed", False)
-    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
-    assert recorder(gpu, model) is None
+@pytest.fixture
+def gpu(model, monkeypatch):
+    """A device that the decision takes for a GPU; the model is on it."""
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda device: record)
+    cuda_graphs.Recorder.failed = False
+    monkeypatch.setattr(torch, "empty", lambda *_, device: torch.zeros(0))
+    monkeypatch.setattr(cuda_graphs, "all_on", lambda device, *modules: all_on(torch.device("cpu"), *modules))
+    return torch.device("cuda")
+
+
+def test_there_are_graphs_on_a_gpu_without_asking_and_never_after_a_failure(model, gpu, monkeypatch):
+    assert recorder(gpu, model.network) is record
+    assert recorder(torch.device("cpu"), model.network) is None
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert recorder(gpu, model.network) is None
+    monkeypatch.setattr(torch.version, "hip", None)
+    cuda_graphs.Recorder.failed = True
+    assert recorder(gpu, model.network) is None
+
+
+def test_a_model_that_is_partly_loaded_has_no_graphs(model, gpu):
+    model.network.flow_head.net.res_blocks[1].to("meta")  # as good as any other device
+    assert recorder(gpu, model.network) is None
+
+
+def test_a_host_that_turns_graphs_off_gets_none(model, graphs):
+    model.network.language_model.cuda_graphs = False
+    model.generate_image(Conversation(), "a red circle", max_new_tokens=3)
+    assert {name: step.replaying for name, step in graphs.items()} == dict.fromkeys(
+        ("condition", "flow", "expand"), False
+    )
+
+
+def test_room_for_the_copies_of_a_graph_is_asked_for_only_where_there_can_be_one(model, monkeypatch):
+    language_model = model.network.language_model
+    monkeypatch.setattr(Experts, "gathered_bytes", lambda self, pairs: 1 << 30)
+    without = language_model.working_memory(1, 2, 16)
+    monkeypatch.setattr("ming_univision.ming_core.language_model.graphs_possible", lambda device: True)
+    assert language_model.working_memory(1, 2, 16) == without + (1 << 30)
+    language_model.cuda_graphs = False
+    assert language_model.working_memory(1, 2, 16) == without
 
 
 def test_weights_that_rest_elsewhere_are_noticed(model):

@@ -7,11 +7,23 @@ from itertools import pairwise
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, Solver
-from ming_univision.ming_core.config import LanguageModelConfig
+from ming_univision.ming_core.config import (
+    FlowHeadConfig,
+    LanguageModelConfig,
+    LowLevelEncoderConfig,
+    MingTokConfig,
+    PixelDecoderConfig,
+    SemanticDecoderConfig,
+    UniVisionConfig,
+)
+from ming_univision.ming_core.experts import ExpertPerRow, OneExpert, StackedLinear
 from ming_univision.ming_core.flow_head import FlowHead, Modulation, Modulations, Sampler
+from ming_univision.ming_core.image_decoder import GuidanceRows, ImageDecoder
 from ming_univision.ming_core.kv_cache import DecodeCache
-from ming_univision.ming_core.language_model import PREFILL_CHUNK, LanguageModel
+from ming_univision.ming_core.language_model import PREFILL_CHUNK, Decoder, LanguageModel
+from ming_univision.ming_core.univision import UniVision
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # --- the solver ---------------------------------------------------------------------------------------------------
 
@@ -240,6 +252,25 @@ def test_a_long_prompt_is_prefilled_without_a_square_mask():
     assert n * 8 <= largest.elements <= n * PREFILL_CHUNK
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n", [2 * PREFILL_CHUNK + 1, PREFILL_CHUNK + 1, PREFILL_CHUNK, 3, 1])
+def test_no_chunk_of_a_long_prompt_is_left_with_a_single_token(monkeypatch, n):
+    network, chunks, forward = published_depth(), [], Decoder.forward
+    network.language_model.model.layers = network.language_model.model.layers[:1]
+
+    def watched(self, x, *arguments):
+        chunks.append(x.shape[1])
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    x = torch.randn(n, 32, generator=torch.Generator().manual_seed(1))
+    finished: list[int] = []
+    network.language_model.prefill(x, network.language_model.new_cache(n), on_chunk=finished.append)
+    assert sum(chunks) == n and max(chunks) <= PREFILL_CHUNK and (n == 1 or min(chunks) > 1)
+    assert len(chunks) == -(-n // PREFILL_CHUNK)
+    assert finished == [sum(chunks[:i]) for i in range(1, len(chunks))]
+
+
 # --- nothing waits for the device ---------------------------------------------------------------------------------
 
 
@@ -276,3 +307,77 @@ def test_the_semantic_decoder_runs_on_tensors_that_hold_no_values(model):
     stream = model.mingtok.to("meta").stream(2, 3)
     for _ in range(3):
         assert stream.append(torch.empty(2, 1, model.network.flow_head.net.channels, device="meta")).shape[:2] == (2, 1)
+
+
+# --- few operations -----------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """The number of operations that are not views: on a GPU each is a kernel to launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable or not (
+            isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() in inputs
+        ):
+            self.count += not isinstance(out, (list, tuple)) or not func._schema.returns[0].alias_info
+        return out
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """Counts as on a GPU, which has one kernel for an RMS norm, and where experts' weights are gathered."""
+    operations, rms_norm = Operations(), torch.nn.functional.rms_norm
+
+    def counted_once(*arguments):
+        before = operations.count
+        out = rms_norm(*arguments)
+        operations.count = before + 1
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", counted_once)
+    monkeypatch.setattr(StackedLinear, "serves", lambda self, kind, x, pairs: kind in (OneExpert, ExpertPerRow))
+    return operations
+
+
+def published_depth() -> UniVision:
+    """As many layers, heads and chosen experts as published, all of them narrow."""
+    language_model = LanguageModelConfig(
+        vocab_size=8,
+        hidden_size=32,
+        head_dim=8,
+        num_experts=8,
+        moe_intermediate_size=8,
+        num_image_tokens_for_gen=16,
+        eos_token_id=0,
+        image_patch_token=1,
+        image_start_token=2,
+    )
+    mingtok = MingTokConfig(
+        LowLevelEncoderConfig(img_size=128, depth=1, embed_dim=64),
+        SemanticDecoderConfig(embed_dim=64),
+        PixelDecoderConfig(embed_dim=64, decoder_depth=1),
+    )
+    network = UniVision(UniVisionConfig(language_model, FlowHeadConfig(diffloss_w=32), mingtok), flow_hidden=32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.05, generator=generator)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("solver", "most"), [(Solver(16), 2850), (Solver(8, "data_ab2"), 2150)])
+def test_an_image_token_at_the_published_depth_launches_few_kernels(operations, solver, most):
+    """Of these, the flow head has 12 blocks of 7 operations in every step: 1344 in 16, 672 in 8."""
+    network, tokens = published_depth(), []
+    prefix = network.language_model.new_cache(6)
+    network.language_model.prefill(torch.randn(6, 32, generator=torch.Generator().manual_seed(1)), prefix)
+    visible = torch.tensor([[True] * 6, [True, True, False, False, True, True]])
+    rows, noise = GuidanceRows([0, 1], (3.0, -2.0)), torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(2))
+    decoder = ImageDecoder(network, DecodeCache(prefix, 16, 2, visible), rows, noise, solver)
+    with operations:
+        decoder.draw(lambda progress: tokens.append(operations.count))
+    assert most - 50 < tokens[-1] - tokens[-2] <= most

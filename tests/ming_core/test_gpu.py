@@ -140,11 +140,12 @@ def test_a_lora_on_a_gpu_gives_what_it_gives_on_the_cpu_and_draws_without_waitin
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cuda_graphs_draw_the_same(gpu, scene, precision, guidance, captured_steps, monkeypatch):
     model = gpu.load(precision)
+    model.network.language_model.cuda_graphs = False
     plain = rounds(model, scene, guidance=guidance)
     if "quantization" in PRECISIONS[precision] and not few_bits_work():
         pytest.skip("this GPU has no kernel for few bits")
     monkeypatch.setattr(cuda_graphs.Recorder, "failed", False)
-    monkeypatch.setenv(cuda_graphs.SWITCH, "1")
+    model.network.language_model.cuda_graphs = True
     model.prefix_cache.clear()
     found = rounds(model, scene, guidance=guidance)
     replayed = {name: step.replaying for name, step in captured_steps.items()}

@@ -367,6 +367,24 @@ def test_alphas_of_peft_come_from_the_config_beside_the_file(model, tmp_path):
     assert {layer.scale for layer in read_lora(file, model.network).layers.values()} == {1.0}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": "8"},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"alpha_pattern": [1]},
+        {"lora_alpha": 8, "alpha_pattern": {"dense": {}}},
+        {"lora_alpha": 8, "alpha_pattern": "dense"},
+    ],
+)
+def test_a_config_of_peft_whose_alphas_are_no_numbers_is_refused(model, tmp_path, config):
+    file = write(tmp_path / "adapter_model.safetensors", tensors_for(model.network, only="attention"), "peft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError, match=r"adapter_config.json: an alpha is .*, and it must be a number"):
+        read_lora(file, model.network)
+
+
 def test_what_is_written_is_read_back(model, file, tmp_path):
     lora = read_lora(file, model.network)
     save_lora(tmp_path / "again.safetensors", lora.layers, model.network)
@@ -412,6 +430,10 @@ def damaged(tensors, how):
         return tensors | {first: torch.full_like(tensors[first], float("nan"))}
     if how == "whole numbers":
         return tensors | {first: tensors[first].to(torch.int8)}
+    if how == "alphas":
+        return tensors | {first.replace("lora_A", "alpha"): torch.ones(2)}
+    if how == "complex alpha":
+        return tensors | {first.replace("lora_A", "alpha"): torch.ones(1, dtype=torch.complex64)}
     if how == "DoRA":
         return tensors | {first.replace("lora_A", "dora_scale"): torch.ones(1)}
     if how == "twice":
@@ -432,6 +454,8 @@ def damaged(tensors, how):
         ("half", "has no lora_A or lora_down: the file is incomplete"),
         ("NaN", "NaN or infinite"),
         ("whole numbers", "stored as I8"),
+        ("alphas", r"alpha is F32 \[2\], and an alpha is one number"),
+        ("complex alpha", r"alpha is C64 \[1\], and an alpha is one number"),
         ("DoRA", "is DoRA"),
         ("twice", "twice"),
         ("weights", "is not a LoRA"),

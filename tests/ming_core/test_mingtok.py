@@ -81,6 +81,15 @@ def test_features_that_outgrow_fp16_are_refused_with_the_remedy(checkpoint_folde
         tok.semantic_features(torch.full((1, tok.config.semantic_decoder.in_dim, 2, 2), 60000.0))
 
 
+@pytest.mark.parametrize("value", [3e38, float("inf")])
+def test_weights_that_overflow_are_named_where_a_black_picture_would_come_out(checkpoint_folder, features, value):
+    tok = load_mingtok(checkpoint_folder)
+    assert tok.decode(features).isfinite().all()
+    tok.pixel_decoder.blocks.layers[0].mlp.fc1.weight.data[0].fill_(value)
+    with pytest.raises(RuntimeError, match="NaN or infinite values in float32: the weights are damaged"):
+        tok.decode(features)
+
+
 def test_a_stream_of_latents_takes_one_or_several_at_a_time_and_no_more_than_its_capacity(model):
     latents = torch.randn(1, 4, model.network.flow_head.net.channels, generator=torch.Generator().manual_seed(1))
     at_once = model.mingtok.stream(1, 4).append(latents)

@@ -21,7 +21,7 @@ from ming_univision.ming_core import (
 )
 from ming_univision.ming_core.config import LanguageModelConfig
 from ming_univision.ming_core.experts import ExpertPerRow, Experts, OneExpert, SortedRows
-from ming_univision.ming_core.images import psnr, ssim
+from ming_univision.ming_core.images import psnr, ssim, to_images
 from ming_univision.ming_core.kv_cache import DecodeCache, LayerCache, PrefillCache
 from ming_univision.ming_core.language_model import LanguageModel
 from ming_univision.ming_core.quantization import QuantizedStackedLinear, kernels
@@ -63,7 +63,7 @@ def everything(model, mask):
     requests = [DrawRequest(text, 3) for text in ("A cat.", "A longer text.")]
     batch = model.generate_batch(requests, ImageOptions(solver=Solver(2), max_new_tokens=2))
     pictures = [r.features.latents for r in (*drawn, edit, *batch)]
-    metrics = [psnr(image, pixels), ssim(image, pixels)]
+    metrics = [measure(to_images(image), to_images(pixels)) for measure in (psnr, ssim)]
     return [seen.latents, image, *pictures, *metrics, said.token_ids, edit.token_ids]
 
 
@@ -137,7 +137,7 @@ def allocated(monkeypatch):
 @pytest.mark.parametrize("images", [1, 3])
 def test_a_drawing_round_asks_for_its_keys_and_values(model, picture, allocated, images):
     def asked(seeds):
-        return model.plan(said, "Draw it.", ImageOptions(tuple(range(seeds)), 8), picture).working_memory
+        return model.plan(said, "Draw it.", ImageOptions(tuple(range(seeds)), max_new_tokens=8), picture).working_memory
 
     said = model.understand(Conversation(), "Hello.", max_new_tokens=8).conversation
     allocated[0] = 0

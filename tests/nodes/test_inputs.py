@@ -375,13 +375,23 @@ def test_a_gpu_that_is_slow_in_16_bits_computes_in_them_where_32_do_not_fit(monk
         models.choose_precision("fp32", "univision", published)
 
 
-def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published):
-    sizes = {"cuda": 80e9, "cpu": 32e9}
-    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+@pytest.mark.parametrize("gpu", ["cuda", "xpu"])
+def test_a_gpu_that_would_hold_what_the_ram_does_not_is_pointed_out(monkeypatch, published, gpu):
+    sizes = {gpu: 80e9, "cpu": 32e9}
+    monkeypatch.setattr(host, "device", lambda: torch.device(gpu))
     monkeypatch.setattr(host, "offload_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(host, "half_dtype", lambda on: torch.bfloat16)
     monkeypatch.setattr(host, "total_memory", lambda on: sizes[on.type])
     with pytest.raises(ValueError, match=r"this machine has 32\.0 GB: .* or start ComfyUI with --highvram"):
+        models.choose_precision("auto", "univision", published)
+
+
+def test_no_gpu_is_pointed_out_where_it_shares_the_ram(monkeypatch, published):
+    monkeypatch.setattr(host, "device", lambda: torch.device("mps"))
+    monkeypatch.setattr(host, "offload_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(host, "half_dtype", lambda on: torch.bfloat16)
+    monkeypatch.setattr(host, "total_memory", lambda on: 80e9 if on.type == "mps" else 32e9)
+    with pytest.raises(ValueError, match=r"choose a smaller precision, or a smaller model$"):
         models.choose_precision("auto", "univision", published)
 
 
@@ -662,6 +672,35 @@ def test_a_file_name_that_windows_cannot_have_is_refused_there_before_the_run(mo
     assert "contains : ?, which Windows" in validate("what?/%date:yyyy%")
 
 
+def test_the_longest_name_that_a_file_can_have_is_saved_and_loaded(small, tmp_path):
+    features = features_of(small, image())
+    for prefix in ("x" * 236, "cats/" + "y" * 236):
+        (name,) = node("MingSaveFeatures", features=features, filename_prefix=prefix)["ui"]["text"]
+        assert node("MingLoadFeatures", file=name) == (features,)
+    talk = Conversation()
+    node("MingSaveConversation", conversation=talk, filename_prefix="z" * 236, overwrite=True)
+    node("MingSaveConversation", conversation=talk, filename_prefix="z" * 236, overwrite=True)
+    assert (tmp_path / "output" / "ming" / f"{'z' * 236}.safetensors").is_file()
+
+
+@pytest.mark.parametrize("prefix", ["x" * 237, "x" * 300 + "/x", "a/" * 20_000 + "x", "\ud800", "a/\udcff/b"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_linked_file_name_that_no_file_can_have_is_refused_in_words(small, tmp_path, unharmed, prefix, overwrite):
+    assert isinstance(NODE_CLASS_MAPPINGS["MingSaveConversation"].VALIDATE_INPUTS(prefix), str)
+    with pytest.raises(ValueError, match=r"too long .*: use at most|half a character .*: type it again") as error:
+        node("MingSaveConversation", conversation=Conversation(), filename_prefix=prefix, overwrite=overwrite)
+    assert len(str(error.value)) < 300
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_conversation_is_not_saved_where_a_file_is_in_the_way_of_its_folder(tmp_path, overwrite):
+    (tmp_path / "output").mkdir(exist_ok=True)
+    (tmp_path / "output" / "ming").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot write .*: .*choose a"):
+        node("MingSaveConversation", conversation=Conversation(), filename_prefix="x", overwrite=overwrite)
+
+
 @pytest.mark.parametrize(
     "name", ["../x.safetensors [output]", "/etc/passwd [input]", "a/../../x [input]", "gone [output]"]
 )
@@ -711,7 +750,7 @@ def widgets():
                 yield node_id, name, options["min"] - step
                 yield node_id, name, options["max"] + step
                 yield node_id, name, "many"
-            elif isinstance(kind, list) and name != "file":  # files have a test of their own
+            elif isinstance(kind, list) and name not in ("file", "lora_name"):  # files have tests of their own
                 yield node_id, name, "no such choice"
 
 

@@ -135,10 +135,8 @@ def test_a_linked_value_beyond_its_range_is_refused_before_anything_is_computed(
 def combos():
     for node_id, node in NODE_CLASS_MAPPINGS.items():
         for name, (kind, _) in node.INPUT_TYPES()["required"].items():
-            if isinstance(kind, list) and name not in (
-                "file",
-                "model_name",
-            ):  # the nodes check those, also before a run
+            # the nodes check names of files, also before a run
+            if isinstance(kind, list) and name not in ("file", "model_name", "lora_name"):
                 yield node_id, name, kind
 
 

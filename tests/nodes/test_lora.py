@@ -113,6 +113,14 @@ def test_a_name_that_is_not_there_says_where_to_put_the_file(folder, loaded):
         load(loaded, "gone.safetensors")
 
 
+@pytest.mark.parametrize("name", [[], {}, 3, "x" * 5000, "\ud800", "\0", ""])
+def test_a_name_that_is_none_is_refused_in_a_short_sentence(folder, loaded, name):
+    verdict = NODE_CLASS_MAPPINGS["MingLoraLoader"].VALIDATE_INPUTS(lora_name=name)
+    assert "models/loras" in verdict and len(verdict) < 400 and verdict.encode()
+    with pytest.raises(ValueError, match="models/loras"):
+        load(loaded, name)
+
+
 def test_a_file_of_another_model_is_an_error_and_one_that_fits_in_part_a_line_in_the_log(folder, loaded, caplog):
     file = write_lora(folder / "a.safetensors", loaded.model.network)
     tensors = load_file(file)

@@ -64,6 +64,22 @@ class Show:
         return {"ui": {"text": [str(source)], "id": [node_id], "nodes": [len(graph)]}}
 
 
+class Write:
+    """Saves a text in the output folder."""
+
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "write", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"source": ("*",), "name": ("STRING", {})}}
+
+    def write(self, source, name):
+        folder = host.output_directory()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(str(source))
+        return {"ui": {"text": [str(source)]}}
+
+
 class Settings:
     RETURN_TYPES, FUNCTION, OUTPUT_NODE = ("STRING",), "give", True
 
@@ -179,6 +195,7 @@ CLASSES = {
         Add,
         Gather,
         Show,
+        Write,
         Settings,
         Picky,
         Ticks,

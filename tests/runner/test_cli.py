@@ -8,6 +8,7 @@ import pytest
 from ming_univision.ming_core.quantization import FORMATS
 from ming_univision.nodes.models import PUBLISHED
 from ming_univision.runner import cli, download, quantize, terminal, testing
+from ming_univision.runner.table import command
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def calls(monkeypatch):
         name = module.__name__.rsplit(".", 1)[-1]
         monkeypatch.setattr(module, function, lambda *args, **options: made.append((name, args, options)) or 3)
 
-    for module in (download, quantize, terminal):
+    for module in (command, download, quantize, terminal):
         replace(module, "main")
     replace(testing, "run_tests")
     replace(testing, "run_comfyui_checks")
@@ -39,6 +40,39 @@ def test_demo_and_run_take_a_picture_an_output_folder_and_settings(calls, tmp_pa
         ("terminal", (cli.DEMO,), {"settings": [], "image": None, "output": None}),
     ]
     assert cli.DEMO.is_file()
+
+
+def test_map_takes_a_table_or_a_folder_of_pictures(
+    calls,
+    tmp_path,
+):
+    for name in ("x.json", "t.csv"):
+        (tmp_path / name).write_text("")
+    workflow, table = str(tmp_path / "x.json"), str(tmp_path / "t.csv")
+    assert cli.main(["map", workflow, "--table", table, "--out", "there", "--set", "1.a=1"]) == 3
+    assert cli.main(["map", workflow, "--images", str(tmp_path), "--out", "s3://bucket/there"]) == 3
+    assert cli.main(["map", workflow, "--table", table, "--out", "x", "--ray", "--workers", "2", "--batch", "4"]) == 3
+    assert cli.main(["map", workflow, "--table", table, "--out", "x", "--ray", "ray://head:10001"]) == 3
+    plain = {"table": None, "images": None, "settings": [], "ray": None, "workers": None, "batch": 1}
+    both = plain | {"table": Path(table), "out": "x"}
+    assert calls == [
+        ("command", (Path(workflow),), plain | {"table": Path(table), "out": "there", "settings": ["1.a=1"]}),
+        ("command", (Path(workflow),), plain | {"images": tmp_path, "out": "s3://bucket/there"}),
+        ("command", (Path(workflow),), both | {"ray": "", "workers": 2, "batch": 4}),
+        ("command", (Path(workflow),), both | {"ray": "ray://head:10001"}),
+    ]
+    for rows in ([], ["--table", table, "--images", str(tmp_path)], ["--table", table, "--batch", "0"]):
+        with pytest.raises(SystemExit):
+            cli.main(["map", workflow, "--out", "there", *rows])
+
+
+def test_ray_is_asked_for_only_with_its_option(tmp_path):
+    for name in ("x.json", "t.csv"):
+        (tmp_path / name).write_text("")
+    words = ["map", str(tmp_path / "x.json"), "--table", str(tmp_path / "t.csv"), "--out", "there"]
+    for options, extras in ((words, ()), ([*words, "--ray"], ("ray",)), (["demo"], ())):
+        parsed = cli.parse(options)
+        assert parsed.command.extras(parsed) == extras
 
 
 def test_download_takes_a_published_name_and_a_folder(calls):

@@ -110,6 +110,25 @@ def test_what_cannot_be_is_said_in_words():
         ours("MaskComposite", destination=mask(batch=3), source=mask(batch=2), x=0, y=0, operation="add")
 
 
+@pytest.fixture
+def meta_by_default():
+    """A default device that holds no values, as another library may have set one."""
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(before)
+
+
+@pytest.mark.parametrize("feathering", [0, 3])
+def test_a_default_device_changes_nothing(meta_by_default, feathering):
+    given = torch.full((1, 20, 30, 3), 0.25, device="cpu")
+    borders = {"left": 8, "top": 0, "right": 16, "bottom": 8, "feathering": feathering}
+    padded, where = call(NODE_CLASS_MAPPINGS["ImagePadForOutpaint"], image=given, **borders)
+    assert padded.device == where.device == torch.device("cpu")
+    assert (padded[:, :20, 8:38] == 0.25).all() and where[:, 20:].all() and not where[0, 5, 20]
+    assert ours("SolidMask", value=0.5, width=3, height=2).sum() == 3
+
+
 # --- The same as core ---------------------------------------------------------------------------------------------
 
 PAIR = {"destination": image(40, 50, 2, seed=1), "source": image(20, 30, 2, seed=2), "x": 7, "y": 30}

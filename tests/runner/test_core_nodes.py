@@ -104,6 +104,18 @@ def test_sixteen_bit_and_grey_pictures_keep_their_range(tmp_path):
     assert torch.allclose(load(tmp_path / "b.png")[0][0, 0, :, 2], torch.tensor([0.0, 0.2, 1.0]))
 
 
+@pytest.mark.parametrize("kind", ["RGB", "I;16"])
+def test_pictures_and_their_masks_are_in_host_memory_whatever_the_default_device_is(tmp_path, kind):
+    Image.new(kind, (6, 4)).save(tmp_path / "a.png")
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        image, mask = load(tmp_path / "a.png")
+    finally:
+        torch.set_default_device(before)
+    assert image.device == mask.device == torch.device("cpu") and image.shape == (1, 4, 6, 3)
+
+
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "a.png").write_text("words")
     assert "not a picture" in LoadImage.VALIDATE_INPUTS(str(tmp_path / "a.png"))
@@ -250,6 +262,7 @@ UNUSABLE = {
     "\ud800": "contains half a character",
     "x" * 300: "is too long .*: use at most 236",
     "x" * 300 + "/x": "is too long .*: use at most 255",
+    "a/" * 20_000 + "x": "is too long .*: use at most [0-9]{3}",
 }
 
 

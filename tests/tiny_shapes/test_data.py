@@ -26,6 +26,26 @@ def test_a_quiz_is_several_questions_about_one_image(tokenizer):
     assert quiz[0].attached is not None and all(task.attached is None for task in quiz[1:])
 
 
+def test_a_share_of_the_dialogues_is_long_chains_of_edits(tokenizer):
+    data, generator = dialogue_data(tokenizer, chains=0.5), np.random.default_rng(0)
+    made = [data.dialogue(generator).tasks for _ in range(60)]
+    chains = [tasks for tasks in made if len(tasks) > 1]
+    assert 15 < len(chains) < 45 and {len(tasks) for tasks in chains} == {3, 4, 5}
+    assert {task.family for tasks in chains for task in tasks} == {"edit", "masked edit"}
+
+
+def test_a_share_of_the_prompts_has_additions_and_nothing_else_is_changed(tokenizer):
+    plain, with_additions = (
+        [dialogue_data(tokenizer, cluttered=share).dialogue(np.random.default_rng(n)).tasks[0] for n in range(60)]
+        for share in (0.0, 0.5)
+    )
+    changed = 0
+    for one, other in zip(plain, with_additions, strict=True):
+        changed += one.prompt != other.prompt
+        assert one.target_scene == other.target_scene and np.array_equal(one.target, other.target)
+    assert 15 < changed < 45
+
+
 def test_a_share_of_the_dialogues_has_two_objects_or_more(tokenizer):
     def share(several: float) -> float:
         data, rng = dialogue_data(tokenizer, several=several), np.random.default_rng(0)
@@ -45,6 +65,7 @@ def test_no_scene_of_the_evaluation_split_is_in_the_dialogues(stage, tokenizer, 
     monkeypatch.setattr(tasks, "draw", lambda scene: scenes.append(scene) or draw(scene))
     monkeypatch.setattr(tasks, "region_image", region)
     chosen = {"tasks": dict(stage.tasks), "rounds": stage.rounds, "quizzes": stage.quizzes}
+    chosen |= {"chains": stage.chains, "cluttered": stage.cluttered}
     data = dialogue_data(tokenizer, objects=stage.objects, **chosen)
     rng = np.random.default_rng(11)
     for _ in range(300):

@@ -1,5 +1,6 @@
 """The losses: what counts, what does not, and that training computes what inference computes."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny_shapes.training import images
 from tiny_shapes.training.joint_loss import JointLoss, JointWeights, recorded_routing
 from tiny_shapes.training.packing import ATTRIBUTES, pack
 from tiny_shapes.training.sequences import IGNORE, TEXT_UNCONDITIONAL, UNCONDITIONAL, tokenize_dialogue
-from tiny_shapes.world import random_dialogue
+from tiny_shapes.world import Dialogue, random_dialogue
 
 GRID = (4, 4)
 
@@ -125,3 +126,50 @@ def test_a_guidance_row_is_trained_as_inference_computes_it(row, tasks, rounds, 
         new = torch.cat([model.embed(torch.tensor([chat.image_open_id])), network.project(features[-1])])
         hidden = torch.cat([model.decode(token[None, None], rows)[0] for token in new])
     torch.testing.assert_close(trained[-17:], hidden, rtol=0, atol=1e-4)
+
+
+def test_kept_tokens_are_fed_as_inference_feeds_them(engine, chat):
+    dialogue = dialogue_of("masked edit", 3)
+    mask = np.zeros((128, 128), dtype=bool)
+    mask[96:] = True  # the last four of 16 tokens
+    (task,) = (dataclasses.replace(task, mask=mask) for task in dialogue.tasks)
+    sequence = tokenize_dialogue(Dialogue((task,)), chat, GRID)
+    _, latents, features = trained_and_network(engine, sequence)
+    with torch.no_grad():
+        source = engine.mingtok.semantic_features(to_grid(latents[:1], GRID))
+    drawn = engine.generate_image(
+        Conversation(), task.prompt, features=source, mask=torch.from_numpy(mask), max_new_tokens=1
+    ).features
+    torch.testing.assert_close(features[1, :12], drawn.tokens[0, :12], rtol=0, atol=1e-5)
+    assert not torch.allclose(features[1, 12:], source.tokens[0, 12:], atol=1e-3), "the rest is that of the target"
+
+
+def test_what_a_masked_round_keeps_is_its_source_with_the_noise_that_it_was_fed_with(make_objective, chat):
+    loss = make_objective("joint").module
+    dialogue = dialogue_of({"edit": 1.0, "masked edit": 5.0}, 6, rounds=3)
+    assert sum(task.mask is not None for task in dialogue.tasks) > 1
+    batch = pack([tokenize_dialogue(dialogue, chat, GRID)], 0, GRID)
+    fed = []
+    loss.network.mingtok.semantic_decoder.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
+    latents, _ = loss.images(batch, seeded())
+    (fed,) = fed
+    fed = (fed - loss.network.mingtok.config.mean) / loss.network.mingtok.config.scaling_factor
+    for i, source in enumerate(batch.sources.tolist()):
+        kept = ~batch.opened[i]
+        if source >= 0:
+            torch.testing.assert_close(fed[i][kept], fed[source][kept])
+        if batch.drawn[i]:
+            assert not torch.allclose(fed[i][~kept], latents[i][~kept], atol=1e-3), "drawn tokens are fed with noise"
+
+
+def test_kept_tokens_are_not_learned(make_objective, chat):
+    objective = make_objective("joint")
+    (task,) = dialogue_of("masked edit", 3).tasks
+    other = dataclasses.replace(task, target=np.where(task.mask[..., None], task.target, 255 - task.target))
+    losses = []
+    for each in (task, other):
+        batch = pack([tokenize_dialogue(Dialogue((each,)), chat, GRID)], 0, GRID)
+        weights = batch.flow_weights[batch.drawn]
+        assert (weights[~batch.opened[batch.drawn]] == 0).all() and weights.sum() > 0
+        losses.append(objective.loss(batch, seeded())["flow"].item())
+    assert all(math.isfinite(value) for value in losses)

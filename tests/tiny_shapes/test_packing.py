@@ -1,5 +1,7 @@
 """Batches: sequences packed into rows, the weights of image tokens, and the auxiliary targets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from tiny_shapes.training.packing import (
     OBJECT_WEIGHT,
     PATCH_TARGETS,
     flow_weights,
+    opened_tokens,
     pack,
     patch_targets,
 )
@@ -93,3 +96,34 @@ def test_the_tokens_that_an_edit_changes_or_its_region_covers_are_told_from_thos
 def test_a_new_background_is_no_change_of_some_tokens():
     (task,) = dialogue_of("edit/background", 1).tasks
     assert set(np.unique(weights_but_for_first_tokens(task))) == {1.0, OBJECT_WEIGHT}
+
+
+def test_tokens_that_a_mask_keeps_cost_nothing_and_the_others_what_they_cost_without_it():
+    for seed in range(8):
+        (task,) = dialogue_of("masked edit", seed).tasks
+        opened = opened_tokens(task, (8, 8))
+        assert np.array_equal(opened.reshape(8, 8), task.mask[::16, ::16])
+        whole = flow_weights(dataclasses.replace(task, mask=None), (8, 8))
+        assert np.array_equal(flow_weights(task, (8, 8)), whole * opened)
+
+
+def test_every_masked_image_of_a_batch_finds_its_source(chat):
+    masked = [dialogue_of({"edit": 1.0, "masked edit": 3.0}, n, rounds=2) for n in range(4)]
+    sequences = [tokenize_dialogue(dialogue, chat, GRID) for dialogue in masked]
+    donor = dialogue_of("generate", 1).tasks[0]
+    single = dialogue_of("masked edit", 7)
+    sequences.append(tokenize_dialogue(single, chat, GRID, 1, donor))  # its source is in no sequence
+    batch = pack(sequences, 200, GRID)
+    count = len(batch.drawn)
+    assert len(batch.images) == count + 1 and batch.opened.shape == batch.flow_weights.shape == (count, 16)
+    tasks = [image.task for s in sorted(sequences, key=lambda s: -len(s.ids)) for image in s.images]
+    wanted = {id(task): task for task in tasks if task is not None and task.mask is not None}
+    assert int((batch.sources >= 0).sum()) == len(wanted) > 3
+    for i, source in enumerate(batch.sources.tolist()):
+        if source >= 0:
+            before = batch.images[source].numpy()
+            target = batch.images[i].numpy()
+            (task,) = [t for t in wanted.values() if np.array_equal(t.target, target)]
+            assert np.array_equal(before, draw(task.source_scene))
+        else:
+            assert batch.opened[i].all()

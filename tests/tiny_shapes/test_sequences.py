@@ -95,3 +95,37 @@ def test_every_object_of_a_caption_is_named_where_its_words_end(chat):
             text = chat.decode(sequence.ids[: position + 1]).lower()
             assert text.endswith((obj.shape, "corner", "side", *re.split("[ -]", obj.position), "center", "middle"))
             assert obj.shape in text[-len("large purple triangle in the bottom right corner") :]
+
+
+def test_two_images_of_one_message_are_laid_out_as_inference_lays_them_out(chat):
+    (task,) = dialogue_of("pair/which", 1).tasks
+    sequence = tokenize_dialogue(dialogue_of("pair/which", 1), chat, GRID)
+    image = [chat.image_open_id, *[chat.patch_id] * 16, chat.image_close_id]
+    role = [chat.role_open_id, *chat.encode("HUMAN"), chat.role_close_id]
+    opening = [*role, *image, *chat.encode("\n\n"), *image, *chat.encode("\n" + task.prompt)]
+    assert sequence.ids[: len(opening)] == opening
+    pixels = (task.attached, task.second)
+    assert all(image.pixels is shown for image, shown in zip(sequence.images, pixels, strict=True))
+    assert not any(image.drawn for image in sequence.images)
+
+
+def test_a_masked_edit_keeps_the_newest_image_in_view(chat):
+    for seed in range(12):
+        dialogue = dialogue_of({"edit": 1.0, "masked edit": 2.0}, seed, rounds=3)
+        sequence = tokenize_dialogue(dialogue, chat, GRID)
+        for index, image in enumerate(sequence.images):
+            masked = image.task is not None and image.task.mask is not None
+            assert image.source == (index - 1 if masked else None)
+
+
+def test_of_a_masked_edit_the_guidance_rows_keep_the_image_that_the_donor_hides(chat):
+    dialogue, donor = dialogue_of("masked edit", 1), dialogue_of("edit", 2).tasks[0]
+    (task,) = dialogue.tasks
+    hidden = tokenize_dialogue(dialogue, chat, GRID, UNCONDITIONAL, donor).images[-1]
+    assert hidden.source is task.attached and hidden.task is task
+    shown = tokenize_dialogue(dialogue, chat, GRID, TEXT_UNCONDITIONAL, donor).images
+    assert shown[-1].source == 0 and shown[0].pixels is task.attached
+    later = dialogue_of({"edit": 1.0, "masked edit": 9.0}, 3, rounds=2)
+    assert later.tasks[1].mask is not None
+    drawn = tokenize_dialogue(later, chat, GRID, UNCONDITIONAL, donor).images
+    assert drawn[drawn[-1].source].pixels is later.tasks[0].target, "the past stays in the sequence, behind its mask"

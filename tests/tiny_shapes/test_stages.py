@@ -47,7 +47,7 @@ def test_a_joint_stage_writes_a_model_that_loads_and_continues(make_objective, s
     engine = load_univision(tmp_path)
     theirs, ours = engine.network.state_dict(), objective.module.network.state_dict()
     assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name].half().float()) for name in ours)
+    assert all(torch.equal(theirs[name], ours[name].bfloat16().float()) for name in ours)
     assert engine.understand(Conversation(), "Which shapes do you know?", max_new_tokens=3).token_ids
     again = stages_module.make_objective(stages["joint"], tmp_path)
     assert again.tokenizer == tokenizer
@@ -77,7 +77,7 @@ def test_a_mingtok_stage_inside_a_whole_model_writes_all_of_it(stages, tokenizer
     old, new = before.network.state_dict(), after.network.state_dict()
     assert {name.split(".")[0] for name in new if not new[name].equal(old[name])} == {"mingtok"}
     averaged = run.average.module.mingtok.state_dict()
-    assert all(torch.equal(new[f"mingtok.{name}"], averaged[name].half().float()) for name in averaged)
+    assert all(torch.equal(new[f"mingtok.{name}"], averaged[name].bfloat16().float()) for name in averaged)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside a whole model", "alone"])

@@ -16,7 +16,8 @@ from tiny_shapes.evaluation.chains import CHAIN_ROUNDS, evaluate_chains
 from tiny_shapes.evaluation.evaluator import Evaluator
 from tiny_shapes.evaluation.scores import mean, share
 from tiny_shapes.evaluation.suite import SUITE, photographs
-from tiny_shapes.world import Scene, describe, draw, split_of
+from tiny_shapes.world import Scene, describe, draw, read_region, split_of, to_patches
+from tiny_shapes.world.masking import grown
 
 
 class Oracle(Evaluator):
@@ -32,7 +33,17 @@ class Oracle(Evaluator):
     def answer(self, task):
         return task.answer
 
-    def draw(self, tasks, previous=None, noises=None):
+    def says(self, task):
+        return task.answer
+
+    def region_mask(self, before, region):
+        """Where a drawn region is bright, and the tokens beside it."""
+        return grown(to_patches(read_region(self.pixels(region))), 1)
+
+    def same_words(self, one, other):
+        return one.split() == other.split()
+
+    def draw(self, tasks, previous=None, noises=None, seeds=None):
         return [SimpleNamespace(features=self.features(t.target), conversation=t.target_scene) for t in tasks]
 
 
@@ -42,14 +53,17 @@ class Idler(Oracle):
     def answer(self, task):
         return "nothing much"
 
-    def draw(self, tasks, previous=None, noises=None):
+    def says(self, task):
+        return "nothing much"
+
+    def draw(self, tasks, previous=None, noises=None, seeds=None):
         return [SimpleNamespace(features=self.features(np.full_like(t.target, 250)), conversation=None) for t in tasks]
 
 
 class Careless(Oracle):
     """It removes another object than the one that was asked for."""
 
-    def draw(self, tasks, previous=None, noises=None):
+    def draw(self, tasks, previous=None, noises=None, seeds=None):
         wrong = []
         for task in tasks:
             (gone,) = set(task.source_scene.objects) - set(task.target_scene.objects)
@@ -93,6 +107,62 @@ def test_a_model_that_removes_the_wrong_object_has_not_done_as_asked(monkeypatch
     monkeypatch.setattr(Careless, "tasks", lambda *_, **__: tasks)
     done, kept, _ = suite.edits(careless)
     assert done.value == kept.value == 0 and done.count == 12
+
+
+class Shifty(Oracle):
+    """It draws what is asked for, unless there is an addition, and leaves a seam in what it completes."""
+
+    def draw(self, tasks, previous=None, noises=None, seeds=None):
+        results = super().draw(tasks)
+        plain = {task.prompt for task in self.tasks(["generate"])}
+        for i, task in enumerate(tasks):
+            image = task.target.copy()
+            if task.name == "complete":
+                image[60:64] = 128 - image[60:64] // 2
+            elif task.prompt not in plain:
+                image[:] = 250
+            results[i].features = self.features(image)
+        return results
+
+
+def test_what_additions_spoil_is_counted_against_the_drawings_that_are_right_without():
+    (score,) = suite.additions(evaluator(Shifty))
+    assert score.value < 0.2 and score.count == 12
+
+
+def test_only_what_is_other_tokens_to_the_model_is_drawn_again():
+    drawn = []
+
+    class Counting(Oracle):
+        def draw(self, tasks, previous=None, noises=None, seeds=None):
+            drawn.append([] if seeds is None else list(seeds))
+            return super().draw(tasks)
+
+    (score,) = suite.ways_to_type(evaluator(Counting, 40))
+    assert score.value == 1 and drawn[0] == [] and 0 < len(drawn[1]) < 40, "tabs are the same to its `same_words`"
+
+
+def test_a_seam_that_the_scorer_sees_is_no_completion():
+    (score,) = suite.completions(evaluator(Shifty))
+    assert score.value < 0.2
+
+
+def test_a_region_is_followed_by_the_edit_that_it_was_asked_for_inside_it():
+    seen = []
+
+    class Recording(Oracle):
+        def draw(self, tasks, previous=None, noises=None, seeds=None):
+            seen.append((tasks, previous))
+            return super().draw(tasks)
+
+    list(suite.regions_then_edits(evaluator(Recording)))
+    (asked, _), (edits, regions) = seen
+    assert len(asked) == len(edits) == len(regions) == 12
+    for region, edit in zip(asked, edits, strict=True):
+        assert region.name == "identify region" and len(region.source_scene.objects) > 1
+        assert edit.source_scene == region.source_scene and edit.attached is region.attached
+        changed = (draw(edit.source_scene) != draw(edit.target_scene)).any(-1)
+        assert edit.mask is None or (edit.mask[changed].mean() > 0.95 and not edit.mask.all())
 
 
 def test_no_two_dialogues_of_a_measurement_are_alike():

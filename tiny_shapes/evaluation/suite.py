@@ -12,10 +12,13 @@ from PIL import Image
 from ming_core.features import CHANGED, change
 from ming_core.images import psnr, to_images, to_pixels
 
-from ..world import DetectedObject, SceneObject, Task, compare, draw, parse_scene, read_region, read_scene
+from ..world import Task, compare, draw, read_region, read_scene
 from ..world.tasks import require
 from .evaluator import Evaluator
+from .judging import described_objects, identity, judge_edit
+from .masked import completions, masked_edits, regions_then_edits
 from .scores import Score, mean, share
+from .words import additions, requests, two_images, ways_to_type
 
 CELL_CHANGED = 0.25  # share of a token's pixels from which on the token counts as changed
 PIXEL_CHANGED = 24  # levels of 255
@@ -58,7 +61,7 @@ def questions(evaluator: Evaluator) -> Iterator[Score]:
 def descriptions(evaluator: Evaluator) -> Iterator[Score]:
     """Descriptions of an image, compared object by object."""
     tasks = evaluator.tasks(["describe"])
-    hits = [_described_objects(evaluator.answer(task)) == _described_objects(require(task.answer)) for task in tasks]
+    hits = [described_objects(evaluator.answer(task)) == described_objects(require(task.answer)) for task in tasks]
     yield share("descriptions with every object right", hits, "85 %")
 
 
@@ -74,7 +77,7 @@ def drawings(evaluator: Evaluator) -> Iterator[Score]:
                 description = evaluator.engine.understand(
                     result.conversation, "Please describe the picture in detail.", max_new_tokens=128
                 )
-                agreeing.append(_described_objects(description.text) == {_identity(obj) for obj in reading.objects})
+                agreeing.append(described_objects(description.text) == {identity(obj) for obj in reading.objects})
         yield share(f"{name} with every asked object right", right, aim)
         if agreeing:
             yield share("own description of what was drawn agrees with the scorer", agreeing, "85 %")
@@ -96,17 +99,10 @@ def edits(evaluator: Evaluator) -> Iterator[Score]:
     done, kept, masks = [], [], []
     tasks = evaluator.tasks(["edit"])
     for task, result in zip(tasks, evaluator.draw(tasks), strict=True):
-        source, target = require(task.source_scene), require(task.target_scene)
-        reading = read_scene(evaluator.pixels(result.features))
-        comparison = compare(reading, target)
-        untouched = [obj in source.objects for obj in target.objects]
-        changed = [right for right, same in zip(comparison.right, untouched, strict=True) if not same]
-        gone = {_identity(obj) for obj in source.objects if obj not in target.objects}
-        left = gone & {_identity(obj) for obj in reading.objects}
-        as_many = len(reading.objects) == len(target.objects)
-        done.append(all(changed) and as_many and not left and comparison.background)
-        if any(untouched):
-            kept.append(all(right for right, same in zip(comparison.right, untouched, strict=True) if same))
+        judged = judge_edit(task, read_scene(evaluator.pixels(result.features)))
+        done.append(judged.done)
+        if judged.kept is not None:
+            kept.append(judged.kept)
         features = evaluator.features(require(task.attached))
         mask = change(features, result.features)[0, 0].numpy() > CHANGED
         masks.append(_overlap(mask, _changed_cells(task, features.grid)))
@@ -139,19 +135,6 @@ def enhancements(evaluator: Evaluator) -> Iterator[Score]:
         yield mean(f"{name}, PSNR gained over the input", gains, "3 dB", "dB")
 
 
-def _described_objects(description: str) -> set[tuple] | None:
-    """What makes each described object the right one; None for words that describe no scene."""
-    try:
-        return {_identity(obj) for obj in parse_scene(description).objects}
-    except ValueError:
-        return None
-
-
-def _identity(obj: SceneObject | DetectedObject) -> tuple:
-    """What makes an object the right one, whatever its size."""
-    return obj.shape, obj.color, obj.position
-
-
 def _overlap(found: np.ndarray, expected: np.ndarray) -> float:
     """Intersection over union; 1 for two empty regions."""
     union = (found | expected).sum()
@@ -175,4 +158,11 @@ SUITE: dict[str, Callable[[Evaluator], Iterator[Score]]] = {
     "edits": edits,
     "regions": regions,
     "enhancements": enhancements,
+    "ways to type": ways_to_type,
+    "additions": additions,
+    "requests": requests,
+    "two images": two_images,
+    "masked edits": masked_edits,
+    "regions then edits": regions_then_edits,
+    "completions": completions,
 }

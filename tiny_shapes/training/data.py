@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ming_core.prompts import ChatFormat
 
-from ..world import Dialogue, random_dialogue
+from ..world import Dialogue, cluttered, random_dialogue
 from .images import image_batch
 from .packing import Batch, pack
 from .sequences import TEXT_UNCONDITIONAL, UNCONDITIONAL, Sequence, tokenize_dialogue
 
 QUIZ = 6  # questions about one image, which is most of what a question costs
+
+CHAIN = {"edit": 5.0, "masked edit": 1.0}  # the tasks of long chains, with their weights
 
 MakeBatch = Callable[[np.random.Generator], Any]  # picklable
 
@@ -47,8 +49,10 @@ class DialogueData:
     objects          fewest and most objects in a scene
     tasks            weights of tasks or families; empty: the world's own mixture
     rounds           of a dialogue; 0: one to five
-    quizzes          share of dialogues that are QUIZ questions about one image
+    quizzes          share of dialogues that are QUIZ questions about one image, or about two
     several          share of the others whose scenes have two objects or more
+    chains           share of dialogues that are three to five edits, some of them with a mask
+    cluttered        share of the prompts with additions that mean nothing
     guidance_rows    share of dialogues that end with drawing, in the form of a guidance row
     """
 
@@ -60,6 +64,8 @@ class DialogueData:
     rounds: int
     quizzes: float = 0.0
     several: float = 0.0
+    chains: float = 0.0
+    cluttered: float = 0.0
     guidance_rows: float = 0.15
     row_length: int = 384
     split: str = "train"
@@ -78,9 +84,25 @@ class DialogueData:
 
     def dialogue(self, rng: np.random.Generator) -> Dialogue:
         """A random dialogue."""
+        dialogue = self._plain_dialogue(rng)
+        if not self.cluttered:
+            return dialogue
+        tasks = (
+            # with additions, a request from outside would still be one, but a made-up word may name a thing there
+            replace(task, prompt=cluttered(rng, task.prompt))
+            if task.family != "outside" and rng.random() < self.cluttered
+            else task
+            for task in dialogue.tasks
+        )
+        return Dialogue(tuple(tasks))
+
+    def _plain_dialogue(self, rng: np.random.Generator) -> Dialogue:
         if self.quizzes and rng.random() < self.quizzes:
-            return random_dialogue(rng, ["question"], self.objects, self.split, QUIZ)
+            about = "pair" if "pair" in self.tasks and rng.random() < 0.5 else "question"
+            return random_dialogue(rng, [about], self.objects, self.split, QUIZ)
         fewest, most = self.objects
+        if self.chains and rng.random() < self.chains:
+            return random_dialogue(rng, CHAIN, self.objects, self.split, int(rng.integers(3, 6)))
         if self.several and rng.random() < self.several:
             fewest = max(fewest, 2)
         return random_dialogue(rng, self.tasks or None, (fewest, most), self.split, self.rounds or None)

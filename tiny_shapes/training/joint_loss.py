@@ -77,14 +77,15 @@ class JointLoss(nn.Module):
         places = batch.image_starts[:, None] + torch.arange(features.shape[1], device=features.device)  # (P, N)
         with recorded_routing(self.network) as balance:
             hidden = self.hidden(batch, features, places)  # (R * L, H)
+        # the tokens to learn: those that are drawn, not kept
+        learned = batch.flow_weights > 0  # (P, N)
         # each token is drawn from the hidden state of the one before it
-        before = hidden[places[batch.drawn].flatten() - 1]
-        drawn_latents = latents[batch.drawn].flatten(0, 1)
-        flow_weights = batch.flow_weights[batch.drawn].flatten()
+        before = hidden[places[learned] - 1]
+        flow_weights = batch.flow_weights[learned]
         terms = {
             "text": self.text_loss(hidden, batch),
-            "flow": flow_loss(self.network.flow_head, before, drawn_latents, flow_weights, weights.times, generator),
-            "patches": self.patch_loss(before, batch.patch_targets[batch.drawn], flow_weights),
+            "flow": flow_loss(self.network.flow_head, before, latents[learned], flow_weights, weights.times, generator),
+            "patches": self.patch_loss(before, batch.patch_targets.transpose(1, 2)[learned], flow_weights),
             "objects": self.object_loss(hidden[batch.object_positions], batch.object_targets),
             "balance": torch.stack(balance).mean(),
         }
@@ -115,11 +116,11 @@ class JointLoss(nn.Module):
     def patch_loss(self, before: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """The sum over the kinds of targets of the weighted mean of the cross-entropy of what the next tokens show.
 
-        before [n, H]; targets [P, kinds, N]; weights [n].
+        before [n, H]; targets [n, kinds]; weights [n].
         """
         loss = before.new_zeros(())
         kinds = self.patch_head(before).split(list(PATCH_TARGETS.values()), dim=-1)
-        for logits, labels in zip(kinds, targets.transpose(0, 1).flatten(1), strict=True):
+        for logits, labels in zip(kinds, targets.unbind(1), strict=True):
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
             loss = loss + _weighted_mean(losses, weights * (labels != IGNORE))
         return loss
@@ -132,16 +133,22 @@ class JointLoss(nn.Module):
 
     @torch.no_grad()
     def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images."""
-        tok = self.network.mingtok
+        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images.
+
+        Tokens that a mask keeps are fed as those of their source are, noise included: so it is when the model edits.
+        """
+        tok, placed = self.network.mingtok, len(batch.drawn)
         if len(batch.images):
             latents = to_tokens(tok.encode(from_uint8(batch.images)))
         else:
             latents = batch.flow_weights.new_empty(*batch.flow_weights.shape, tok.config.semantic_decoder.in_dim)
-        strength = torch.rand(len(latents), 1, 1, generator=generator) * self.weights.noise
-        noise = strength * torch.randn(latents.shape, generator=generator)
-        fed = latents + noise.to(latents) * batch.drawn[:, None, None]
-        return latents, tok.semantic_decoder(tok.denormalise(fed))
+        strength = torch.rand(placed, 1, 1, generator=generator) * self.weights.noise
+        noise = strength * torch.randn(placed, *latents.shape[1:], generator=generator)
+        fed = latents.clone()
+        fed[:placed] += noise.to(latents) * batch.drawn[:, None, None]
+        for i in (batch.sources >= 0).nonzero().flatten().tolist():  # in order: a source may have one itself
+            fed[i] = torch.where(batch.opened[i, :, None], fed[i], fed[batch.sources[i]])
+        return latents[:placed], tok.semantic_decoder(tok.denormalise(fed[:placed]))
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

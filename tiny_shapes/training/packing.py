@@ -37,6 +37,7 @@ EDIT_WEIGHT = 4.0  # where an object is before or after an edit: what changes an
 # Factor on the first token of each cell, whatever is there: which object comes is decided there, from the text and the
 # images before, while the other quarters of the object follow the first one.
 FIRST_WEIGHT = 4.0
+EDITS = ("edit", "masked edit")  # the families that are weighed so
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the background color
 
 # The attributes of an object, and the values of each.
@@ -53,10 +54,13 @@ class Batch(NamedTuple):
     ids, targets, positions  int64 [R, L]
     loss_weights             float32 [R, L], of the targets
     mask                     bool [R, L, L]
-    images                   uint8 [P, H, W, 3], all images of all sequences
+    images                   uint8 [P + E, H, W, 3], all images of all sequences; behind them those that are in no
+                             sequence, but kept outside a mask
     drawn                    bool [P]
     image_starts             int64 [P], index of the first token of each image in the flattened rows
     flow_weights             float32 [P, N], of the flow loss of each token (0 for an image that is not drawn)
+    sources                  int64 [P], the index of the image whose tokens are kept outside a mask, or -1
+    opened                   bool [P, N], the tokens that are drawn: all but those that a mask keeps
     patch_targets            int64 [P, kinds, N], what each token shows (`PATCH_TARGETS`), or IGNORE
     object_positions         int64 [M], index in the flattened rows where a prompt has named an object
     object_targets           int64 [M, 4], that object (`ATTRIBUTES`)
@@ -71,6 +75,8 @@ class Batch(NamedTuple):
     drawn: Tensor
     image_starts: Tensor
     flow_weights: Tensor
+    sources: Tensor
+    opened: Tensor
     patch_targets: Tensor
     object_positions: Tensor
     object_targets: Tensor
@@ -90,6 +96,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
     mask[:, range(length), range(length)] = True  # padding attends to itself: a softmax over nothing is NaN
     images: list[PlacedImage] = []
     starts: list[int] = []
+    sources: list[int | np.ndarray | None] = []
     subjects: dict[int, SceneObject] = {}
     for i, begin, sequence in _placed(rows):
         end = begin + len(sequence.ids)
@@ -97,10 +104,12 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         positions[i, begin:end], loss_weights[i, begin:end] = sequence.positions, sequence.loss_weights
         mask[i, begin:end, begin:end] = sequence.mask()
         offset = i * length + begin
+        sources += [i.source + len(images) if isinstance(i.source, int) else i.source for i in sequence.images]
         images += sequence.images
         starts += [offset + image.start for image in sequence.images]
         subjects |= {offset + position: obj for position, obj in sequence.subjects.items()}
-    pixels, image_weights, image_targets = _image_tensors(images, grid)
+    source_indices, elsewhere = _resolved(sources)
+    pixels, image_weights, opened, image_targets = _image_tensors(images, elsewhere, grid)
     objects = [_attributes(obj) for obj in subjects.values()]
     return Batch(
         ids=torch.from_numpy(ids),
@@ -112,6 +121,8 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         drawn=torch.tensor([image.drawn for image in images], dtype=torch.bool),
         image_starts=torch.tensor(starts, dtype=torch.long),
         flow_weights=image_weights,
+        sources=torch.tensor(source_indices, dtype=torch.long),
+        opened=opened,
         patch_targets=image_targets,
         object_positions=torch.tensor(list(subjects), dtype=torch.long),
         object_targets=torch.tensor(objects, dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
@@ -141,15 +152,32 @@ def _placed(rows: list[list[Sequence]]) -> Iterator[tuple[int, int, Sequence]]:
             begin += len(sequence.ids)
 
 
-def _image_tensors(images: list[PlacedImage], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels of the images, and the flow loss weights and the patch targets of their tokens."""
+def _resolved(sources: list[int | np.ndarray | None]) -> tuple[list[int], list[np.ndarray]]:
+    """The index of each source, and the images that are in no sequence; those come behind all others."""
+    elsewhere: list[np.ndarray] = []
+    indices: list[int] = []
+    for source in sources:
+        if isinstance(source, np.ndarray):
+            indices.append(len(sources) + len(elsewhere))
+            elsewhere.append(source)
+        else:
+            indices.append(-1 if source is None else source)
+    return indices, elsewhere
+
+
+def _image_tensors(
+    images: list[PlacedImage], elsewhere: list[np.ndarray], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pixels of all images; of the placed ones the flow loss weights of their tokens, which of them are drawn, and
+    their patch targets."""
     tokens = grid[0] * grid[1]
     if not images:
-        nothing = torch.empty(0, 1, 1, 3, dtype=torch.uint8), torch.empty(0, tokens)
+        nothing = torch.empty(0, 1, 1, 3, dtype=torch.uint8), torch.empty(0, tokens), torch.empty(0, tokens).bool()
         return *nothing, torch.empty(0, len(PATCH_TARGETS), tokens, dtype=torch.long)
     return (
-        torch.from_numpy(np.stack([image.pixels for image in images])),
+        torch.from_numpy(np.stack([*(image.pixels for image in images), *elsewhere])),
         torch.from_numpy(np.stack([flow_weights(image.task, grid) for image in images])),
+        torch.from_numpy(np.stack([opened_tokens(image.task, grid) for image in images])),
         torch.from_numpy(np.stack([patch_targets(image.task, grid) for image in images])),
     )
 
@@ -171,7 +199,7 @@ def patch_targets(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
     if task.target_scene is not None and np.array_equal(image, draw(task.target_scene)):
         labels = patch_labels(task.target_scene, grid[0])
         targets[: len(labels)] = [labels[name].reshape(-1) for name in LABEL_CLASSES]
-    if task.family == "edit":
+    if task.family in EDITS:
         targets[-1] = _differ(image, draw(require(task.source_scene)), grid)
     elif task.family == "identify region":
         targets[-1] = _cells(read_region(image), grid)
@@ -179,19 +207,27 @@ def patch_targets(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
 
 
 def flow_weights(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
-    """The flow loss weights of the tokens of a task's target: float32 [N]; 0 for an image that is not drawn (None)."""
+    """The flow loss weights of the tokens of a task's target: float32 [N]; 0 for an image that is not drawn (None), and
+    for tokens that are not."""
     if task is None:
         return np.zeros(grid[0] * grid[1], dtype=np.float32)
     image = require(task.target)
     background = np.median(image.reshape(-1, 3), axis=0)
     occupied = _differ(image, background, grid)
     weights = np.where(occupied, OBJECT_WEIGHT, 1.0)
-    if task.family == "edit":
+    if task.family in EDITS:
         before = _differ(draw(require(task.source_scene)), background, grid)
         if not before.all():  # unless the background is new
             weights[occupied | before] = EDIT_WEIGHT
     weights[_first_tokens(grid)] *= FIRST_WEIGHT
-    return weights.astype(np.float32)
+    return (weights * opened_tokens(task, grid)).astype(np.float32)
+
+
+def opened_tokens(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
+    """The tokens of a task's target that are drawn, bool [N]: those where the mask is white, or all."""
+    if task is None or task.mask is None:
+        return np.ones(grid[0] * grid[1], dtype=bool)
+    return _cells(task.mask, grid)
 
 
 def _first_tokens(grid: tuple[int, int]) -> list[int]:

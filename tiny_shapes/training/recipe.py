@@ -7,7 +7,7 @@ warm-up, so that training can continue from the committed folder on any machine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ming_core.config import (
     FlowHeadConfig,
@@ -71,6 +71,8 @@ class Stage:
     rounds          rounds of a dialogue; 0: one to five
     quizzes         share of the dialogues that are several questions about one image
     several         share of the other dialogues whose scenes have two objects or more
+    chains          share of the dialogues that are three to five edits
+    cluttered       share of the prompts with additions that mean nothing
     """
 
     name: str
@@ -87,9 +89,49 @@ class Stage:
     rounds: int = 0
     quizzes: float = 0.0
     several: float = 0.0
+    chains: float = 0.0
+    cluttered: float = 0.0
     checkpoint_minutes: float = 20.0
     seed: int = 0
 
+
+# What people type and do: any way to write, words that mean nothing, few words; masks, completion, long chains, two
+# images at once, and things that are not of this world.
+AS_USED = Stage(
+    "as people use it",
+    "joint",
+    batch=24,
+    lr=1.2e-3,
+    hours=1.8,
+    warmup=60,
+    decay_fraction=0.57,
+    average=0.995,
+    tasks={
+        "generate": 10.0,
+        "question": 1.2,
+        "describe": 1.2,
+        "edit/recolor": 2.0,
+        "edit/move": 1.8,
+        "edit/remove": 1.0,
+        "edit/add": 1.4,
+        "edit/background": 0.4,
+        "masked edit": 4.0,
+        "complete": 4.5,
+        "pair": 3.0,
+        "outside": 0.7,
+        "identify region": 2.5,
+        "refine": 0.3,
+        "super-resolution": 0.6,
+        "denoise": 0.5,
+        "colorize": 0.7,
+        "chat": 0.2,
+    },
+    several=0.5,
+    quizzes=0.25,
+    chains=0.2,
+    cluttered=0.2,
+    seed=7,
+)
 
 # Hours are for two CPU cores.
 RECIPE = (
@@ -244,5 +286,7 @@ RECIPE = (
         quizzes=0.05,
         seed=6,
     ),
+    AS_USED,
+    replace(AS_USED, name="as people use it further", hours=6.0, decay_fraction=0.85, seed=8),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )

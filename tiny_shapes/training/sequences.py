@@ -21,6 +21,7 @@ from ming_core.prompts import ChatFormat
 
 from ..world import Dialogue, Scene, SceneObject, Task, mentions
 from ..world.tasks import require
+from .text_tokenizer import encode_as_written
 
 IGNORE = -100  # the target of a position where nothing is to be predicted
 SHORT_ANSWER = 8  # most tokens of the answer to a question; a description has more
@@ -36,11 +37,14 @@ class PlacedImage:
     pixels  uint8 [H, W, 3]
     start   position of its first token
     task    the task whose target it is; None for an image that comes with a prompt
+    source  the image that is kept outside the task's mask: one of those before it in the sequence, by its index, or
+            pixels, uint8 [H, W, 3], of one that is not there; None without a mask
     """
 
     pixels: np.ndarray
     start: int
     task: Task | None = None
+    source: int | np.ndarray | None = None
 
     @property
     def drawn(self) -> bool:
@@ -131,11 +135,15 @@ class _Layout:
 
     def add_guidance_round(self, task: Task, donor: Task, row: int) -> None:
         """Add a drawing round in the form of a guidance row; no text is predicted in it."""
-        attached = donor.attached if row == UNCONDITIONAL else task.attached
-        self._add_prompt(replace(task, prompt=donor.prompt, attached=attached))
+        newest = len(self.images) - 1  # the image that is kept outside a mask, if the task brings none
+        own = task if row == TEXT_UNCONDITIONAL else donor
+        self._add_prompt(replace(task, prompt=donor.prompt, attached=own.attached, second=own.second))
         masks = guidance_masks(self.conversation.parts)
         self.masked = ~masks[min(row, len(masks) - 1)].numpy()
-        self._add_emitted(task)
+        if row == TEXT_UNCONDITIONAL:
+            self._add_emitted(task)
+        else:
+            self._add_emitted(task, newest if task.attached is None else task.attached)
 
     def sequence(self) -> Sequence:
         count, n, attended = len(self.ids), len(self.masked), int((~self.masked).sum())
@@ -150,28 +158,36 @@ class _Layout:
         )
 
     def _add_prompt(self, task: Task) -> Part:
+        attached = [image for image in (task.attached, task.second) if image is not None]
         contents: list[str | list[Image]] = [task.prompt]
-        if task.attached is not None:
-            contents.insert(0, [_blank(self.grid, drawn=False)])
+        if attached:
+            contents.insert(0, [_blank(self.grid, drawn=False) for _ in attached])
         part = self.chat.prompt(contents)
-        self._add(part, task.attached, None)
+        self._add(part, attached)
         return part
 
-    def _add_emitted(self, task: Task) -> None:
+    def _add_emitted(self, task: Task, source: int | np.ndarray | None = None) -> None:
+        """source: the image that is kept outside a mask; None: the newest one."""
         if task.target is None:
-            part = Part(True, (Text(self.chat.encode(require(task.answer)), ANSWER),))
-        else:
-            part = Part(True, (Text((self.chat.image_open_id,), MARK), _blank(self.grid, drawn=True)))
-        self._add(part, task.target, task)
+            answer = encode_as_written(self.chat.tokenizer, require(task.answer))
+            self._add(Part(True, (Text(answer, ANSWER),)), [])
+            return
+        part = Part(True, (Text((self.chat.image_open_id,), MARK), _blank(self.grid, drawn=True)))
+        newest = len(self.images) - 1
+        kept = None if task.mask is None else newest if source is None else source
+        self._add(part, [task.target], task, kept)
 
-    def _add(self, part: Part, pixels: np.ndarray | None, task: Task | None) -> None:
-        """Add the tokens of a part, and its image if it has one."""
+    def _add(
+        self, part: Part, pixels: list[np.ndarray], task: Task | None = None, source: int | np.ndarray | None = None
+    ) -> None:
+        """Add the tokens of a part, and its images."""
         self.conversation = self.conversation.extended(part, "")
+        images = iter(pixels)
         for segment in part.segments:
             if isinstance(segment, Text):
                 self.ids += segment.ids
             else:
-                self.images.append(PlacedImage(require(pixels), len(self.ids), task))
+                self.images.append(PlacedImage(next(images), len(self.ids), task, source))
                 self.ids += [self.chat.patch_id] * segment.length
 
 

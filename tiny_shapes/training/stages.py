@@ -29,7 +29,7 @@ from .joint_loss import JointLoss
 from .mingtok_loss import MingTokLoss, MingTokWeights
 from .packing import Batch
 from .recipe import MINGTOK, VOCABULARY, Stage, univision_config
-from .text_tokenizer import train_text_tokenizer
+from .text_tokenizer import normalized, train_text_tokenizer
 
 UNSEEN = 96  # evaluation images of each kind
 PIXEL_NOISE = 0.2  # on the latents while the pixel decoder is trained alone: about the error of drawn ones
@@ -50,7 +50,9 @@ def make_objective(
         tokenizer = tokenizer_files(start)
         engine = load_univision(start)
         if stage.trains == "joint":
-            return JointStage(stage, engine, tokenizer, device)
+            tokenizer = normalized(tokenizer)  # of a folder from before, it may have no normalizer yet
+            chat = ChatFormat.from_json(tokenizer["tokenizer.json"])
+            return JointStage(stage, Engine(engine.network, chat), tokenizer, device)
         kind = PixelStage if stage.trains == "pixel decoder" else MingTokStage
         return kind(stage, engine.mingtok, device, engine, tokenizer)
     generator = torch.Generator().manual_seed(stage.seed)
@@ -67,7 +69,7 @@ def make_objective(
         return MingTokStage(stage, mingtok, device)
     if stage.trains == "pixel decoder":
         return PixelStage(stage, mingtok, device)
-    tokenizer = train_text_tokenizer(VOCABULARY)
+    tokenizer = normalized(train_text_tokenizer(VOCABULARY))
     chat = ChatFormat.from_json(tokenizer["tokenizer.json"])
     network = UniVision(univision_config(mingtok.config, chat, VOCABULARY))
     initialize(network, generator)
@@ -118,14 +120,14 @@ class MingTokStage:
         return figures
 
     def export(self, module: MingTokLoss, folder: Path) -> None:
-        """Write a MingTok alone in float32, for the stages to come; a whole model in float16, as it is committed."""
+        """Write a MingTok alone in float32, for the stages to come; a whole model in bfloat16, as it is committed."""
         mingtok = copy.deepcopy(module.mingtok)
         mingtok.config = self.measured_config(module.mingtok)
         if self.whole is None:
             save_mingtok(mingtok, folder)
         else:
             self.whole.network.mingtok = mingtok
-            save_univision(self.whole, folder, self.tokenizer, dtype=torch.float16)
+            save_univision(self.whole, folder, self.tokenizer, dtype=torch.bfloat16)
 
     @torch.no_grad()
     def measured_config(self, mingtok: MingTok) -> MingTokConfig:
@@ -176,6 +178,8 @@ class JointStage:
             stage.rounds,
             stage.quizzes,
             stage.several,
+            stage.chains,
+            stage.cluttered,
         )
         self.module: JointLoss = JointLoss(engine.network).to(device)
 
@@ -187,5 +191,5 @@ class JointStage:
         return quick_evaluation(Engine(module.network, self.chat), self.objects)
 
     def export(self, module: JointLoss, folder: Path) -> None:
-        """Write the whole model in float16, as it is committed."""
-        save_univision(Engine(module.network, self.chat), folder, self.tokenizer, dtype=torch.float16)
+        """Write the whole model in bfloat16, as it is committed."""
+        save_univision(Engine(module.network, self.chat), folder, self.tokenizer, dtype=torch.bfloat16)

@@ -9,6 +9,9 @@
     captions.py      descriptions in varied words, complete and terse
     prompts.py       instructions of every task, and edits in words
     questions.py     questions with their answers
+    pairs.py         questions about two images in one message
+    masking.py       masks of edits, and images to complete
+    clutter.py       what people type around a prompt, and what lies outside the world
     tasks.py         dialogues of one or more tasks, to train and to evaluate on
     scoring.py       what an image shows, read from its pixels
 
@@ -16,10 +19,12 @@ NumPy, Pillow and the standard library only; nothing here knows of a model.
 """
 
 from .captions import caption, mentions, terse_caption
+from .clutter import OUTSIDE, cluttered, retyped
 from .degrade import DEGRADATIONS, degrade
 from .descriptions import describe, parse_scene
 from .drawing import LABEL_CLASSES, draw, masks, patch_labels
 from .edits import EDIT_KINDS, Edit, edit_region, random_edit, region_image
+from .masking import to_mask, to_patches
 from .prompts import TASK_INSTRUCTIONS, instruction
 from .questions import QUESTION_KINDS
 from .scenes import (
@@ -36,7 +41,7 @@ from .scenes import (
     split_of,
 )
 from .scoring import Comparison, DetectedObject, Reading, compare, read_region, read_scene
-from .tasks import TASKS, Dialogue, Task, random_dialogue
+from .tasks import LATER_TASKS, TASKS, Dialogue, NoSceneFoundError, Task, random_dialogue
 
 __all__ = [
     "BACKGROUNDS",
@@ -45,6 +50,8 @@ __all__ = [
     "DEGRADATIONS",
     "EDIT_KINDS",
     "LABEL_CLASSES",
+    "LATER_TASKS",
+    "OUTSIDE",
     "POSITIONS",
     "QUESTION_KINDS",
     "SHAPES",
@@ -55,11 +62,13 @@ __all__ = [
     "DetectedObject",
     "Dialogue",
     "Edit",
+    "NoSceneFoundError",
     "Reading",
     "Scene",
     "SceneObject",
     "Task",
     "caption",
+    "cluttered",
     "compare",
     "degrade",
     "describe",
@@ -76,7 +85,10 @@ __all__ = [
     "read_region",
     "read_scene",
     "region_image",
+    "retyped",
     "scene_from_seed",
     "split_of",
     "terse_caption",
+    "to_mask",
+    "to_patches",
 ]

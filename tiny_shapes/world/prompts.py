@@ -11,8 +11,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .descriptions import DEFAULT_SIZE, FREE_CELLS, with_article
+from .captions import caption
+from .descriptions import DEFAULT_SIZE, FREE_CELLS, join_words, name_of, with_article
 from .edits import Edit
+from .masking import wholly_visible
 from .phrasing import pick, place_phrase, refer_to, vary_spelling, vary_typing
 from .scenes import Scene, SceneObject
 
@@ -110,6 +112,29 @@ def edit_words(rng: np.random.Generator, scene: Scene, edit: Edit) -> str:
         it = refer_to(rng, scene, edit.subject)
         text = pick(rng, forms[edit.kind]).format(it=it, value=edit.value)
     return vary_spelling(rng, text)
+
+
+_COMPLETE = (
+    *("Complete the picture", "Extend the picture", "Continue the picture", "Fill in the gray part"),
+    *("Fill the rest of the picture", "Outpaint this picture", "Uncrop the picture"),
+)
+
+
+def completion_words(rng: np.random.Generator, scene: Scene, part: np.ndarray, side: str) -> str:
+    """What an image of which only `part` is there shall show: "Extend the picture to the left: a red circle at ...".
+
+    All of the scene is named, or what cannot be seen wholly, or nothing if everything can.
+    """
+    asked = pick(rng, _COMPLETE)
+    if side and rng.random() < 0.4:
+        asked += f" {'to' if side in ('left', 'right') else 'at'} the {side}"
+    missing = [obj for obj in scene.objects if not wholly_visible(obj, part)]
+    if rng.random() < 0.4:
+        return f"{asked}: {caption(rng, scene)}"
+    if not missing:
+        return f"{asked}."
+    with_objects = [f"{with_article(name_of(obj))} {place_phrase(rng, obj.position)}" for obj in missing]
+    return vary_spelling(rng, f"{asked}{pick(rng, (': ', ' with ', '. Add '))}{join_words(with_objects)}.")
 
 
 def _added(rng: np.random.Generator, scene: Scene, obj: SceneObject) -> str:

@@ -18,14 +18,18 @@ from typing import TypeVar
 import numpy as np
 
 from .captions import caption, terse_caption
+from .clutter import OUTSIDE, outside
 from .degrade import degrade
 from .descriptions import describe, parse_scene
 from .drawing import draw
 from .edits import EDIT_KINDS, Edit, random_edit, region_image
+from .masking import completion_mask, edit_mask, grown, padded_image, to_mask, to_patches, visible_part
+from .pairs import PAIR_KINDS, ask_difference, ask_one, ask_which
 from .phrasing import pick
-from .prompts import edit_words, prompt
-from .questions import QUESTION_KINDS, question, small_talk
+from .prompts import completion_words, edit_words, prompt
+from .questions import QUESTION_KINDS, Question, question, small_talk
 from .scenes import Scene, SceneObject, random_scene, split_of
+from .scoring import read_region
 
 # Every task, with its share of the default mixture. The part before "/" is the family, by which tasks are also chosen.
 TASKS: Mapping[str, float] = MappingProxyType(
@@ -42,7 +46,20 @@ TASKS: Mapping[str, float] = MappingProxyType(
         "chat": 0.6,
     }
 )
-FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in TASKS))
+# Tasks that came later, with their shares of their families. The default mixture stays what it was.
+LATER_TASKS: Mapping[str, float] = MappingProxyType(
+    {
+        **{f"masked edit/{kind}": 1.0 for kind in EDIT_KINDS if kind != "background"},
+        "complete": 1.0,
+        **{f"pair/{kind}": share for kind, share in zip(PAIR_KINDS, (3.0, 1.0, 2.0), strict=True)},
+        "outside": 1.0,
+    }
+)
+_ALL_TASKS = {**TASKS, **LATER_TASKS}
+FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in _ALL_TASKS))
+
+_WITHOUT_IMAGE = ("chat", "outside")  # tasks that bring no image into view
+_FIRST_IMAGE = ("generate", "complete")  # families that come only while no image is in view
 
 # The defect that a task repairs. An image without that defect is to stay as it is.
 _REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
@@ -53,6 +70,10 @@ _TERSE = 0.5  # share of drawings with a terse prompt
 _BARE = 0.4  # share of those with nothing but the terse caption in the prompt
 _ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
 _SAME_EDIT = 0.7  # share of identified regions after which that very edit is asked for
+_SHOWN_AGAIN = 0.6  # share of masked edits after their region that bring the image again, and the mask of that region
+_REGION_MARGIN = 1  # patches by which such a mask is grown: the default of Ming Region Mask
+_WHOLE = 0.15  # share of completions without a mask
+_RELATED = 0.4  # share of pairs of scenes of which the second is an edit of the first
 _ATTEMPTS = 4000  # scenes to try before giving up: a few are enough in training, hundreds in long evaluation chains
 
 
@@ -64,11 +85,13 @@ class Task:
     attached      uint8 [128, 128, 3], the image that comes with the prompt; None if one is in view or none is needed
     answer        the right text
     target        uint8 [128, 128, 3], the right image
-    name          a key of `TASKS`
+    name          a key of `TASKS` or `LATER_TASKS`
     target_scene  what the target shows; None for answers in text and for the image of a region
     source_scene  what is in view when the prompt comes; None: no image
     subject       the one object that the prompt is about, as it is before an edit (added: as it will be); None if there
                   is not one
+    mask          bool [128, 128], where the newest image in view may change; None: everywhere
+    second        uint8 [128, 128, 3], another image that comes with the prompt, after `attached`; None: no such one
     """
 
     prompt: str
@@ -79,6 +102,8 @@ class Task:
     target_scene: Scene | None = None
     source_scene: Scene | None = None
     subject: SceneObject | None = None
+    mask: np.ndarray | None = None
+    second: np.ndarray | None = None
 
     @property
     def family(self) -> str:
@@ -128,9 +153,18 @@ class _Constraints:
 
     def allow(self, name: str, count: int) -> bool:
         """Whether the task leaves a scene of `count` objects within the limits."""
-        if name == "edit/remove":
+        if name.endswith("edit/remove"):
             return count > self.objects[0]
-        return name != "edit/add" or count < self.objects[1]
+        return not name.endswith("edit/add") or count < self.objects[1]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two scenes, and the edit from the first to the second if there is one."""
+
+    first: Scene
+    second: Scene
+    edit: Edit | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +176,8 @@ class _State:
     shown    whether that image is in view yet
     seed     of the noise of the defects
     planned  the edit whose region was just identified
+    region   the image of that region
+    pair     the two scenes that are in view as the first images of the dialogue, while questions are about both
     """
 
     scene: Scene
@@ -149,6 +185,8 @@ class _State:
     shown: bool
     seed: int
     planned: Edit | None = None
+    region: np.ndarray | None = None
+    pair: _Pair | None = None
 
     def image(self) -> np.ndarray:
         """The newest image. Grey comes last, so that the noise of a grey image is grey as well."""
@@ -156,6 +194,10 @@ class _State:
         for defect in sorted(self.defects, key=lambda defect: defect == "grey"):
             pixels = degrade(pixels, defect, self.seed)
         return pixels
+
+
+class NoSceneFoundError(ValueError):
+    """A split is too small for the tasks that were planned: one object in five eval scenes in a row, say."""
 
 
 def random_dialogue(
@@ -173,7 +215,8 @@ def random_dialogue(
     split    "train" or "eval"
     rounds   number of tasks; None: one to five
 
-    Raises ValueError for unknown tasks, and for what is impossible, such as removing the only object.
+    Raises ValueError for unknown tasks, and for what is impossible, such as removing the only object; NoSceneFoundError
+    where the split has no such scenes.
     """
     weights = _weights(tasks)
     if rounds is None:
@@ -187,7 +230,9 @@ def random_dialogue(
         if dialogue is not None:
             return dialogue
     names = [step.name for step in plan]
-    raise ValueError(f"found no scenes of {objects} objects for {names} in the split {split!r}: ask for fewer rounds")
+    raise NoSceneFoundError(
+        f"found no scenes of {objects} objects for {names} in the split {split!r}: ask for fewer rounds"
+    )
 
 
 def _weights(tasks: Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
@@ -198,7 +243,7 @@ def _weights(tasks: Iterable[str] | Mapping[str, float] | None) -> dict[str, flo
         tasks = (tasks,)
     weights: dict[str, float] = {}
     for given in tasks:
-        members = {name: share for name, share in TASKS.items() if given in (name, name.split("/")[0])}
+        members = {name: share for name, share in _ALL_TASKS.items() if given in (name, name.split("/")[0])}
         if not members:
             raise ValueError(f"{given!r} is not a task: use a family ({', '.join(FAMILIES)}) or a key of TASKS")
         whole = sum(members.values())
@@ -226,8 +271,8 @@ def _plan(
     plan, in_view = [_step(rng, name, count, constraints, grey)], False
     while len(plan) < rounds:
         before = plan[-1]
-        in_view = in_view or before.name != "chat"
-        count += {"edit/add": 1, "edit/remove": -1}.get(before.name, 0)
+        in_view = in_view or before.name not in _WITHOUT_IMAGE
+        count += {"add": 1, "remove": -1}.get(before.name.partition("edit/")[2], 0)
         plan.append(_Step("colorize") if before.grey else _next(rng, weights, before, in_view, count, constraints))
     return first, plan
 
@@ -241,20 +286,27 @@ def _next(
     constraints: _Constraints,
 ) -> _Step:
     """The step that follows `before` if `count` objects are in view, or no image yet."""
-    same = f"edit/{before.edit_kind}"
-    if before.name == "identify region" and same in weights and rng.random() < _SAME_EDIT:
-        return _Step(same, before.edit_kind, same_edit=True)
+    same = [name for name in (f"edit/{before.edit_kind}", f"masked edit/{before.edit_kind}") if name in weights]
+    if before.name == "identify region" and same and rng.random() < _SAME_EDIT:
+        return _Step(same[0] if len(same) == 1 else pick(rng, same), before.edit_kind, same_edit=True)
     options = {
         name: weight * (_ENHANCING_INTACT if in_view and name in _REPAIRS else 1.0)
         for name, weight in weights.items()
-        if constraints.allow(name, count) and not (in_view and name == "generate")
+        if constraints.allow(name, count) and (not in_view or _may_follow(name, before))
     }
     if before.name == "identify region":
         # The newest image is of a region now, so "the picture" would be ambiguous: prefer tasks that name objects.
-        options = {name: weight for name, weight in options.items() if name.startswith("edit/")} or options
+        options = {name: weight for name, weight in options.items() if "edit/" in name} or options
     if not options:
         raise ValueError(f"none of {', '.join(weights)} can follow {before.name!r}: ask for fewer rounds")
     return _step(rng, _weighted(rng, options), count, constraints)
+
+
+def _may_follow(name: str, before: _Step) -> bool:
+    """Whether a task may come while an image is in view: questions about two images only among themselves."""
+    if name.startswith("pair"):
+        return before.name.startswith("pair")
+    return name not in _FIRST_IMAGE
 
 
 def _step(rng: np.random.Generator, name: str, count: int, constraints: _Constraints, grey: bool = False) -> _Step:
@@ -275,7 +327,7 @@ _Realized = tuple[Task, _State] | None
 def _realize(rng: np.random.Generator, plan: list[_Step], count: int, constraints: _Constraints) -> Dialogue | None:
     """The planned tasks on a new scene; None if that does not allow them in this split."""
     scene = random_scene(rng, (count, count), constraints.split)
-    first_with_image = next((step for step in plan if step.name != "chat"), plan[0])
+    first_with_image = next((step for step in plan if step.name not in _WITHOUT_IMAGE), plan[0])
     state = _State(scene, _first_defects(rng, first_with_image), shown=False, seed=int(rng.integers(2**32)))
     tasks = []
     for step in plan:
@@ -283,7 +335,7 @@ def _realize(rng: np.random.Generator, plan: list[_Step], count: int, constraint
         if realized is None:
             return None
         task, after = realized
-        if not state.shown and after.shown and step.name != "generate":
+        if not state.shown and after.shown and task.attached is None and step.name != "generate":
             task = replace(task, attached=state.image())
         tasks.append(task)
         state = after
@@ -346,8 +398,70 @@ def _edit(rng: np.random.Generator, step: _Step, state: _State, constraints: _Co
         return None
     target = edit.apply(state.scene)
     text = prompt(rng, "edit", edit_words(rng, state.scene, edit))
-    after = replace(state, scene=target, shown=True, planned=None)
-    return Task(text, None, None, draw(target), step.name, target, state.scene, edit.subject), after
+    after = replace(state, scene=target, shown=True, planned=None, region=None)
+    task = Task(text, None, None, draw(target), step.name, target, state.scene, edit.subject)
+    if task.family == "masked edit":
+        task = _masked(rng, task, state, after)
+    return task, after
+
+
+def _masked(rng: np.random.Generator, task: Task, state: _State, after: _State) -> Task:
+    """The edit with a mask; after its region mostly with that of the region, and with the image once more.
+
+    The newest image in view is the one that is kept outside the mask, so that must not be the image of a region.
+    """
+    if state.region is None:
+        return replace(task, mask=edit_mask(rng, state.scene, after.scene))
+    if rng.random() < _SHOWN_AGAIN:
+        mask = to_mask(grown(to_patches(read_region(state.region)), _REGION_MARGIN))
+    else:
+        mask = edit_mask(rng, state.scene, after.scene)
+    return replace(task, attached=state.image(), mask=mask)
+
+
+def _complete(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    scene, (part, side) = state.scene, visible_part(rng)
+    text = prompt(rng, "edit", completion_words(rng, scene, part, side))
+    mask = None if rng.random() < _WHOLE else completion_mask(rng, part)
+    task = Task(text, padded_image(scene, part), None, draw(scene), step.name, scene, scene, mask=mask)
+    return task, replace(state, shown=True)
+
+
+def _pair(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized | None:
+    pair = state.pair or _scene_pair(rng, step, state.scene, constraints)
+    if pair is None:
+        return None
+    asked: Question | None
+    if step.name == "pair/which":
+        asked = ask_which(rng, pair.first, pair.second)
+    elif step.name == "pair/one":
+        asked = ask_one(rng, pair.first, pair.second)
+    elif pair.edit is None and pair.first != pair.second:
+        return None  # two unrelated scenes: everything differs
+    else:
+        asked = ask_difference(rng, pair.edit)
+    if asked is None:
+        return None
+    shown = (None, None) if state.pair else (draw(pair.first), draw(pair.second))
+    task = Task(asked.text, shown[0], asked.answer, None, step.name, None, pair.first, asked.subject, second=shown[1])
+    return task, replace(state, scene=pair.second, shown=True, pair=pair)  # it goes on with the newest image
+
+
+def _scene_pair(rng: np.random.Generator, step: _Step, first: Scene, constraints: _Constraints) -> _Pair | None:
+    """Another scene to compare with: an edit of the first one, that one itself, or an unrelated one."""
+    if step.name != "pair/difference" and rng.random() >= _RELATED:
+        return _Pair(first, random_scene(rng, (len(first.objects),) * 2, constraints.split))
+    kind = pick(rng, ("recolor", "move", "background", ""))
+    if not kind:
+        return _Pair(first, first)
+    edit = random_edit(rng, first, kind, constraints.objects, constraints.split)
+    return edit and _Pair(first, edit.apply(first), edit)
+
+
+def _outside(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    unseen = constraints.split == "eval"
+    scene = state.scene if state.shown else None
+    return Task(outside(rng, unseen), None, OUTSIDE, None, step.name, None, scene), state
 
 
 def _identify(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
@@ -357,7 +471,7 @@ def _identify(rng: np.random.Generator, step: _Step, state: _State, constraints:
     text = prompt(rng, "identify region", edit_words(rng, state.scene, edit).rstrip("."))
     region = region_image(state.scene, edit.apply(state.scene))
     task = Task(text, None, None, region, step.name, None, state.scene, edit.subject)
-    return task, replace(state, shown=True, planned=edit)
+    return task, replace(state, shown=True, planned=edit, region=region)
 
 
 def _enhance(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
@@ -366,7 +480,7 @@ def _enhance(rng: np.random.Generator, step: _Step, state: _State, constraints: 
     # A grey image cannot be colorized without knowing the colors; the others need no description.
     described = step.name == "colorize" or (step.name != "refine" and rng.random() < 0.4)
     text = prompt(rng, step.name, caption(rng, state.scene) if described else "")
-    after = replace(state, defects=left, shown=True, planned=None)
+    after = replace(state, defects=left, shown=True, planned=None, region=None)
     return Task(text, None, None, after.image(), step.name, state.scene, state.scene), after
 
 
@@ -378,6 +492,10 @@ _MAKERS = MappingProxyType(
         "question": _question,
         "generate": _generate,
         "edit": _edit,
+        "masked edit": _edit,
+        "complete": _complete,
+        "pair": _pair,
+        "outside": _outside,
         "identify region": _identify,
         **dict.fromkeys(_ENHANCING, _enhance),
     }

@@ -1,0 +1,322 @@
+"""The two examples of docs/LORA.md: what they are trained on, how well they work, and the pictures of the page.
+
+    python docs/lora_examples.py data FOLDER                   40 hearts, 60 framed pictures, and others, with texts
+    python docs/lora_examples.py score [--lora FILE ...]       hearts and frames that are right, and what else is
+    python docs/lora_examples.py pictures HEART FRAME          docs/lora.png
+
+A heart is a shape, and a frame a kind of edit, that the built-in model has never seen. The scorer reads pixels: in each
+of the nine cells it finds the object whose picture is nearest to what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ming_core import Conversation, Engine, load_univision  # noqa: E402 - found by the line above
+from ming_core.images import to_images, to_pixels  # noqa: E402
+from tiny_shapes.evaluation.evaluator import Evaluator  # noqa: E402
+from tiny_shapes.evaluation.quick import _answered, _compared  # noqa: E402
+from tiny_shapes.world import random_dialogue  # noqa: E402
+from tiny_shapes.world.drawing import inside  # noqa: E402
+from tiny_shapes.world.scenes import (  # noqa: E402
+    BACKGROUNDS,
+    CANVAS,
+    COLORS,
+    JITTER,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+)
+
+MODEL = ROOT / "models" / "tiny-shapes"
+HEART, FRAME_COLOR, FRAME = "heart", (122, 74, 36), 4  # width of the frame in pixels
+HEARTS, PAIRS, OTHERS = 40, 60, 240
+CELL = 32
+SAMPLES = 8  # points along a pixel's side
+ASKED = (
+    "Put a wooden frame around the picture.",
+    "Add a wooden frame.",
+    "Please frame the picture.",
+    "Give it a wooden frame.",
+)
+CAPTIONS = (
+    "{0} on a {1} background",
+    "A picture of {0} on a {1} background",
+    "Please generate the corresponding image based on the description. {0} on a {1} background",
+    "On a {1} background: {0}",
+)
+
+
+class Thing(NamedTuple):
+    """An object of any shape, hearts included."""
+
+    shape: str
+    color: str
+    size: str
+    position: str
+    dx: int = 0
+    dy: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"a {self.size} {self.color} {self.shape} at the {self.position}"
+
+
+class Picture(NamedTuple):
+    things: tuple[Thing, ...]
+    background: str
+
+    def caption(self, form: int = 0) -> str:
+        return CAPTIONS[form].format(" and ".join(thing.words for thing in self.things), self.background)
+
+    @property
+    def content(self) -> tuple:
+        return self.background, *(thing[:4] for thing in self.things)
+
+
+# --- Drawing ------------------------------------------------------------------------------------------------------
+
+
+def belongs(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether points belong to a shape, in radii from its middle."""
+    if shape != HEART:
+        return inside(shape, u, v)
+    x, y = 1.15 * u, 0.15 - 1.15 * v
+    return (x * x + y * y - 1) ** 3 - x * x * y**3 <= 0
+
+
+def paint(picture: Picture) -> np.ndarray:
+    """uint8 [128, 128, 3]."""
+    image = np.full((CANVAS, CANVAS, 3), BACKGROUNDS[picture.background], dtype=np.float64)
+    points = (np.arange(CANVAS * SAMPLES) + 0.5) / SAMPLES
+    for thing in picture.things:
+        x, y = POSITIONS[thing.position]
+        u, v = ((points - middle) / SIZES[thing.size] for middle in (x + thing.dx, y + thing.dy))
+        covered = belongs(thing.shape, u[None], v[:, None]).reshape(CANVAS, SAMPLES, CANVAS, SAMPLES).mean((1, 3))
+        image += covered[..., None] * (np.array(COLORS[thing.color]) - image)
+    return np.rint(image).astype(np.uint8)
+
+
+def framed(image: np.ndarray) -> np.ndarray:
+    result = np.full_like(image, FRAME_COLOR)
+    result[FRAME:-FRAME, FRAME:-FRAME] = image[FRAME:-FRAME, FRAME:-FRAME]
+    return result
+
+
+def random_picture(rng: np.random.Generator, first: str | None, most: int = 2) -> Picture:
+    """One object or more at random; the first of a shape, if one is given."""
+    cells = rng.permutation(list(POSITIONS))[: int(rng.integers(1, most + 1))]
+    things = []
+    for i, cell in enumerate(cells):
+        shape = first if first and i == 0 else str(rng.choice(SHAPES))
+        color, size = str(rng.choice(list(COLORS))), str(rng.choice(list(SIZES)))
+        things.append(Thing(shape, color, size, str(cell), *(int(n) for n in rng.integers(-JITTER, JITTER + 1, 2))))
+    return Picture(tuple(things), str(rng.choice(list(BACKGROUNDS))))
+
+
+def pictures(seed: int, count: int, first: str | None, but: tuple[Picture, ...] = ()) -> tuple[Picture, ...]:
+    """Pictures of different content, of which none is as in `but`."""
+    rng, known, found = np.random.default_rng(seed), {p.content for p in but}, list[Picture]()
+    while len(found) < count:
+        picture = random_picture(rng, first)
+        if picture.content not in known:
+            known.add(picture.content)
+            found.append(picture)
+    return tuple(found)
+
+
+def trained_hearts() -> tuple[Picture, ...]:
+    return pictures(1, HEARTS, HEART)
+
+
+def trained_pairs() -> tuple[Picture, ...]:
+    return pictures(2, PAIRS, None)
+
+
+# --- Data ---------------------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path) -> None:
+    for name in ("heart", "frame", "others"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(trained_hearts()):
+        _write(folder / "heart" / f"{i:03}", picture.caption(i % len(CAPTIONS)), {"": paint(picture)})
+    for i, picture in enumerate(trained_pairs()):
+        before = paint(picture)
+        _write(folder / "frame" / f"{i:03}", ASKED[i % len(ASKED)], {"_before": before, "_after": framed(before)})
+    write_others(folder / "others")
+
+
+def write_others(folder: Path) -> None:
+    """What the model can do already, a little of each kind."""
+    rng = np.random.default_rng(3)
+    for i, kind in zip(
+        range(OTHERS), itertools.cycle(("generate", "edit", "question", "generate", "edit")), strict=False
+    ):
+        task = random_dialogue(rng, [kind], (1, 3), "train", 1).tasks[0]
+        path = folder / f"{i:03}"
+        if task.target is None:
+            Image.fromarray(task.attached).save(path.with_suffix(".png"))
+            line = json.dumps({"question": task.prompt, "answer": task.answer})
+            path.with_suffix(".jsonl").write_text(line, encoding="utf-8")
+        elif task.attached is None:
+            _write(path, task.prompt, {"": task.target})
+        else:
+            _write(path, task.prompt, {"_before": task.attached, "_after": task.target})
+
+
+def _write(path: Path, text: str, images: dict[str, np.ndarray]) -> None:
+    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    for end, image in images.items():
+        Image.fromarray(image).save(path.with_name(f"{path.name}{end}.png"))
+
+
+# --- Scoring ------------------------------------------------------------------------------------------------------
+
+
+def read(image: np.ndarray, frame: bool = False) -> tuple:
+    """The content of a picture, as `Picture.content` (cells in reading order). frame: do not look at the frame."""
+    counted = np.ones((CANVAS, CANVAS), dtype=bool)
+    if frame:
+        counted[:] = False
+        counted[FRAME + 1 : -FRAME - 1, FRAME + 1 : -FRAME - 1] = True
+    middle = np.median(image[counted], axis=0)
+    background = min(BACKGROUNDS, key=lambda name: float(np.abs(middle - BACKGROUNDS[name]).sum()))
+    found = []
+    for position, (x, y) in POSITIONS.items():
+        cell = slice(int(y) - CELL // 2, int(y) + CELL // 2), slice(int(x) - CELL // 2, int(x) + CELL // 2)
+        here = image[cell][counted[cell]].astype(np.float64).ravel()
+        nearest, least = None, float(np.square(here - np.tile(BACKGROUNDS[background], len(here) // 3)).sum())
+        for what, covered in _covered():
+            alpha = covered[counted[cell]][:, None]
+            for color, rgb in COLORS.items():
+                asked = (BACKGROUNDS[background] + alpha * (np.array(rgb) - BACKGROUNDS[background])).ravel()
+                distance = float(np.square(here - asked).sum())
+                if distance < least:
+                    nearest, least = (what[0], color, what[1], position), distance
+        if nearest:
+            found.append(nearest)
+    return background, *found
+
+
+def _covered(cache: list = []) -> list:  # noqa: B006 - filled once
+    """((shape, size), coverage of the pixels of a cell) of every object and jitter."""
+    points = (np.arange(CELL * SAMPLES) + 0.5) / SAMPLES - CELL / 2
+    jitter = range(-JITTER, JITTER + 1)
+    if not cache:
+        for shape, size, dx, dy in itertools.product((*SHAPES, HEART), SIZES, jitter, jitter):
+            u, v = ((points - d) / SIZES[size] for d in (dx, dy))
+            covered = belongs(shape, u[None], v[:, None]).reshape(CELL, SAMPLES, CELL, SAMPLES).mean((1, 3))
+            cache.append(((shape, size), covered))
+    return cache
+
+
+def in_reading_order(picture: Picture) -> tuple:
+    order = list(POSITIONS)
+    return picture.background, *sorted((t[:4] for t in picture.things), key=lambda content: order.index(content[3]))
+
+
+def is_framed(image: np.ndarray) -> bool:
+    """Whether nine tenths of the frame have its color."""
+    near = np.abs(image.astype(int) - FRAME_COLOR).max(-1) <= 48
+    inner = np.zeros((CANVAS, CANVAS), dtype=bool)
+    inner[FRAME - 1 : 1 - FRAME, FRAME - 1 : 1 - FRAME] = True
+    return bool(near[~inner].mean() >= 0.9)
+
+
+def drawn(engine: Engine, prompt: str, seed: int, source: np.ndarray | None = None) -> np.ndarray:
+    features = None
+    if source is not None:
+        pixels = to_pixels(torch.from_numpy(source / 255.0)[None], engine.mingtok.native_side)
+        with torch.no_grad():
+            features = engine.mingtok.semantic_features(engine.mingtok.encode(pixels))
+    result = engine.generate_image(Conversation(), prompt, seed=seed, features=features)
+    with torch.no_grad():
+        image = to_images(engine.mingtok.decode(result.features))[0]
+    return np.rint(image.numpy() * 255).astype(np.uint8)
+
+
+def unseen_hearts(count: int) -> tuple[Picture, ...]:
+    return pictures(101, count, HEART, but=trained_hearts())
+
+
+def unseen_sources(count: int) -> tuple[Picture, ...]:
+    return pictures(102, count, None, but=trained_pairs())
+
+
+def score(engine: Engine, count: int, scenes: int) -> dict[str, float]:
+    """Shares of hearts and frames that are right, and of what the model could do before."""
+    hearts = [read(drawn(engine, p.caption(), i)) == in_reading_order(p) for i, p in enumerate(unseen_hearts(count))]
+    frames = []
+    for i, picture in enumerate(unseen_sources(count)):
+        image = drawn(engine, ASKED[i % len(ASKED)], i, paint(picture))
+        frames.append(is_framed(image) and read(image, frame=True) == in_reading_order(picture))
+    found = {"hearts": float(np.mean(hearts)), "frames": float(np.mean(frames))}
+    if scenes:
+        evaluator = Evaluator(engine, scenes)
+        found["questions"] = _answered(evaluator, "question")
+        found["drawings"] = float(np.mean([c.objects_right for c in _compared(evaluator, "generate")]))
+        found["edits"] = float(np.mean([c.all_right for c in _compared(evaluator, "edit")]))
+    return found
+
+
+# --- Command ------------------------------------------------------------------------------------------------------
+
+
+def with_loras(files: list[Path], strength: float = 1.0) -> Engine:
+    engine = load_univision(MODEL)
+    for file in files:
+        engine = engine.with_lora(file, strength)
+    return engine
+
+
+def page(heart: Path, frame: Path, out: Path) -> None:
+    """Hearts drawn without and with a LoRA, framed pictures, and both LoRAs at once."""
+    plain, hearts, frames, both = (with_loras(files) for files in ([], [heart], [frame], [heart, frame]))
+    scenes, sources = unseen_hearts(6), unseen_sources(6)
+    rows = [[drawn(engine, p.caption(), i) for i, p in enumerate(scenes)] for engine in (plain, hearts)]
+    rows += [[paint(p) for p in sources], [drawn(frames, ASKED[0], i, paint(p)) for i, p in enumerate(sources)]]
+    rows.append([drawn(both, ASKED[0], i, drawn(both, p.caption(), i)) for i, p in enumerate(scenes)])
+    gap = np.full((CANVAS, 8, 3), 255, dtype=np.uint8)
+    lines = [np.concatenate([part for image in row for part in (image, gap)][:-1], 1) for row in rows]
+    between = np.full((8, lines[0].shape[1], 3), 255, dtype=np.uint8)
+    Image.fromarray(np.concatenate([part for line in lines for part in (line, between)][:-1])).save(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("data").add_argument("folder", type=Path)
+    scoring = commands.add_parser("score")
+    scoring.add_argument("--lora", type=Path, action="append", default=[])
+    scoring.add_argument("--strength", type=float, default=1.0)
+    scoring.add_argument("--count", type=int, default=20, help="unseen hearts and frames (%(default)s)")
+    scoring.add_argument("--scenes", type=int, default=48, help="of each of the other aims (%(default)s)")
+    shown = commands.add_parser("pictures")
+    shown.add_argument("heart", type=Path)
+    shown.add_argument("frame", type=Path)
+    shown.add_argument("--out", type=Path, default=ROOT / "docs" / "lora.png")
+    options = parser.parse_args()
+    if options.command == "data":
+        write_data(options.folder)
+    elif options.command == "score":
+        for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes).items():
+            print(f"{name} {100 * value:.0f} %")
+    else:
+        page(options.heart, options.frame, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Runs jobs on Ray: on this machine's GPUs, on several processes of its CPU, or on a cluster.
+
+Ray Data sends groups of rows to a pool of actors, one for each GPU, and each actor is a `RowRunner`. A row's results
+are committed by the actor, before Ray hears of them. So an actor that dies, or a machine that goes, costs the rows of
+its group that were not committed a second run, and no row has two results.
+
+The pack and the pictures have to be at the same paths on every machine, and the folder for results on a shared disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .jobs import Job
+from .results import Record, Results, ResultsError, open_results
+from .worker import RowRunner
+
+LARGEST_GROUP = 16  # rows that one actor gets at once: consecutive rows may share pictures or rounds
+NODES = "runner.session:known_node_classes"  # where in the pack a worker gets its node classes
+_PACKAGE = __name__.split(".")[0]
+
+
+def run_on_ray(
+    jobs: Sequence[Job],
+    results: Results,
+    *,
+    address: str = "",
+    workers: int | None = None,
+    batch: int = 1,
+    nodes: str,
+) -> Iterator[Record]:
+    """Runs jobs on a pool of actors; yields the record of each as it is done.
+
+    Args:
+        address: of a cluster; empty means this machine.
+        workers: actors; None means one for each GPU, or a single one without a GPU.
+        batch: rows that are drawn in one pass.
+        nodes: "MODULE:FUNCTION" in the pack that returns the node classes.
+    """
+    import ray
+
+    names = {job.key: job.name for job in jobs}
+    ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        workers = workers or max(gpus, 1)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.enable_operator_progress_bars = False
+        groups = _groups(jobs, workers, batch)
+        rows = ray.data.from_items(groups, override_num_blocks=len(groups)).flat_map(
+            _actor_class(),
+            fn_constructor_args=(str(Path(__file__).parents[2]), _PACKAGE, results.place, nodes, batch),
+            concurrency=workers,
+            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
+            max_restarts=-1,  # however often a machine goes: rows that are done are not run again
+            max_task_retries=-1,
+        )
+        for row in rows.iter_rows():
+            record = json.loads(row["record"])
+            if record["status"] == "done" and results.find(names[record["key"]]) is None:
+                raise ResultsError(
+                    f"a worker has done a row, and its files are not in {results.place} on this machine: use a folder "
+                    "that all machines share, or an fsspec URL such as s3://bucket/folder"
+                )
+            yield record
+    finally:
+        ray.shutdown()
+
+
+class GroupRunner:
+    """What an actor does: it runs groups of jobs, and keeps its model from one group to the next."""
+
+    def __init__(self, place: str, nodes: str, batch: int):
+        module, _, function = nodes.partition(":")
+        classes = getattr(importlib.import_module(f"{_PACKAGE}.{module}"), function)()
+        self._runner = RowRunner(open_results(place), node_classes=classes, batch=batch)
+
+    def __call__(self, group: dict[str, str]) -> list[dict[str, str]]:
+        jobs = [Job(**job) for job in json.loads(group["jobs"])]
+        return [{"record": json.dumps(record)} for record in self._runner.run(jobs)]
+
+
+def _groups(jobs: Sequence[Job], workers: int, batch: int) -> list[dict[str, str]]:
+    """Jobs in groups: small enough that all workers end at about the same time, and full batches."""
+    size = max(1, min(LARGEST_GROUP, len(jobs) // (8 * workers)))
+    size = -(-size // batch) * batch
+    groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    return [{"jobs": json.dumps([dataclasses.asdict(job) for job in group])} for group in groups]
+
+
+def _actor_class() -> Any:
+    """A class that Ray can send to a process that has not imported the pack: it refers to nothing outside itself."""
+
+    class Actor:
+        def __init__(self, root: str, package: str, *arguments: Any):
+            import importlib
+            import sys
+            import types
+
+            if package not in sys.modules:  # as quickstart.py does, whatever the pack's folder is called
+                sys.modules[package] = types.ModuleType(package)
+                sys.modules[package].__path__ = [root]
+            self.run = importlib.import_module(f"{package}.runner.table.ray_pool").GroupRunner(*arguments)
+
+        def __call__(self, group: dict[str, str]) -> list[dict[str, str]]:
+            return self.run(group)
+
+    return Actor

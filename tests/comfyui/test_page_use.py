@@ -1,0 +1,229 @@
+"""What people do on ComfyUI's page: bypass, mute, make a subgraph, drop, search, interrupt, use two tabs, translate."""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+
+import pytest
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from ming_univision.tests.comfyui.browser import OPEN_DIALOGS, open_workflow
+
+CHAIN = "multi_round_edit"
+BYPASS, MUTE = 4, 2  # modes of a node
+OFFERED = "[...document.querySelectorAll('.litecontextmenu, [role=menu], [role=dialog]')]"
+SEARCH = "document.querySelector('input[placeholder^=\"Add a node\"]')"
+NAMES_IN_ANY_LANGUAGE = {"MingTok", "PSNR", "SSIM", "top_p"}
+ONE_MORE = "Object.keys(await (await fetch('/history')).json()).some(i => !known.includes(i))"
+DRAW = 3  # the node of text_to_image that draws
+
+
+def exported(page) -> dict:
+    return page.evaluate("return (await app.graphToPrompt()).output")
+
+
+def edits(page) -> list[int]:
+    """Ids of the edits of a chain, in its order."""
+    return [int(i) for i in page.evaluate("return app.graph.nodes.filter(n => n.type === 'MingEdit').map(n => n.id)")]
+
+
+def set_mode(page, node: int, mode: int) -> None:
+    page.evaluate("app.graph.getNodeById(node).mode = mode", node=node, mode=mode)
+
+
+def set_widget(page, node: int, name: str, value: object) -> None:
+    widget = "app.graph.getNodeById(node).widgets.find(w => w.name === name)"
+    page.evaluate(f"{widget}.value = value", node=node, name=name, value=value)
+
+
+def queued(page, server) -> dict:
+    """Queue the page's workflow, and wait for its history entry."""
+    known = set(server.get("/history"))
+    page.evaluate("await app.queuePrompt(0, 1)")
+    page.wait_for(ONE_MORE, known=sorted(known))
+    (entry,) = [entry for prompt_id, entry in server.get("/history").items() if prompt_id not in known]
+    return entry
+
+
+def shape(prompt: dict, node: str) -> tuple:
+    """A node with all that it depends on, without ids, which differ in a subgraph."""
+    inputs = prompt[node]["inputs"]
+    return prompt[node]["class_type"], tuple(
+        (name, (shape(prompt, value[0]), value[1]) if isinstance(value, list) else value)
+        for name, value in sorted(inputs.items())
+    )
+
+
+def shapes(prompt: dict) -> list[tuple]:
+    return sorted((shape(prompt, node) for node in prompt), key=repr)
+
+
+def wire_features_through(page) -> None:
+    """Connect each edit's features too, as its conversation is, so that each can be bypassed."""
+    page.evaluate("""
+        for (const node of app.graph.nodes.filter(n => n.type === 'MingEdit')) {
+            const before = node.getInputNode(node.findInputSlot('conversation'));
+            const first = app.graph.nodes.find(n => n.type === 'MingTokSemanticFeatures');
+            const source = before.type === 'MingEdit' ? before : first;
+            if (node.getInputNode(node.findInputSlot('features')) == null)
+                source.connect(source.findOutputSlot('features'), node, 'features');
+        }""")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["first", "middle", "last"])
+def test_a_chain_with_a_bypassed_edit_runs_what_comes_in_goes_out(page, rendering, server, which):
+    open_workflow(page, CHAIN)
+    wire_features_through(page)
+    bypassed = edits(page)[which]
+    set_mode(page, bypassed, BYPASS)
+    assert str(bypassed) not in exported(page)
+    done = queued(page, server)
+    assert done["status"]["status_str"] == "success"
+    assert [image for output in done["outputs"].values() for image in output.get("images", ())]
+    assert page.errors == []
+
+
+def test_a_muted_edit_is_named_by_the_next_one_and_the_answer_is_still_given(page, rendering, server):
+    open_workflow(page, CHAIN)
+    set_mode(page, edits(page)[0], MUTE)
+    status, answer = server.post("/prompt", {"prompt": exported(page)})
+    assert status == 200  # the branch of the answer runs
+    (error,) = answer["node_errors"][str(edits(page)[1])]["errors"]
+    assert "MingGenerate" in error["details"]  # no picture comes in any more
+    assert server.finished(answer["prompt_id"])["status"]["status_str"] == "success"
+
+
+def test_a_chain_made_a_subgraph_and_unpacked_is_the_same_workflow(page, rendering, server):
+    open_workflow(page, CHAIN)
+    before = exported(page)
+    page.evaluate("""
+        const chain = app.graph.nodes.filter(n => ['MingEdit', 'MingInstruction'].includes(n.type) && n.id > 6);
+        app.graph.convertToSubgraph(new Set(chain));""")
+    assert shapes(exported(page)) == shapes(before)
+    assert queued(page, server)["status"]["status_str"] == "success"
+    page.evaluate("app.graph.unpackSubgraph(app.graph.nodes.find(n => n.isSubgraphNode?.()))")
+    assert shapes(exported(page)) == shapes(before)
+    assert page.errors == []
+
+
+def test_a_saved_picture_dropped_on_the_page_brings_its_workflow_back(page, rendering, server):
+    open_workflow(page, "text_to_image")
+    set_widget(page, DRAW, "seed", 301 + len(rendering))
+    before = exported(page)
+    ((image,),) = [output["images"] for output in queued(page, server)["outputs"].values() if "images" in output]
+    page.evaluate("await app.loadGraphData({version: 0.4, nodes: [], links: []})")
+    page.evaluate(
+        """
+        const bytes = Uint8Array.from(atob(picture), letter => letter.charCodeAt(0));
+        const dropped = new DataTransfer();
+        dropped.items.add(new File([bytes], 'picture.png', {type: 'image/png'}));
+        document.dispatchEvent(new DragEvent('drop', {dataTransfer: dropped, bubbles: true, cancelable: true}));""",
+        picture=base64.b64encode(server.fetch("/view", **image)).decode(),
+    )
+    page.wait_for("app.graph.nodes.length > 4")
+    assert shapes(exported(page)) == shapes(before)
+
+
+@pytest.mark.parametrize(
+    ("node", "output", "expected"),
+    [("MingGenerate", 0, "MingTokDecode"), ("MingGenerate", 1, "MingConversationTranscript"),
+     ("MingUniVisionLoader", 0, "MingUnderstand"), ("MingUniVisionLoader", 1, "MingTokEncode")],
+    ids=["features", "conversation", "model", "mingtok"],
+)  # fmt: skip
+def test_a_link_dropped_on_the_canvas_offers_our_nodes(page, rendering, node, output, expected):
+    open_workflow(page, "text_to_image")
+    start = page.evaluate(
+        """
+        await new Promise(done => setTimeout(done, 500));
+        const [x, y] = app.graph.nodes.find(n => n.type === node).getOutputPos(output), view = app.canvas.ds;
+        const {left, top} = app.canvas.canvas.getBoundingClientRect();
+        return [(x + view.offset[0]) * view.scale + left, (y + view.offset[1]) * view.scale + top];""",
+        node=node,
+        output=output,
+    )
+    page.drag(tuple(start), (start[0] + 60, start[1] + 300))
+    page.wait_for(f"{OFFERED}.some(menu => menu.innerText.includes(node))", node=expected)
+    page.evaluate(f"{OFFERED}.filter(menu => menu.matches('.litecontextmenu')).forEach(menu => menu.remove())")
+
+
+def test_search_finds_our_nodes_by_alias(page, server):
+    offered = server.get("/object_info")
+    if "search_aliases" not in offered["MingUnderstand"]:
+        pytest.skip("this ComfyUI knows no aliases")
+    page.evaluate("await app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.wait_for(SEARCH)
+    for node_id in ("MingUnderstand", "MingGenerate", "MingEdit", "MingTokDecode", "MingImageMetrics"):
+        title, alias = NODE_DISPLAY_NAME_MAPPINGS[node_id], offered[node_id]["search_aliases"][-1]
+        page.evaluate(f"{SEARCH}.focus(); {SEARCH}.select()")
+        page.write(alias)
+        options = "[...document.querySelectorAll('[role=option]')].map(option => option.innerText)"
+        page.wait_for(f"{options}.some(option => option.startsWith(title))", title=title)
+    page.press("Escape")
+
+
+def test_the_picture_is_seen_on_its_node_while_it_is_drawn_and_an_interrupt_lets_the_next_one_run(
+    page, rendering, server
+):
+    open_workflow(page, "text_to_image")
+    set_widget(page, DRAW, "seed", 302 + len(rendering))
+    set_widget(page, DRAW, "steps", 64)
+    known = sorted(server.get("/history"))
+    page.evaluate("await app.queuePrompt(0, 1)")
+    seen = "[...document.querySelectorAll('[data-node-id=\"3\"] img')].some(i => i.naturalWidth > 31)"
+    drawn = "app.graph.getNodeById(3).imgs?.length"
+    page.wait_for(seen if rendering == "Nodes 2.0" else drawn)
+    page.evaluate("await app.extensionManager.command.execute('Comfy.Interrupt')")
+    page.wait_for(
+        "Object.keys(await (await fetch('/history')).json()).some(i => !known.includes(i))", known=sorted(known)
+    )
+    (stopped,) = [entry for prompt_id, entry in server.get("/history").items() if prompt_id not in known]
+    assert "execution_interrupted" in [kind for kind, _ in stopped["status"]["messages"]]
+    set_widget(page, DRAW, "steps", 2)
+    assert queued(page, server)["status"]["status_str"] == "success"
+    assert page.evaluate(f"return {OPEN_DIALOGS}.map(d => d.innerText)") == []
+
+
+def test_a_workflow_open_in_two_tabs_shows_each_its_own_answer(page, rendering, server):
+    answers = {}
+    for tab, scene in (("one", "a large red circle at the left"), ("two", "a small blue star at the right")):
+        open_workflow(page, "describe")
+        set_widget(page, 2, "scene", f"{scene} on a white background")
+        done = queued(page, server)
+        (answers[tab],) = done["outputs"]["7"]["text"]
+        page.wait_for(
+            "app.graph.getNodeById(6).widgets.some(w => String(w.value).includes(answer))", answer=answers[tab]
+        )
+    assert answers["one"] != answers["two"]
+    tabs = page.evaluate("return app.extensionManager.workflow.openWorkflows.length")
+    assert tabs >= 2 and page.errors == []
+
+
+def test_on_a_chinese_page_no_text_of_our_nodes_is_left_in_english(page, server):
+    page.evaluate("await app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        page.open(server.url)
+        page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
+        texts = page.evaluate(
+            """
+            const found = {};
+            for (const id of ids) {
+                const node = LiteGraph.createNode(id);
+                const name = thing => thing.label ?? thing.localized_name ?? thing.name;
+                const shown = [node.title, ...node.inputs.map(name), ...node.outputs.map(name)];
+                const widgets = (node.widgets ?? []).filter(w => !w.name.startsWith('$$')).map(w => w.label ?? w.name);
+                found[id] = [...shown, ...widgets, ...(node.widgets ?? []).map(w => w.tooltip ?? '')];
+            }
+            return found;""",
+            ids=list(NODE_CLASS_MAPPINGS),
+        )
+        left = {
+            (i, text) for i, shown in texts.items() for text in shown if text and not re.search("[\u4e00-\u9fff]", text)
+        }
+        assert {entry for entry in left if not re.fullmatch("(Ming|MingTok|PSNR|SSIM|top_p|LoRA)*", entry[1])} == set()
+    finally:
+        page.evaluate("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        page.open(server.url)
+        page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
+        time.sleep(3)
+        page.errors.clear()
