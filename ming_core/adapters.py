@@ -215,11 +215,16 @@ def _stacked_branch(layer: LowRank, module: nn.Module, args: tuple[Tensor, Route
 
 
 def _stacked_product(x: Tensor, route: Route, down: Tensor, up: Tensor) -> Tensor:
-    """Every row of x [P, K] through the branch of its expert -> [P, N]. It never waits for the device."""
+    """Rows of x through the branches of their experts -> [P, N], as `StackedWeight.forward` multiplies them.
+
+    It waits for the device on no route that does not wait already.
+    """
     if isinstance(route, OneExpert):
         return F.linear(F.linear(x, down[route.expert]), up[route.expert])
-    if isinstance(route, ExpertPerRow):  # few rows: each copies its branch
-        return torch.einsum("pnr,pr->pn", up[route.experts], torch.einsum("prk,pk->pr", down[route.experts], x))
+    if isinstance(route, ExpertPerRow):  # few pairs: each copies its branch
+        downs = down[route.experts].view(len(x), -1, x.shape[-1])  # (R, P / R * r, K): those of a row read it together
+        hidden = torch.bmm(downs, x[..., None]).view(len(route.experts), -1, 1)  # (P, r, 1)
+        return torch.bmm(up[route.experts], hidden)[..., 0]
     # many rows through the branches of all experts at once, which are as narrow together as one layer is wide
     hidden = F.linear(x, down.flatten(0, 1)).unflatten(1, down.shape[:2])  # (P, E, r)
     row, expert = torch.arange(len(x), device=x.device), torch.arange(len(down), device=x.device)

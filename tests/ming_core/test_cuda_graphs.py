@@ -9,6 +9,7 @@ from ming_univision.ming_core.offload import all_on
 from ming_univision.ming_core.quantization import FORMATS
 from ming_univision.nodes.host import PACK
 from ming_univision.tests.kernels import int4_kernel
+from ming_univision.tests.loras import write_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +84,23 @@ def test_a_drawing_by_graphs_is_the_drawing(model, picture, graphs, monkeypatch,
         torch.testing.assert_close(found.features.latents, plain.features.latents, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.features.tokens, plain.features.tokens, rtol=1e-4, atol=1e-4)
         assert found.token_ids == plain.token_ids
+
+
+def test_a_drawing_by_graphs_has_the_lora_of_its_engine(model, graphs, monkeypatch, tmp_path):
+    engines = [model.with_lora(write_lora(tmp_path / "lora.safetensors", model.network)), model]
+
+    def draw(engine):
+        model.prefix_cache.clear()
+        return engine.generate_image(Conversation(), "a red circle", max_new_tokens=1, solver=Solver(4)).features
+
+    by_graphs = []
+    for engine in engines:
+        by_graphs.append(draw(engine).tokens)
+        assert all(step.replaying for step in graphs.values())
+    monkeypatch.undo()
+    for found, engine in zip(by_graphs, engines, strict=True):
+        torch.testing.assert_close(found, draw(engine).tokens, rtol=1e-4, atol=1e-4)
+    assert (by_graphs[0] - by_graphs[1]).abs().max() > 0.1
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from ming_univision.ming_core.quantization.kernels import kernel_works
 from ming_univision.ming_core.quantization.layers import FORMATS, QuantizedLinear
 from ming_univision.nodes.host import PACK
 from ming_univision.tests.far_device import FarDevice, bring, near_first
+from ming_univision.tests.loras import write_lora
 from torch import Tensor
 
 REAL = torch.cuda.is_available()
@@ -118,6 +119,20 @@ def test_a_gpu_gives_what_the_cpu_gives_and_draws_without_waiting(gpu, scene, pr
     assert found.said == expected.said or (REAL and precision != "fp32")
     assert torch.cosine_similarity(found.drawn.flatten(), expected.drawn.flatten(), dim=0) > CLOSEST[precision]
     assert (found.shown - expected.shown).abs().mean() < 0.05
+
+
+def test_a_lora_on_a_gpu_gives_what_it_gives_on_the_cpu_and_draws_without_waiting(gpu, tmp_path):
+    near = load_univision(BUILT_IN, **PRECISIONS["bf16"])
+    file, model = write_lora(tmp_path / "lora.safetensors", near.network, size=0.4), gpu.load("bf16")
+
+    def draw(engine: Engine, **options) -> Tensor:
+        options = {"guidance": Guidance(1.0, 1.0), "solver": Solver(1), "max_new_tokens": 1, **options}
+        return engine.generate_image(Conversation(), "Draw a red circle.", **options).features.latents.flatten()
+
+    plain, expected = draw(near), draw(near.with_lora(file))
+    found = draw(model.with_lora(file), on_token=gpu.never_waits(model))
+    like = torch.nn.CosineSimilarity(dim=0)
+    assert like(found, expected) > CLOSEST["bf16"] > like(plain, expected)
 
 
 @on_a_real_one

@@ -26,10 +26,9 @@ from ming_univision.ming_core import (
     load_univision,
 )
 from ming_univision.ming_core.experts import StackedWeight
-from ming_univision.ming_core.lora import targets
 from ming_univision.nodes import host
 from ming_univision.tests.far_device import FarDevice, near_first
-from safetensors.torch import save_file
+from ming_univision.tests.loras import write_lora
 
 comfy = pytest.importorskip("comfy", reason="ComfyUI is not on the path")
 management = comfy.model_management
@@ -437,13 +436,7 @@ def test_a_change_that_is_meant_for_comfyuis_samplers_is_refused(checkpoint_fold
 
 @pytest.fixture
 def lora_file(checkpoint_folder, tmp_path):
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, target in targets(load_univision(checkpoint_folder).network).items():
-        rows, width = target.shape
-        tensors[f"{name}.lora_A"] = torch.randn(2, width, generator=generator) / width**0.5
-        tensors[f"{name}.lora_B"] = torch.randn(rows, 2, generator=generator) * 0.2
-    save_file(tensors, tmp_path / "lora.safetensors")
-    return tmp_path / "lora.safetensors"
+    return write_lora(tmp_path / "lora.safetensors", load_univision(checkpoint_folder).network)
 
 
 @pytest.mark.parametrize(("part", "quantization"), [(10, None), (0.6, "int8"), (0.0, None)])

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from ming_univision.ming_core import Conversation, FileError, Solver
-from ming_univision.ming_core.lora import read_lora, targets
+from ming_univision.ming_core.lora import read_lora
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, lora
+from ming_univision.tests.loras import write_lora
 from safetensors.torch import load_file, save_file
 
 
@@ -21,18 +22,6 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def loaded(model):
     return host.managed(model, "small")
-
-
-def write(path, engine, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, target in targets(engine.network).items():
-        rows, width = target.shape
-        tensors[f"{name}.lora_A"] = torch.randn(2, width, generator=generator) / width**0.5
-        tensors[f"{name}.lora_B"] = torch.randn(rows, 2, generator=generator) * 0.2
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path)
-    return path
 
 
 def load(loaded, name, strength=1.0, node=None):
@@ -51,8 +40,8 @@ def draw(loaded):
 
 
 def test_safetensors_files_of_the_folder_are_listed_and_no_others(folder, loaded):
-    write(folder / "b.safetensors", loaded.model)
-    write(folder / "cats" / "a.safetensors", loaded.model)
+    write_lora(folder / "b.safetensors", loaded.model.network)
+    write_lora(folder / "cats" / "a.safetensors", loaded.model.network)
     (folder / "pickle.pt").write_bytes(b"")
     assert listed() == ["b.safetensors", "cats/a.safetensors"]
 
@@ -63,7 +52,7 @@ def test_a_folder_that_is_not_there_is_an_empty_list(folder, monkeypatch):
 
 
 def test_names_in_comfyuis_folders_have_the_same_separator_on_every_system(tmp_path, monkeypatch, loaded):
-    file = write(tmp_path / "a.safetensors", loaded.model)
+    file = write_lora(tmp_path / "a.safetensors", loaded.model.network)
 
     class Folders:
         @staticmethod
@@ -80,8 +69,8 @@ def test_names_in_comfyuis_folders_have_the_same_separator_on_every_system(tmp_p
 
 
 def test_two_branches_of_a_graph_share_one_model(folder, loaded):
-    write(folder / "a.safetensors", loaded.model)
-    write(folder / "b.safetensors", loaded.model, seed=1)
+    write_lora(folder / "a.safetensors", loaded.model.network)
+    write_lora(folder / "b.safetensors", loaded.model.network, seed=1)
     plain = draw(loaded)
     one, other = load(loaded, "a.safetensors"), load(loaded, "b.safetensors", -0.5)
     stacked = load(one, "b.safetensors", 0.3)
@@ -94,12 +83,12 @@ def test_two_branches_of_a_graph_share_one_model(folder, loaded):
 
 
 def test_strength_0_is_the_model_itself(folder, loaded):
-    write(folder / "a.safetensors", loaded.model)
+    write_lora(folder / "a.safetensors", loaded.model.network)
     assert torch.equal(draw(load(loaded, "a.safetensors", 0.0)), draw(loaded))
 
 
 def test_another_strength_does_not_read_the_file_again_and_a_changed_file_does(folder, loaded, monkeypatch):
-    file = write(folder / "a.safetensors", loaded.model)
+    file = write_lora(folder / "a.safetensors", loaded.model.network)
     reads = []
     monkeypatch.setattr(lora, "read_lora", lambda *args: reads.append(args) or read_lora(*args))
     node = NODE_CLASS_MAPPINGS["MingLoraLoader"]()
@@ -133,7 +122,7 @@ def test_a_name_that_is_none_is_refused_in_a_short_sentence(folder, loaded, name
 
 
 def test_a_file_of_another_model_is_an_error_and_one_that_fits_in_part_a_line_in_the_log(folder, loaded, caplog):
-    file = write(folder / "a.safetensors", loaded.model)
+    file = write_lora(folder / "a.safetensors", loaded.model.network)
     tensors = load_file(file)
     other = {f"lora_unet_x.lora_{part}.weight": torch.zeros(2, 2) for part in ("up", "down")}
     save_file(other, folder / "other.safetensors")
