@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import secrets
 import shutil
 import time
@@ -32,6 +31,8 @@ BITS = {  # of an element, by its name in a header
     "F4": 4,
 }
 MAX_ELEMENTS = 1 << 48  # of a tensor; no disk holds more, and products of a few such sizes stay exact
+DRAFT = ".ming-draft-"  # beginning of the name of a file that is being written
+DRAFTS_ARE_KEPT = 3600.0  # seconds; no file takes that long
 SAVE_AGAIN = "save it again, or use a copy"
 
 
@@ -172,18 +173,31 @@ def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Put `data` at `path` in one step, and create its folder. Raises FileError; no partial file is left behind."""
     path = Path(path)
-    # cut, because the name itself may be as long as names can be, in bytes of which a character has up to four
-    temporary = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-        move(temporary, path)
+        with draft_in(path.parent) as draft:
+            draft.write_bytes(data)
+            move(draft, path)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def draft_in(folder: Path) -> Iterator[Path]:
+    """A path in a folder, which is created, to write a file to before it gets its name; it is removed at the end.
+
+    Only a process that is killed leaves a draft behind. It is hidden, and removed by one of the next to write there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(f"{DRAFT}*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - abandoned.stat().st_mtime > DRAFTS_ARE_KEPT:
+                abandoned.unlink()
+    draft = folder / f"{DRAFT}{secrets.token_hex(8)}"
+    try:
+        yield draft
     finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):  # it has its name if all went well
+            draft.unlink()
 
 
 @contextlib.contextmanager

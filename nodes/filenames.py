@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 from ..ming_core.checks import described
+from ..ming_core.files import move
 
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 LONGEST_NAME = 255  # bytes, on almost every disk
@@ -45,19 +46,34 @@ def filled(prefix: str, width: int = 0, height: int = 0) -> str:
     return prefix
 
 
-def create_numbered(folder: Path, name: str, number: int, suffix: str) -> tuple[Path, int]:
-    """Create the empty file name_00001_suffix under the first free number from `number` on; return it and its number.
+def give_number(draft: Path, folder: Path, name: str, number: int, suffix: str) -> tuple[Path, int]:
+    """Name a finished file name_00001_suffix with the first free number from `number` on; return it and its number.
 
-    Whoever creates a file owns its number, so that several processes may save into a folder at the same time.
+    Nothing is ever there under the number but the whole file, and several processes may save into a folder at once.
     """
     while True:
         path = folder / f"{name}_{number:05}_{suffix}"
         try:
-            path.touch(exist_ok=False)
+            _name(draft, path)
         except FileExistsError:  # also under another capitalization, on a disk that ignores it
             number += 1
         else:
             return path, number
+
+
+def _name(draft: Path, path: Path) -> None:
+    """Rename a file, but not over another one: FileExistsError."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links: an empty file holds the name for a moment
+        path.touch(exist_ok=False)
+        try:
+            move(draft, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -5,7 +5,6 @@ Files are written to ming/ in ComfyUI's output folder, and read from there and f
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -15,16 +14,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..ming_core import FileError
-from ..ming_core.files import check_format, file_format
+from ..ming_core.files import check_format, draft_in, file_format
 from ..ming_core.json_files import check_regular, log_left_out, printable
 from . import host
-from .filenames import check_prefix, create_numbered, filled, numbered_path, validate_prefix
+from .filenames import check_prefix, filled, give_number, numbered_path, validate_prefix
 
 
 def save_new_file(prefix: str, write: Callable[[Path], None]) -> dict:
-    """Write a new file in output/ming, and show the name under which load nodes list it."""
-    with new_file(prefix, ".safetensors") as path:
-        write(path)
+    """Write a new file in output/ming, and show the name under which load nodes list it. Raises FileError.
+
+    It has ComfyUI's counter: prefix_00001_.safetensors.
+    """
+    root = host.output_directory() / "ming"
+    try:
+        folder, name, number = numbered_path(prefix, root)
+        with draft_in(folder) as draft:
+            write(draft)
+            path, _ = give_number(draft, folder, name, number, ".safetensors")
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(str(error)) from None
+    except OSError as error:
+        raise FileError(f"cannot write to {root}: {error.strerror}; choose another output folder") from error
     return _shown(path)
 
 
@@ -103,28 +115,6 @@ def _modified(name: str) -> int:
         return saved_path(name).stat().st_mtime_ns
     except (FileError, OSError):  # removed since it was listed
         return 0
-
-
-@contextlib.contextmanager
-def new_file(prefix: str, suffix: str) -> Iterator[Path]:
-    """Create a new file in output/ming with ComfyUI's counter: prefix_00001_.safetensors. Raises FileError.
-
-    The empty file is created first, so that nothing else takes its number, and removed if writing it fails.
-    """
-    root = host.output_directory() / "ming"
-    try:
-        folder, name, number = numbered_path(prefix, root)
-        folder.mkdir(parents=True, exist_ok=True)
-        path, _ = create_numbered(folder, name, number, suffix)
-    except ValueError as error:
-        raise FileError(str(error)) from None
-    except OSError as error:
-        raise FileError(f"cannot write to {root}: {error.strerror}; choose another output folder") from error
-    try:
-        yield path
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def saved_files(file_format: str | None = None) -> list[str]:

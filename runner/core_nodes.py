@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from ..ming_core.files import draft_in
 from ..nodes import host
-from ..nodes.filenames import create_numbered, numbered_path, validate_prefix
+from ..nodes.filenames import give_number, numbered_path, validate_prefix
 from . import core_masks
 from .core_masks import MAX_SIDE
 
@@ -128,12 +129,9 @@ class _ImageWriter:
         for index, image in enumerate(images):
             buffer = io.BytesIO()
             _to_pil(image).save(buffer, "PNG", pnginfo=metadata, compress_level=self.compress_level)
-            path, number = create_numbered(folder, name.replace("%batch_num%", str(index)), number, ".png")
-            try:
-                path.write_bytes(buffer.getbuffer())
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+            with draft_in(folder) as draft:
+                draft.write_bytes(buffer.getbuffer())
+                path, number = give_number(draft, folder, name.replace("%batch_num%", str(index)), number, ".png")
             number += 1
             entries.append(
                 {"filename": path.name, "subfolder": "" if subfolder == "." else subfolder, "type": self.kind}

@@ -12,7 +12,7 @@ from ming_univision.ming_core import Conversation, files, load_univision
 from ming_univision.ming_core.images import to_images, to_pixels
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, filenames, host, mingtok, models
 from ming_univision.nodes import saved_files as saved_files_module
-from ming_univision.nodes.saved_files import new_file, saved_files, saved_path
+from ming_univision.nodes.saved_files import saved_files, saved_path
 from ming_univision.runner import core_nodes
 from ming_univision.runner.session import ExecutionError, known_node_classes, run_workflow
 from ming_univision.runner.workflow import WorkflowError, plan, read_workflow
@@ -265,20 +265,46 @@ def test_files_are_saved_with_a_counter_listed_and_loaded(small, tmp_path):
     assert NODE_CLASS_MAPPINGS["MingLoadFeatures"].VALIDATE_INPUTS(names[0]) is True
 
 
-def test_a_number_that_is_taken_is_counted_over_and_one_that_could_not_be_filled_is_free_again(tmp_path, monkeypatch):
-    def names() -> list[str]:
-        return sorted(p.name for p in (tmp_path / "output" / "ming").iterdir())
+def save(prefix: str, write=lambda path: path.write_bytes(b"whole")) -> str:
+    (name,) = saved_files_module.save_new_file(prefix, write)["ui"]["text"]
+    return name
 
-    with new_file("x", ".safetensors"):
-        with pytest.raises(KeyboardInterrupt), new_file("x", ".safetensors"):  # of another server, at that moment
-            assert names() == ["x_00001_.safetensors", "x_00002_.safetensors"]
-            raise KeyboardInterrupt
-        assert names() == ["x_00001_.safetensors"]
-    monkeypatch.setattr(
-        saved_files_module, "numbered_path", lambda prefix, root: (root, "x", 1)
-    )  # where X and x are one file
-    with new_file("x", ".safetensors") as path:
-        assert path.name == "x_00002_.safetensors"
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_a_number_that_is_taken_meanwhile_is_counted_over_and_nothing_is_overwritten(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(saved_files_module, "numbered_path", lambda prefix, root: (root, "x", 1))
+    assert [save("x"), save("x")] == ["ming/x_00001_.safetensors [output]", "ming/x_00002_.safetensors [output]"]
+    assert {path.read_bytes() for path in (tmp_path / "output" / "ming").iterdir()} == {b"whole"}
+
+
+def test_a_file_has_a_name_only_when_it_is_whole(tmp_path):
+    folder = tmp_path / "output" / "ming"
+
+    def interrupted(path):
+        path.write_bytes(b"half")
+        assert not list(folder.glob("*.safetensors"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save("x", interrupted)
+    assert not list(folder.iterdir())
+    assert save("x") == "ming/x_00001_.safetensors [output]"
+
+
+def test_what_a_killed_process_left_is_removed_by_a_later_save_once_it_is_old(tmp_path):
+    folder = tmp_path / "output" / "ming"
+    folder.mkdir(parents=True)
+    old, new = (folder / f".ming-draft-{age}" for age in ("old", "new"))
+    for draft in (old, new):
+        draft.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    save("x")
+    assert not old.exists() and new.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="making links takes a right that few users have there")
