@@ -60,7 +60,7 @@ def any_prompt(rng: random.Random) -> dict:
     """A prompt of a random kind: one of four for the built-in model, the others for the small one."""
     (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
     graph = prompt(kind, rng)
-    if kind != LOAD_CONVERSATION and rng.random() < 0.75:  # a saved conversation belongs to the built-in model
+    if kind not in (LOAD_CONVERSATION, LOAD_FEATURES) and rng.random() < 0.75:  # these are of the built-in model
         for node in graph.values():
             if "model_name" in node["inputs"]:
                 node["inputs"]["model_name"] = SMALL
