@@ -116,7 +116,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model", LOAD, column(300, loader(), Note(300, 250))),
+                group("Load model", LOAD, column(300, loader(), Note(300, 200))),
                 group(
                     "Draw",
                     ROUND,
@@ -161,7 +161,7 @@ TEMPLATES = [
                 group(
                     "Ask",
                     ROUND,
-                    column(300, ask(6, "ask", DESCRIBE, features=FEATURES), Note(300, 300)),
+                    column(300, ask(6, "ask", DESCRIBE, features=FEATURES), Note(300, 250)),
                     column(300, answer(7, 6, 220)),
                 ),
             ),
@@ -177,7 +177,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model", LOAD, column(300, loader(), Note(300, 290))),
+                group("Load model", LOAD, column(300, loader(), Note(300, 230))),
                 group(
                     "Draw",
                     ROUND,
@@ -368,7 +368,7 @@ TEMPLATES = [
                     READ,
                     column(
                         236,
-                        node(3, "ImageCrop", "the part we have", image=IMAGE, width=256, height=512),
+                        node(3, "ImageCrop", "what we have", image=IMAGE, width=256, height=512),
                         Space(60),
                         Note(562, 150),
                     ),
@@ -515,7 +515,7 @@ TEMPLATES = [
                     READ,
                     column(236, encode()),
                     column(
-                        250,
+                        280,
                         expand(),
                         node(
                             5,
@@ -538,7 +538,7 @@ TEMPLATES = [
                 ),
             ),
             (
-                group("", LOAD, column(300, Note(300, 320))),
+                group("", LOAD, column(300, Note(300, 280))),
                 group(
                     "Before, region, after",
                     RESULT,
@@ -763,7 +763,7 @@ TEMPLATES = [
                 group(
                     "A and B",
                     RESULT,
-                    column(230, decode(9, Out(7, "features"), "branch A"), decode(11, Out(8, "features"), "branch B")),
+                    column(230, decode(9, Out(7, "features"), "A"), decode(11, Out(8, "features"), "B")),
                     column(330, save(10, Out(9, "image"), "branch_edits_a", 330, "branch A")),
                     column(330, save(12, Out(11, "image"), "branch_edits_b", 330, "branch B")),
                 ),
@@ -783,7 +783,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model", LOAD, column(300, loader(), Note(300, 360))),
+                group("Load model", LOAD, column(300, loader(), Note(300, 320))),
                 group(
                     "So far",
                     READ,
@@ -900,7 +900,7 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model", LOAD, column(290, loader(), Note(290, 250))),
+                group("Load model", LOAD, column(290, loader(), Note(290, 220))),
                 group(
                     "Two questions",
                     ROUND,
