@@ -287,6 +287,16 @@ RECIPE = (
         seed=6,
     ),
     AS_USED,
-    replace(AS_USED, name="as people use it further", hours=6.0, decay_fraction=0.85, seed=8),
+    # What the stage before it had not learned yet: to invent nothing in what is completed, two images, and which of
+    # several objects to recolor, of which it had lost a little.
+    replace(
+        AS_USED,
+        name="as people use it further",
+        hours=6.0,
+        decay_fraction=0.85,
+        tasks={**AS_USED.tasks, "complete": 6.0, "edit/recolor": 3.5},
+        several=0.6,
+        seed=8,
+    ),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )
