@@ -14,21 +14,19 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ming_core import Conversation, Engine, load_univision  # noqa: E402 - found by the line above
-from ming_core.images import to_images, to_pixels  # noqa: E402
+from ming_core import DrawRequest, Engine, load_univision  # noqa: E402 - found by the line above
 from tiny_shapes.evaluation.evaluator import Evaluator  # noqa: E402
-from tiny_shapes.evaluation.quick import _answered, _compared  # noqa: E402
-from tiny_shapes.world import random_dialogue  # noqa: E402
+from tiny_shapes.world import compare, random_dialogue, read_scene  # noqa: E402
 from tiny_shapes.world.drawing import inside  # noqa: E402
 from tiny_shapes.world.scenes import (  # noqa: E402
     BACKGROUNDS,
@@ -236,16 +234,13 @@ def is_framed(image: np.ndarray) -> bool:
     return bool(near[~inner].mean() >= 0.9)
 
 
-def drawn(engine: Engine, prompt: str, seed: int, source: np.ndarray | None = None) -> np.ndarray:
-    features = None
-    if source is not None:
-        pixels = to_pixels(torch.from_numpy(source / 255.0)[None], engine.mingtok.native_side)
-        with torch.no_grad():
-            features = engine.mingtok.semantic_features(engine.mingtok.encode(pixels))
-    result = engine.generate_image(Conversation(), prompt, seed=seed, features=features)
-    with torch.no_grad():
-        image = to_images(engine.mingtok.decode(result.features))[0]
-    return np.rint(image.numpy() * 255).astype(np.uint8)
+def drawn(engine: Engine, prompts: Sequence[str], sources: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+    """The images of these prompts, about sources if there are any, with their numbers as seeds: uint8 [128, 128, 3]."""
+    evaluator = Evaluator(engine, 1)
+    features = [evaluator.features(source) for source in sources] or [None] * len(prompts)
+    requests = [DrawRequest(text, i, features=f) for i, (text, f) in enumerate(zip(prompts, features, strict=True))]
+    results = evaluator.draw_requests(requests)
+    return [np.rint(evaluator.pixels(result.features) * 255).astype(np.uint8) for result in results]
 
 
 def unseen_hearts(count: int) -> tuple[Picture, ...]:
@@ -256,20 +251,43 @@ def unseen_sources(count: int) -> tuple[Picture, ...]:
     return pictures(102, count, None, but=trained_pairs())
 
 
-def score(engine: Engine, count: int, scenes: int) -> dict[str, float]:
+def asked(count: int) -> list[str]:
+    """What is said for so many frames."""
+    return list(itertools.islice(itertools.cycle(ASKED), count))
+
+
+def score_hearts(engine: Engine, count: int) -> float:
+    scenes = unseen_hearts(count)
+    images = drawn(engine, [scene.caption() for scene in scenes])
+    return float(np.mean([read(i) == in_reading_order(s) for i, s in zip(images, scenes, strict=True)]))
+
+
+def score_frames(engine: Engine, count: int) -> float:
+    scenes = unseen_sources(count)
+    images = drawn(engine, asked(count), [paint(scene) for scene in scenes])
+    right = [read(i, frame=True) == in_reading_order(s) for i, s in zip(images, scenes, strict=True)]
+    return float(np.mean([inside and is_framed(image) for inside, image in zip(right, images, strict=True)]))
+
+
+def score_others(engine: Engine, scenes: int) -> Iterator[tuple[str, float]]:
+    """What the model could do before, on scenes that it was never trained on."""
+    evaluator = Evaluator(engine, scenes)
+    right = [evaluator.answer(task) == task.answer for task in evaluator.tasks(["question"])]
+    yield "questions", float(np.mean(right))
+    for name, kind in (("drawings", "generate"), ("edits", "edit")):
+        tasks = evaluator.tasks([kind])
+        images = [evaluator.pixels(result.features) for result in evaluator.draw(tasks)]
+        fits = [compare(read_scene(i), task.target_scene) for i, task in zip(images, tasks, strict=True)]
+        yield name, float(np.mean([fit.objects_right if kind == "generate" else fit.all_right for fit in fits]))
+
+
+def score(engine: Engine, count: int, scenes: int) -> Iterator[tuple[str, float]]:
     """Shares of hearts and frames that are right, and of what the model could do before."""
-    hearts = [read(drawn(engine, p.caption(), i)) == in_reading_order(p) for i, p in enumerate(unseen_hearts(count))]
-    frames = []
-    for i, picture in enumerate(unseen_sources(count)):
-        image = drawn(engine, ASKED[i % len(ASKED)], i, paint(picture))
-        frames.append(is_framed(image) and read(image, frame=True) == in_reading_order(picture))
-    found = {"hearts": float(np.mean(hearts)), "frames": float(np.mean(frames))}
+    if count:
+        yield "hearts", score_hearts(engine, count)
+        yield "frames", score_frames(engine, count)
     if scenes:
-        evaluator = Evaluator(engine, scenes)
-        found["questions"] = _answered(evaluator, "question")
-        found["drawings"] = float(np.mean([c.objects_right for c in _compared(evaluator, "generate")]))
-        found["edits"] = float(np.mean([c.all_right for c in _compared(evaluator, "edit")]))
-    return found
+        yield from score_others(engine, scenes)
 
 
 # --- Command ------------------------------------------------------------------------------------------------------
@@ -285,10 +303,10 @@ def with_loras(files: list[Path], strength: float = 1.0) -> Engine:
 def page(heart: Path, frame: Path, out: Path) -> None:
     """Hearts drawn without and with a LoRA, framed pictures, and both LoRAs at once."""
     plain, hearts, frames, both = (with_loras(files) for files in ([], [heart], [frame], [heart, frame]))
-    scenes, sources = unseen_hearts(6), unseen_sources(6)
-    rows = [[drawn(engine, p.caption(), i) for i, p in enumerate(scenes)] for engine in (plain, hearts)]
-    rows += [[paint(p) for p in sources], [drawn(frames, ASKED[0], i, paint(p)) for i, p in enumerate(sources)]]
-    rows.append([drawn(both, ASKED[0], i, drawn(both, p.caption(), i)) for i, p in enumerate(scenes)])
+    count = 6
+    captions, sources = [p.caption() for p in unseen_hearts(count)], [paint(p) for p in unseen_sources(count)]
+    rows = [drawn(plain, captions), drawn(hearts, captions), sources, drawn(frames, asked(count), sources)]
+    rows.append(drawn(both, asked(count), drawn(both, captions)))
     gap = np.full((CANVAS, 8, 3), 255, dtype=np.uint8)
     lines = [np.concatenate([part for image in row for part in (image, gap)][:-1], 1) for row in rows]
     between = np.full((8, lines[0].shape[1], 3), 255, dtype=np.uint8)
@@ -312,8 +330,8 @@ def main() -> None:
     if options.command == "data":
         write_data(options.folder)
     elif options.command == "score":
-        for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes).items():
-            print(f"{name} {100 * value:.0f} %")
+        for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes):
+            print(f"{name} {100 * value:.1f} %", flush=True)
     else:
         page(options.heart, options.frame, options.out)
 
