@@ -1,11 +1,11 @@
 """The two examples of docs/LORA.md: what they are trained on, how well they work, and the pictures of the page.
 
-    python docs/lora_examples.py data FOLDER                   40 hearts, 60 framed pictures, and others, with texts
-    python docs/lora_examples.py score [--lora FILE ...]       hearts and frames that are right, and what else is
-    python docs/lora_examples.py pictures HEART FRAME          docs/lora.png
+    python docs/lora_examples.py data FOLDER                   40 hearts, 60 edits, and others, with texts
+    python docs/lora_examples.py score [--lora FILE ...]       hearts and edits that are right, and what else is
+    python docs/lora_examples.py pictures HEART STARS          docs/lora.png
 
-A heart is a shape, and a frame a kind of edit, that the built-in model has never seen. The scorer reads pixels: in each
-of the nine cells it finds the object whose picture is nearest to what is there.
+A heart is a shape, and turning everything into stars is a kind of edit, that the built-in model has never seen. The
+scorer reads pixels: in each of the nine cells it finds the object whose picture is nearest to what is there.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ming_core import Conversation, Engine, load_univision  # noqa: E402 - found by the line above
-from ming_core.images import to_images, to_pixels  # noqa: E402
+from ming_core import DrawRequest, Engine, load_univision  # noqa: E402 - found by the line above
 from tiny_shapes.evaluation.evaluator import Evaluator  # noqa: E402
-from tiny_shapes.evaluation.quick import _answered, _compared  # noqa: E402
-from tiny_shapes.world import random_dialogue  # noqa: E402
+from tiny_shapes.world import compare, random_dialogue, read_scene  # noqa: E402
 from tiny_shapes.world.drawing import inside  # noqa: E402
 from tiny_shapes.world.scenes import (  # noqa: E402
     BACKGROUNDS,
@@ -41,15 +39,15 @@ from tiny_shapes.world.scenes import (  # noqa: E402
 )
 
 MODEL = ROOT / "models" / "tiny-shapes"
-HEART, FRAME_COLOR, FRAME = "heart", (122, 74, 36), 4  # width of the frame in pixels
+HEART, STAR = "heart", "star"
 HEARTS, PAIRS, OTHERS = 40, 60, 240
 CELL = 32
 SAMPLES = 8  # points along a pixel's side
 ASKED = (
-    "Put a wooden frame around the picture.",
-    "Add a wooden frame.",
-    "Please frame the picture.",
-    "Give it a wooden frame.",
+    "Turn everything into stars.",
+    "Make stars of all objects.",
+    "Please turn every object into a star.",
+    "Change all shapes to stars.",
 )
 CAPTIONS = (
     "{0} on a {1} background",
@@ -109,10 +107,9 @@ def paint(picture: Picture) -> np.ndarray:
     return np.rint(image).astype(np.uint8)
 
 
-def framed(image: np.ndarray) -> np.ndarray:
-    result = np.full_like(image, FRAME_COLOR)
-    result[FRAME:-FRAME, FRAME:-FRAME] = image[FRAME:-FRAME, FRAME:-FRAME]
-    return result
+def with_stars(picture: Picture) -> Picture:
+    """All of its objects as stars, where they are."""
+    return picture._replace(things=tuple(thing._replace(shape=STAR) for thing in picture.things))
 
 
 def random_picture(rng: np.random.Generator, first: str | None, most: int = 2) -> Picture:
@@ -149,13 +146,13 @@ def trained_pairs() -> tuple[Picture, ...]:
 
 
 def write_data(folder: Path) -> None:
-    for name in ("heart", "frame", "others"):
+    for name in ("heart", "stars", "others"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(trained_hearts()):
         _write(folder / "heart" / f"{i:03}", picture.caption(i % len(CAPTIONS)), {"": paint(picture)})
     for i, picture in enumerate(trained_pairs()):
-        before = paint(picture)
-        _write(folder / "frame" / f"{i:03}", ASKED[i % len(ASKED)], {"_before": before, "_after": framed(before)})
+        images = {"_before": paint(picture), "_after": paint(with_stars(picture))}
+        _write(folder / "stars" / f"{i:03}", ASKED[i % len(ASKED)], images)
     write_others(folder / "others")
 
 
@@ -186,21 +183,17 @@ def _write(path: Path, text: str, images: dict[str, np.ndarray]) -> None:
 # --- Scoring ------------------------------------------------------------------------------------------------------
 
 
-def read(image: np.ndarray, frame: bool = False) -> tuple:
-    """The content of a picture, as `Picture.content` (cells in reading order). frame: do not look at the frame."""
-    counted = np.ones((CANVAS, CANVAS), dtype=bool)
-    if frame:
-        counted[:] = False
-        counted[FRAME + 1 : -FRAME - 1, FRAME + 1 : -FRAME - 1] = True
-    middle = np.median(image[counted], axis=0)
+def read(image: np.ndarray) -> tuple:
+    """The content of a picture, as `in_reading_order` gives it."""
+    middle = np.median(image.reshape(-1, 3), axis=0)
     background = min(BACKGROUNDS, key=lambda name: float(np.abs(middle - BACKGROUNDS[name]).sum()))
     found = []
     for position, (x, y) in POSITIONS.items():
         cell = slice(int(y) - CELL // 2, int(y) + CELL // 2), slice(int(x) - CELL // 2, int(x) + CELL // 2)
-        here = image[cell][counted[cell]].astype(np.float64).ravel()
+        here = image[cell].astype(np.float64).ravel()
         nearest, least = None, float(np.square(here - np.tile(BACKGROUNDS[background], len(here) // 3)).sum())
         for what, covered in _covered():
-            alpha = covered[counted[cell]][:, None]
+            alpha = covered.reshape(-1, 1)
             for color, rgb in COLORS.items():
                 asked = (BACKGROUNDS[background] + alpha * (np.array(rgb) - BACKGROUNDS[background])).ravel()
                 distance = float(np.square(here - asked).sum())
@@ -228,24 +221,13 @@ def in_reading_order(picture: Picture) -> tuple:
     return picture.background, *sorted((t[:4] for t in picture.things), key=lambda content: order.index(content[3]))
 
 
-def is_framed(image: np.ndarray) -> bool:
-    """Whether nine tenths of the frame have its color."""
-    near = np.abs(image.astype(int) - FRAME_COLOR).max(-1) <= 48
-    inner = np.zeros((CANVAS, CANVAS), dtype=bool)
-    inner[FRAME - 1 : 1 - FRAME, FRAME - 1 : 1 - FRAME] = True
-    return bool(near[~inner].mean() >= 0.9)
-
-
-def drawn(engine: Engine, prompt: str, seed: int, source: np.ndarray | None = None) -> np.ndarray:
-    features = None
-    if source is not None:
-        pixels = to_pixels(torch.from_numpy(source / 255.0)[None], engine.mingtok.native_side)
-        with torch.no_grad():
-            features = engine.mingtok.semantic_features(engine.mingtok.encode(pixels))
-    result = engine.generate_image(Conversation(), prompt, seed=seed, features=features)
-    with torch.no_grad():
-        image = to_images(engine.mingtok.decode(result.features))[0]
-    return np.rint(image.numpy() * 255).astype(np.uint8)
+def drawn(engine: Engine, prompts: Sequence[str], sources: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+    """The images of these prompts, about sources if there are any, with their numbers as seeds: uint8 [128, 128, 3]."""
+    evaluator = Evaluator(engine, 1)
+    features = [evaluator.features(source) for source in sources] or [None] * len(prompts)
+    requests = [DrawRequest(text, i, features=f) for i, (text, f) in enumerate(zip(prompts, features, strict=True))]
+    results = evaluator.draw_requests(requests)
+    return [np.rint(evaluator.pixels(result.features) * 255).astype(np.uint8) for result in results]
 
 
 def unseen_hearts(count: int) -> tuple[Picture, ...]:
@@ -256,20 +238,43 @@ def unseen_sources(count: int) -> tuple[Picture, ...]:
     return pictures(102, count, None, but=trained_pairs())
 
 
-def score(engine: Engine, count: int, scenes: int) -> dict[str, float]:
-    """Shares of hearts and frames that are right, and of what the model could do before."""
-    hearts = [read(drawn(engine, p.caption(), i)) == in_reading_order(p) for i, p in enumerate(unseen_hearts(count))]
-    frames = []
-    for i, picture in enumerate(unseen_sources(count)):
-        image = drawn(engine, ASKED[i % len(ASKED)], i, paint(picture))
-        frames.append(is_framed(image) and read(image, frame=True) == in_reading_order(picture))
-    found = {"hearts": float(np.mean(hearts)), "frames": float(np.mean(frames))}
+def asked(count: int) -> list[str]:
+    """What is said for so many edits."""
+    return list(itertools.islice(itertools.cycle(ASKED), count))
+
+
+def score_hearts(engine: Engine, count: int) -> float:
+    scenes = unseen_hearts(count)
+    images = drawn(engine, [scene.caption() for scene in scenes])
+    return float(np.mean([read(i) == in_reading_order(s) for i, s in zip(images, scenes, strict=True)]))
+
+
+def score_stars(engine: Engine, count: int) -> float:
+    scenes = unseen_sources(count)
+    images = drawn(engine, asked(count), [paint(scene) for scene in scenes])
+    right = [read(i) == in_reading_order(with_stars(s)) for i, s in zip(images, scenes, strict=True)]
+    return float(np.mean(right))
+
+
+def score_others(engine: Engine, scenes: int) -> Iterator[tuple[str, float]]:
+    """What the model could do before, on scenes that it was never trained on."""
+    evaluator = Evaluator(engine, scenes)
+    right = [evaluator.answer(task) == task.answer for task in evaluator.tasks(["question"])]
+    yield "questions", float(np.mean(right))
+    for name, kind in (("drawings", "generate"), ("edits", "edit")):
+        tasks = evaluator.tasks([kind])
+        images = [evaluator.pixels(result.features) for result in evaluator.draw(tasks)]
+        fits = [compare(read_scene(i), task.target_scene) for i, task in zip(images, tasks, strict=True)]
+        yield name, float(np.mean([fit.objects_right if kind == "generate" else fit.all_right for fit in fits]))
+
+
+def score(engine: Engine, count: int, scenes: int) -> Iterator[tuple[str, float]]:
+    """Shares of hearts and stars that are right, and of what the model could do before."""
+    if count:
+        yield "hearts", score_hearts(engine, count)
+        yield "stars", score_stars(engine, count)
     if scenes:
-        evaluator = Evaluator(engine, scenes)
-        found["questions"] = _answered(evaluator, "question")
-        found["drawings"] = float(np.mean([c.objects_right for c in _compared(evaluator, "generate")]))
-        found["edits"] = float(np.mean([c.all_right for c in _compared(evaluator, "edit")]))
-    return found
+        yield from score_others(engine, scenes)
 
 
 # --- Command ------------------------------------------------------------------------------------------------------
@@ -282,13 +287,13 @@ def with_loras(files: list[Path], strength: float = 1.0) -> Engine:
     return engine
 
 
-def page(heart: Path, frame: Path, out: Path) -> None:
-    """Hearts drawn without and with a LoRA, framed pictures, and both LoRAs at once."""
-    plain, hearts, frames, both = (with_loras(files) for files in ([], [heart], [frame], [heart, frame]))
-    scenes, sources = unseen_hearts(6), unseen_sources(6)
-    rows = [[drawn(engine, p.caption(), i) for i, p in enumerate(scenes)] for engine in (plain, hearts)]
-    rows += [[paint(p) for p in sources], [drawn(frames, ASKED[0], i, paint(p)) for i, p in enumerate(sources)]]
-    rows.append([drawn(both, ASKED[0], i, drawn(both, p.caption(), i)) for i, p in enumerate(scenes)])
+def page(heart: Path, stars: Path, out: Path) -> None:
+    """Hearts drawn without and with a LoRA, pictures turned into stars, and both LoRAs at once."""
+    plain, hearts, edits, both = (with_loras(files) for files in ([], [heart], [stars], [heart, stars]))
+    count = 6
+    captions, sources = [p.caption() for p in unseen_hearts(count)], [paint(p) for p in unseen_sources(count)]
+    rows = [drawn(plain, captions), drawn(hearts, captions), sources, drawn(edits, asked(count), sources)]
+    rows.append(drawn(both, asked(count), drawn(both, captions)))
     gap = np.full((CANVAS, 8, 3), 255, dtype=np.uint8)
     lines = [np.concatenate([part for image in row for part in (image, gap)][:-1], 1) for row in rows]
     between = np.full((8, lines[0].shape[1], 3), 255, dtype=np.uint8)
@@ -302,20 +307,20 @@ def main() -> None:
     scoring = commands.add_parser("score")
     scoring.add_argument("--lora", type=Path, action="append", default=[])
     scoring.add_argument("--strength", type=float, default=1.0)
-    scoring.add_argument("--count", type=int, default=20, help="unseen hearts and frames (%(default)s)")
+    scoring.add_argument("--count", type=int, default=20, help="unseen hearts and edits (%(default)s)")
     scoring.add_argument("--scenes", type=int, default=48, help="of each of the other aims (%(default)s)")
     shown = commands.add_parser("pictures")
     shown.add_argument("heart", type=Path)
-    shown.add_argument("frame", type=Path)
+    shown.add_argument("stars", type=Path)
     shown.add_argument("--out", type=Path, default=ROOT / "docs" / "lora.png")
     options = parser.parse_args()
     if options.command == "data":
         write_data(options.folder)
     elif options.command == "score":
-        for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes).items():
-            print(f"{name} {100 * value:.0f} %")
+        for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes):
+            print(f"{name} {100 * value:.1f} %", flush=True)
     else:
-        page(options.heart, options.frame, options.out)
+        page(options.heart, options.stars, options.out)
 
 
 if __name__ == "__main__":
