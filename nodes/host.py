@@ -156,6 +156,8 @@ def managed(model: Model, name: str) -> Loaded[Model]:
     has_experts = any(isinstance(module, StackedWeight) for module in network.modules())
     patcher = _patcher_class(has_experts)(ManagedModel(network, offload_device()), device(), offload_device())
     if isinstance(model, Engine):
+        # ComfyUI 0.3.64 has no graphs of its own, and so no switch for them
+        model.network.language_model.cuda_graphs = not getattr(comfy.cli_args.args, "disable_cuda_graphs", True)
         _clear_cache_on_unload(patcher, model)
     return Loaded(model, patcher, name)
 

@@ -29,7 +29,7 @@ WORKFLOWS = {
     "text_to_image": {"3.prompt": "a small yellow star at the top on a navy background", "3.seed": 5, "3.steps": 4},
     "multi_round_edit": {
         "2.scene": "a large green square at the left on a white background",
-        "9.instruction": "Add a small red star at the right.",
+        "9.instruction": "Show the region to edit: Change the background to mint.",
         "11.instruction": "Change the background to mint.",
         "9.steps": 2,
         "11.steps": 2,
