@@ -119,9 +119,9 @@ def test_a_new_command_is_a_line(capsys, monkeypatch):
     def arguments(parser):
         parser.add_argument("--deep", action="store_true")
 
-    command = cli.Command("doctor", "say what is wrong", arguments, lambda options: 5 if options.deep else 6)
+    command = cli.Command("inspect", "say what is wrong", arguments, lambda options: 5 if options.deep else 6)
     monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, command))
-    assert cli.main(["doctor", "--deep"]) == 5 and cli.main(["doctor"]) == 6
+    assert cli.main(["inspect", "--deep"]) == 5 and cli.main(["inspect"]) == 6
     with pytest.raises(SystemExit):
         cli.parse(["--help"])
     assert "say what is wrong" in capsys.readouterr().out
