@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
+import itertools
 import json
 import statistics
 import sys
@@ -93,17 +95,28 @@ def drawing_alone(command: types.ModuleType, folder: Path) -> Iterator[Callable[
     jobs = make_jobs(read_table(folder / "table.jsonl"), read_workflow(folder / "workflow.json"), known_node_classes())
     with tempfile.TemporaryDirectory() as out:
         sessions: dict[int, BatchSession] = {}
+        calls = itertools.count()
 
         def draw(batch: int) -> None:
             session = sessions.setdefault(batch, BatchSession(batch))
+            first_seed = 1000 * next(calls)  # a session draws nothing twice
             for start in range(0, len(jobs), batch):
                 group = jobs[start : start + batch]
-                outcomes = session.run_together([job.workflow for job in group], [Path(out, str(batch))] * len(group))
+                graphs = [with_new_seed(job.workflow, first_seed + start + k) for k, job in enumerate(group)]
+                outcomes = session.run_together(graphs, [Path(out, str(batch))] * len(group))
                 failed = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
                 if failed:
                     raise SystemExit(str(failed[0]))
 
         yield draw
+
+
+def with_new_seed(graph: dict, seed: int) -> dict:
+    graph = copy.deepcopy(graph)
+    for node in graph.values():
+        if node["class_type"] == "MingGenerate":
+            node["inputs"]["seed"] = seed
+    return graph
 
 
 def main() -> None:

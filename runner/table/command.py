@@ -66,7 +66,7 @@ def main(
                     waiting, results, address=ray, workers=workers, batch=batch, nodes=ray_pool.NODES
                 )
 
-            return _run(jobs, results, run, progress, node_classes)
+            return _run(jobs, results, run, progress)
     except (WorkflowError, TableError, ResultsError) as error:
         progress.say(f"Refused: {error}")
         return EXIT_REFUSED
@@ -80,10 +80,9 @@ def _run(
     results: Results,
     run: Callable[[Sequence[Job]], Iterator[Record]],
     progress: Progress,
-    node_classes: NodeClasses,
 ) -> int:
     before = results.done()
-    waiting = in_sharing_order([job for job in jobs if job.key not in before], node_classes)
+    waiting = in_sharing_order([job for job in jobs if job.key not in before])
     records = {job.key: {**before[job.key], "row": job.row_id} for job in jobs if job.key in before}
     progress.start(len(jobs), len(records), results.place)
     results.write_table(_in_order(jobs, records))

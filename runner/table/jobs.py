@@ -31,14 +31,16 @@ from .rows import IMAGE, Row, Table, TableError
 class Job:
     """A row that can run.
 
-    key    a digest of all that its results depend on: widget values, links, pictures and other files that are read
-    name   of the folder of its results: readable, and its own
+    key     a digest of all that its results depend on: widget values, links, pictures and other files that are read
+    name    of the folder of its results: readable, and its own
+    steps   digests of the same kind for each of its nodes, in running order
     """
 
     row_id: str
     key: str
     name: str
     workflow: Workflow
+    steps: Sequence[str] = ()
 
 
 def make_jobs(table: Table, workflow: Workflow, node_classes: NodeClasses) -> list[Job]:
@@ -52,11 +54,11 @@ def make_jobs(table: Table, workflow: Workflow, node_classes: NodeClasses) -> li
     except WorkflowError as error:
         raise TableError(_about_column(problem) for problem in error.problems) from None
     problems: list[str] = []
-    made: list[tuple[Row, Workflow, str]] = []
+    made: list[tuple[Row, Workflow, str, tuple[str, ...]]] = []
     for row in table.rows:
         try:
             graph = _with_cells(workflow, row, table.folder, node_classes)
-            made.append((row, graph, _content(plan(graph, node_classes))))
+            made.append((row, graph, *_content(plan(graph, node_classes))))
         except TableError as error:
             problems += error.problems
         except WorkflowError as error:
@@ -68,31 +70,26 @@ def make_jobs(table: Table, workflow: Workflow, node_classes: NodeClasses) -> li
     return _jobs(made)
 
 
-def in_sharing_order(jobs: Sequence[Job], node_classes: NodeClasses) -> list[Job]:
+def in_sharing_order(jobs: Sequence[Job]) -> list[Job]:
     """The jobs with those next to each other that share a beginning: a picture, or the first rounds.
 
     Only the outputs of the last workflow are kept, so what is shared is computed once if they follow one another.
     Otherwise the order stays.
     """
     first_seen: dict[str, int] = {}
-
-    def place(job: Job) -> list[int]:
-        digests = _digests(plan(job.workflow, node_classes)).values()
-        return [first_seen.setdefault(digest, len(first_seen)) for digest in digests]
-
-    places = {job.key: place(job) for job in jobs}
+    places = {job.key: [first_seen.setdefault(step, len(first_seen)) for step in job.steps] for job in jobs}
     return sorted(jobs, key=lambda job: places[job.key])
 
 
-def _jobs(made: Iterable[tuple[Row, Workflow, str]]) -> list[Job]:
+def _jobs(made: Iterable[tuple[Row, Workflow, str, tuple[str, ...]]]) -> list[Job]:
     jobs: list[Job] = []
     equal: Counter[str] = Counter()
-    for row, graph, content in made:
+    for row, graph, content, steps in made:
         # Rows of equal content are told apart by their number among these, not by their place in the table.
         key = hashlib.sha256(f"{content} {equal[content]}".encode()).hexdigest()
         equal[content] += 1
         name = re.sub(r"[^\w.-]+", "_", row.id).strip("._")[:40]
-        jobs.append(Job(row.id, key, f"{name}-{key[:12]}", graph))
+        jobs.append(Job(row.id, key, f"{name}-{key[:12]}", graph, steps))
     return jobs
 
 
@@ -136,10 +133,10 @@ def _in_column(problem: Any, row: Row) -> str:
     return f", column {column}" if column else ""
 
 
-def _content(nodes: Sequence[Node]) -> str:
-    """A digest of all that the output nodes depend on; ids and titles are no part of it."""
+def _content(nodes: Sequence[Node]) -> tuple[str, tuple[str, ...]]:
+    """A digest of all that the output nodes depend on, and those of each node; ids and titles are no part of them."""
     digests = _digests(nodes)
-    return _digest(sorted(digests[node.id] for node in nodes if node.is_output))
+    return _digest(sorted(digests[node.id] for node in nodes if node.is_output)), tuple(digests.values())
 
 
 def _digests(nodes: Sequence[Node]) -> dict[str, str]:

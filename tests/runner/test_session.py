@@ -233,6 +233,18 @@ def test_an_id_changes_nothing_but_for_a_node_that_asks_for_its_id(computed):
     assert computed({"8": node("Number", value=1), "9": node("Show", source=["8", 0])}) == ["9"]
 
 
+def test_in_another_output_folder_only_what_saves_or_shows_runs_again(session, tmp_path):
+    graph = {"1": node("Number", value=1), "2": node("Write", source=["1", 0], name="x.txt")}
+
+    def computed(folder) -> list[str]:
+        events = []
+        session.run(graph, output_dir=tmp_path / folder, on_event=events.append)
+        return [event.node.id for event in events if isinstance(event, NodeFinished) and not event.cached]
+
+    assert computed("a") == ["1", "2"] and computed("b") == ["2"] and computed("b") == []
+    assert (tmp_path / "a" / "x.txt").read_text() == (tmp_path / "b" / "x.txt").read_text() == "1"
+
+
 def test_nodes_of_equal_content_are_computed_once(session, spy):
     calls = spy(Number)
     events = []

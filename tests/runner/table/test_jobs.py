@@ -109,5 +109,5 @@ def test_folders_have_readable_names_of_their_own():
 def test_rows_that_share_a_beginning_run_one_after_another_and_the_rest_stays_in_order():
     values = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 3)]
     jobs = jobs_of([{"1.value": first, "2.b": then} for first, then in values])
-    ordered = in_sharing_order(jobs, CLASSES)
+    ordered = in_sharing_order(jobs)
     assert [int(job.row_id) for job in ordered] == [1, 3, 6, 2, 5, 4]
