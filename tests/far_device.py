@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
@@ -96,6 +96,16 @@ class FarDevice(TorchDispatchMode):
 def near_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.tensor, which makes a tensor where it is to be without asking the mode."""
     return lambda data, device=None, **more: make(data, **more).to(device or "cpu")
+
+
+def outside(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A maker of tensors of a class of its own, such as a causal mask by its sizes, which no mode may see made."""
+
+    def made(*args: Any) -> Tensor:
+        with _disable_current_modes():
+            return make(*args)
+
+    return made
 
 
 def bring(module: nn.Module, far: FarDevice) -> None:

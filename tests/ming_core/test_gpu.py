@@ -7,11 +7,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, Engine, Guidance, Solver, cuda_graphs, experts, load_univision
+from ming_univision.ming_core import (
+    Conversation,
+    Engine,
+    Guidance,
+    Solver,
+    attention,
+    cuda_graphs,
+    experts,
+    load_univision,
+)
 from ming_univision.ming_core.quantization.kernels import kernel_works
 from ming_univision.ming_core.quantization.layers import FORMATS, QuantizedLinear
 from ming_univision.nodes.host import PACK
-from ming_univision.tests.far_device import FarDevice, bring, near_first
+from ming_univision.tests.far_device import FarDevice, bring, near_first, outside
 from ming_univision.tests.loras import write_lora
 from torch import Tensor
 
@@ -68,6 +77,7 @@ def gpu(request, monkeypatch):
     capability = getattr(request, "param", (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch, "tensor", near_first(torch.tensor))
+    monkeypatch.setattr(attention, "causal_lower_right", outside(attention.causal_lower_right))
     experts._grouped_product_works.cache_clear()
     with FarDevice() as far:
         yield Gpu(far)

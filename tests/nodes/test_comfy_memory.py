@@ -22,12 +22,13 @@ from ming_univision.ming_core import (
     Sampling,
     Solver,
     UniVision,
+    attention,
     load_mingtok,
     load_univision,
 )
 from ming_univision.ming_core.experts import StackedWeight
 from ming_univision.nodes import host
-from ming_univision.tests.far_device import FarDevice, near_first
+from ming_univision.tests.far_device import FarDevice, near_first, outside
 from ming_univision.tests.loras import write_lora
 
 comfy = pytest.importorskip("comfy", reason="ComfyUI is not on the path")
@@ -65,6 +66,7 @@ def far(monkeypatch):
         return (left, left) if torch_free_too else left
 
     monkeypatch.setattr(torch, "tensor", near_first(torch.tensor))
+    monkeypatch.setattr(attention, "causal_lower_right", outside(attention.causal_lower_right))
     monkeypatch.setattr(management, "get_free_memory", free)
     with device:
         yield device
