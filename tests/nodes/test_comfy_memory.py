@@ -438,7 +438,7 @@ def test_a_change_that_is_meant_for_comfyuis_samplers_is_refused(checkpoint_fold
 
 @pytest.fixture
 def lora_file(checkpoint_folder, tmp_path):
-    return write_lora(tmp_path / "lora.safetensors", load_univision(checkpoint_folder).network)
+    return write_lora(tmp_path / "lora.safetensors", load_univision(checkpoint_folder).network, size=0.1)
 
 
 @pytest.mark.parametrize(("part", "quantization"), [(10, None), (0.6, "int8"), (0.0, None)])
