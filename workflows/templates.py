@@ -265,7 +265,6 @@ TEMPLATES = [
                             "inside the mask",
                             "Change the color of the red circle to green.",
                             Out(7, "features"),
-                            area=44,
                             mask=Out(6, "mask"),
                         ),
                     ),
@@ -273,7 +272,7 @@ TEMPLATES = [
                 group(
                     "Lay it over the picture",
                     READ,
-                    column(220, decode(9, Out(8, "features")), Space(110), Note(550, 180)),
+                    column(220, decode(9, Out(8, "features")), Space(72), Note(550, 170)),
                     column(
                         260,
                         node(
@@ -534,7 +533,7 @@ TEMPLATES = [
                 group(
                     "1. Show the region",
                     ROUND,
-                    column(290, edit(6, "1, identify the region", Out(5, "instruction"), FEATURES, area=34)),
+                    column(290, edit(6, "1, identify the region", Out(5, "instruction"), FEATURES, area=54)),
                 ),
                 group(
                     "2. Edit",
