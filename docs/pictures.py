@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ def row(images: list[Image.Image], side: int, background: Color = DARK) -> Image
     """Images in a row, each of this side."""
     canvas = Image.new("RGB", (len(images) * (side + GAP) - GAP, side), background)
     for i, image in enumerate(images):
-        canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (i * (side + GAP), 0))
+        square = ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color=background)
+        canvas.paste(square, (i * (side + GAP), 0))
     return canvas
 
 
@@ -131,7 +132,7 @@ def thumbnail(name: str) -> None:
         canvas.paste(strip, ((SIDE - strip.width) // 2, top))
         top += side + GAP
     if len(images) == 2 and not lines:
-        arrow(canvas, (SIDE // 2, top - GAP - side // 2))
+        arrow(canvas, (SIDE // 2, top - GAP - side // 6))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=19)
     for line in lines:
         pen.text((2 * GAP, top), line, fill=WHITE, font=font)

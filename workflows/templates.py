@@ -16,7 +16,7 @@ SCENE = "a large red circle at the left and a small blue star at the right on a 
 MODEL, MINGTOK, IMAGE, FEATURES = Out(1, "model"), Out(1, "mingtok"), Out(2, "image"), Out(4, "features")
 LATENT = Out(3, "latent")
 SWAP = "or Load Image"
-DECODE_COLUMN = 84 + 58  # height of MingTok Decode and the space below it
+DECODE_COLUMN = 84 + 56  # height of MingTok Decode and the space below it
 SEED = 7
 
 
@@ -272,7 +272,7 @@ TEMPLATES = [
                 group(
                     "Lay it over the picture",
                     READ,
-                    column(220, decode(9, Out(8, "features")), Space(110), Note(550, 180)),
+                    column(220, decode(9, Out(8, "features")), Space(72), Note(550, 170)),
                     column(
                         260,
                         node(
@@ -400,8 +400,8 @@ TEMPLATES = [
                     "Before and after",
                     RESULT,
                     column(220, decode(8, Out(7, "features"))),
-                    column(370, before(10, Out(4, "IMAGE"), 394)),
-                    column(370, save(9, Out(8, "image"), "extend_picture", 370)),
+                    column(340, before(10, Out(4, "IMAGE"), 364)),
+                    column(340, save(9, Out(8, "image"), "extend_picture", 340)),
                 ),
             ),
         ),
@@ -419,7 +419,11 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model and photograph", LOAD, column(306, loader(), scene(size=1024))),
+                group(
+                    "Load model and photograph",
+                    LOAD,
+                    column(306, loader(), scene(words=SCENE.replace("large", "small"), size=1024)),
+                ),
                 group(
                     "Cut out a part",
                     READ,
@@ -529,7 +533,7 @@ TEMPLATES = [
                 group(
                     "1. Show the region",
                     ROUND,
-                    column(290, edit(6, "1, identify the region", Out(5, "instruction"), FEATURES, area=34)),
+                    column(290, edit(6, "1, identify the region", Out(5, "instruction"), FEATURES, area=54)),
                 ),
                 group(
                     "2. Edit",
@@ -581,8 +585,8 @@ TEMPLATES = [
                 group("4. Refine", ROUND, column(270, edit(13, "4, refine", instruction("refine"), *drawn(11)))),
                 before_and_after(
                     decode(14, Out(13, "features"), "once, at the end"),
-                    before(16, area=284),
-                    save(15, Out(14, "image"), "multi_round_edit", 260),
+                    before(16, area=264),
+                    save(15, Out(14, "image"), "multi_round_edit", 240),
                     280,
                 ),
             ),
@@ -717,8 +721,8 @@ TEMPLATES = [
                 group("3. Clean", ROUND, column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10)))),
                 before_and_after(
                     decode(13, Out(12, "features"), "once, at the end"),
-                    before(15, Out(4, "IMAGE"), 284),
-                    save(14, Out(13, "image"), "enhance_chain", 260),
+                    before(15, Out(4, "IMAGE"), 264),
+                    save(14, Out(13, "image"), "enhance_chain", 240),
                 ),
             ),
         ),
