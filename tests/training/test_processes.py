@@ -32,10 +32,9 @@ def test_two_processes_learn_what_one_learns_with_the_doubled_batch_and_either_g
     checkpoint_folder, data, tmp_path
 ):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    losses, _ = run(1, checkpoint_folder, data, one, 20, 4)
-    together, said = run(2, checkpoint_folder, data, two, 20, 2)
+    losses, _ = run(1, checkpoint_folder, data, one, 10, 4)
+    together, said = run(2, checkpoint_folder, data, two, 10, 2)
     assert together == pytest.approx(losses, rel=1e-4)
-    assert losses[1] < losses[0]
     first, second = load_file(one), load_file(two)
     assert all((first[name] - second[name]).abs().max() < 1e-3 for name in first)
     # one process talks
@@ -46,7 +45,7 @@ def test_two_processes_learn_what_one_learns_with_the_doubled_batch_and_either_g
         kept = a.read_bytes()
         a.write_bytes(b.read_bytes())
         b.write_bytes(kept)
-    longer, _ = run(1, checkpoint_folder, data, one, 30, 4, "--resume")
-    together, said = run(2, checkpoint_folder, data, two, 30, 2, "--resume")
-    assert "continuing from step 20" in said
-    assert len(longer) == 3 and together == pytest.approx(longer, rel=1e-3)
+    longer, _ = run(1, checkpoint_folder, data, one, 20, 4, "--resume")
+    together, said = run(2, checkpoint_folder, data, two, 20, 2, "--resume")
+    assert "continuing from step 10" in said
+    assert len(longer) == 2 and longer[1] < longer[0] and together == pytest.approx(longer, rel=1e-3)
