@@ -25,7 +25,7 @@ _OTHER = 0.15  # share of masks that are open somewhere else as well
 
 def to_patches(pixels: np.ndarray) -> np.ndarray:
     """The patches in which any pixel, bool [128, 128], is true: bool [8, 8]."""
-    return pixels.reshape(PATCHES, PATCH, PATCHES, PATCH).any((1, 3))
+    return np.asarray(pixels.reshape(PATCHES, PATCH, PATCHES, PATCH).any((1, 3)))
 
 
 def to_mask(patches: np.ndarray) -> np.ndarray:

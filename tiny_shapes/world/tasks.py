@@ -455,7 +455,7 @@ def _scene_pair(rng: np.random.Generator, step: _Step, first: Scene, constraints
     if not kind:
         return _Pair(first, first)
     edit = random_edit(rng, first, kind, constraints.objects, constraints.split)
-    return edit and _Pair(first, edit.apply(first), edit)
+    return None if edit is None else _Pair(first, edit.apply(first), edit)
 
 
 def _outside(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
