@@ -567,7 +567,7 @@ TEMPLATES = [
         ),
         (
             (
-                *read_picture(Note(546, 140)),
+                *read_picture(Note(546, 166)),
                 group(
                     "1. What does it show?",
                     ROUND,
@@ -584,7 +584,7 @@ TEMPLATES = [
                 group("3. Edit", ROUND, column(270, edit(11, "3, edit", CHANGE, *drawn(9)))),
                 group("4. Refine", ROUND, column(270, edit(13, "4, refine", instruction("refine"), *drawn(11)))),
                 before_and_after(
-                    decode(14, Out(13, "features"), "once, at the end"),
+                    decode(14, Out(13, "features"), "once"),
                     before(16, area=264),
                     save(15, Out(14, "image"), "multi_round_edit", 240),
                     280,
@@ -720,7 +720,7 @@ TEMPLATES = [
                 ),
                 group("3. Clean", ROUND, column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10)))),
                 before_and_after(
-                    decode(13, Out(12, "features"), "once, at the end"),
+                    decode(13, Out(12, "features"), "once"),
                     before(15, Out(4, "IMAGE"), 264),
                     save(14, Out(13, "image"), "enhance_chain", 240),
                 ),
@@ -847,7 +847,7 @@ TEMPLATES = [
         ),
         (
             (
-                *read_picture(Note(546, 140)),
+                *read_picture(Note(546, 166)),
                 group(
                     "1. What does it show?",
                     ROUND,
