@@ -314,7 +314,7 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path):
     train(2)
     state = tmp_path / "work" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-4])
-    with pytest.raises(FileError, match="damaged|cut off"):
+    with pytest.raises(FileError, match=r"damaged|cut off"):
         train(2, resume=True)
 
 
