@@ -13,7 +13,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from .experts import MixtureOfExperts
 from .language_model import DecoderLayer
 from .univision import UniVision
 
@@ -43,7 +42,8 @@ def token_bytes(network: UniVision, rows: int, steps: int, images: int = 1) -> T
     read = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** (images * rows)
     language = 0.0
     for layer in cast("list[DecoderLayer]", list(network.language_model.model.layers)):
-        experts = weight_bytes(layer.mlp.experts) if isinstance(layer.mlp, MixtureOfExperts) else 0
+        stacked = getattr(layer.mlp, "experts", None)  # a dense layer has none
+        experts = weight_bytes(stacked) if stacked is not None else 0
         language += weight_bytes(layer) - experts + experts * read
     blocks = net._blocks
     modulations = [net.cond_embed, net.final_layer.adaLN_modulation, *(block.adaLN_modulation for block in blocks)]

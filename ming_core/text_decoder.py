@@ -137,7 +137,8 @@ def sample(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Te
         first = (best / waiting[:, :candidates]).max(-1, keepdim=True)
         # more than the rest can have: 0 where the nucleus ends before, and some more than what rounding leaves out
         left = torch.where(best[:, -1:] > 0, probs.sum(-1, keepdim=True) - collected[:, -1:] + 1e-4, 0)
-        limits = torch.minimum(left / torch.arange(1, count - candidates + 1), best[:, -1:])  # (rows, those not sorted)
+        numbers = torch.arange(1, count - candidates + 1, device=left.device)
+        limits = torch.minimum(left / numbers, best[:, -1:])  # (rows, those not sorted)
         if bool((limits / waiting[:, candidates:] < first.values).all()):  # true of none, too
             return order.gather(1, first.indices)
         candidates = min(4 * candidates, count)

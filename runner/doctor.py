@@ -107,7 +107,16 @@ def main(*, quick: bool = False) -> int:
 
     quick: narrow layers instead of those of the published widths. Results are checked, and times mean nothing.
     """
-    logging.getLogger("ming_univision").setLevel(logging.ERROR)
+    log = logging.getLogger("ming_univision")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return _examine(quick)
+    finally:
+        log.setLevel(level)
+
+
+def _examine(quick: bool) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     report = Report()
     with torch.no_grad():

@@ -65,7 +65,6 @@ def test_the_table_of_a_gpu_has_a_figure_under_every_heading(full_size, folder, 
         return load(folder, precision, "cpu")
 
     monkeypatch.setattr(full_size, "load", loaded)
-    monkeypatch.setenv(full_size.SWITCH, "")  # put back afterwards
     full_size.run_on_gpu(folder, ["bf16", "int8"])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1 and len(rows) == 2 + 1 + 4

@@ -118,7 +118,7 @@ def test_the_same_prompt_twice_runs_nothing(server, workflow):
 
 @pytest.mark.parametrize(
     ("changed", "value"),
-    [("11.seed", 7), ("11.instruction", "Change the color of the red circle to pink."), ("13.text_guidance", 2.0)],
+    [("11.seed", 8), ("11.instruction", "Change the color of the red circle to pink."), ("13.text_guidance", 2.0)],
     ids=["its seed", "its words", "a guidance"],
 )
 def test_a_change_in_a_round_runs_that_round_and_what_follows_only(server, workflow, changed, value):

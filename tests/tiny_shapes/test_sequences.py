@@ -98,8 +98,9 @@ def test_every_object_of_a_caption_is_named_where_its_words_end(chat):
 
 
 def test_two_images_of_one_message_are_laid_out_as_inference_lays_them_out(chat):
-    (task,) = dialogue_of("pair/which", 1).tasks
-    sequence = tokenize_dialogue(dialogue_of("pair/which", 1), chat, GRID)
+    dialogue = dialogue_of("pair/which", 1)
+    (task,) = dialogue.tasks
+    sequence = tokenize_dialogue(dialogue, chat, GRID)
     image = [chat.image_open_id, *[chat.patch_id] * 16, chat.image_close_id]
     role = [chat.role_open_id, *chat.encode("HUMAN"), chat.role_close_id]
     opening = [*role, *image, *chat.encode("\n\n"), *image, *chat.encode("\n" + task.prompt)]
