@@ -256,7 +256,9 @@ def test_every_run_of_the_chat_adds_a_round(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, (encodes, *_) in CALLS.items() if encodes])
 def test_a_photograph_of_any_shape_takes_the_scenes_place(name, tmp_path):
-    Image.effect_noise((90, 60), 64).convert("RGB").save(tmp_path / "photo.jpg")
+    # the part that edit_photograph cuts out has its place in the picture, so that must be as large as a photograph is
+    size = (900, 600) if name == "edit_photograph" else (90, 60)
+    Image.effect_noise(size, 64).convert("RGB").save(tmp_path / "photo.jpg")
     workflow = with_image(shortened(read_workflow(FOLDER / f"{name}.json")), tmp_path / "photo.jpg")
     assert run_workflow(workflow, output_dir=tmp_path)
 
