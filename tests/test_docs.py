@@ -179,6 +179,8 @@ def test_the_guides_link_to_files_that_are_there():
         "benchmarks/RESULTS.md",
         "docs/MODELS.md",
         "docs/TROUBLESHOOTING.md",
+        "docs/LORA.md",
+        "docs/SCALING.md",
     ):
         text = (PACK / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+?)(?:#.+?)?\)", text):
