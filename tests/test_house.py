@@ -20,7 +20,7 @@ ROOMS = {
     "runner": {"ming_core", "nodes"},
 }
 COMFYUI = {"comfy", "comfy_execution", "comfy_extras", "comfy_api", "folder_paths", "server", "execution"}
-SHIM = PACK / "ming_core" / "training"  # runs tiny_shapes.training under its old name, for one release
+SHIM = PACK / "ming_core" / "training" / "__main__.py"  # runs tiny_shapes.training under its old name, for one release
 SOURCES = [path for room in ROOMS for path in sorted((PACK / room).rglob("*.py"))]
 
 
@@ -95,7 +95,7 @@ def test_the_type_checker_has_nothing_to_say():
 # --- Rooms --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if SHIM not in p.parents], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != SHIM], ids=name_of)
 def test_a_room_only_imports_the_rooms_below_it(path):
     """Also inside functions: an import that is late is an import."""
     room = room_of(path)

@@ -93,6 +93,47 @@ def before_and_after(decoder: Node, first: Node, last: Node, width: int = 300) -
     return group("Before and after", RESULT, column(width, decoder, first), column(width, Space(DECODE_COLUMN), last))
 
 
+def read_coarse_picture() -> tuple[Group, ...]:
+    """Load the model and a gray scene, take its detail away, and encode it; the note stands below."""
+    return (
+        group("Load model and picture", LOAD, column(306, loader(), scene(degrade="grey"))),
+        group(
+            "Take away detail",
+            READ,
+            column(
+                250,
+                node(
+                    3,
+                    "ImageScale",
+                    "remove detail",
+                    image=IMAGE,
+                    upscale_method="area",
+                    width=32,
+                    height=32,
+                    crop="center",
+                ),
+                Note(560, 170),
+            ),
+            column(
+                250,
+                node(
+                    4,
+                    "ImageScale",
+                    "back to full size",
+                    image=Out(3, "IMAGE"),
+                    upscale_method="nearest-exact",
+                ),
+            ),
+        ),
+        group(
+            "Encode once",
+            READ,
+            column(236, encode(5, Out(4, "IMAGE"))),
+            column(258, expand(6, Out(5, "latent"))),
+        ),
+    )
+
+
 def read_picture(*below: Node | Note | Space) -> tuple[Group, Group]:
     """Load the model and the scene, and encode it; what else goes below the encoder."""
     return (
@@ -604,43 +645,7 @@ TEMPLATES = [
             "Try other colors; with your own picture, describe it in the second Ming Edit.",
         ),
         (
-            (
-                group("Load model and picture", LOAD, column(306, loader(), scene(degrade="grey"))),
-                group(
-                    "Take away detail",
-                    READ,
-                    column(
-                        250,
-                        node(
-                            3,
-                            "ImageScale",
-                            "remove detail",
-                            image=IMAGE,
-                            upscale_method="area",
-                            width=32,
-                            height=32,
-                            crop="center",
-                        ),
-                        Note(560, 170),
-                    ),
-                    column(
-                        250,
-                        node(
-                            4,
-                            "ImageScale",
-                            "back to full size",
-                            image=Out(3, "IMAGE"),
-                            upscale_method="nearest-exact",
-                        ),
-                    ),
-                ),
-                group(
-                    "Encode once",
-                    READ,
-                    column(236, encode(5, Out(4, "IMAGE"))),
-                    column(258, expand(6, Out(5, "latent"))),
-                ),
-            ),
+            read_coarse_picture(),
             (
                 group(
                     "1. Sharpen",
@@ -672,43 +677,7 @@ TEMPLATES = [
             "Try to bypass one of them; with your own picture, describe it in the second Ming Edit.",
         ),
         (
-            (
-                group("Load model and picture", LOAD, column(306, loader(), scene(degrade="grey"))),
-                group(
-                    "Take away detail",
-                    READ,
-                    column(
-                        250,
-                        node(
-                            3,
-                            "ImageScale",
-                            "remove detail",
-                            image=IMAGE,
-                            upscale_method="area",
-                            width=32,
-                            height=32,
-                            crop="center",
-                        ),
-                        Note(560, 170),
-                    ),
-                    column(
-                        250,
-                        node(
-                            4,
-                            "ImageScale",
-                            "back to full size",
-                            image=Out(3, "IMAGE"),
-                            upscale_method="nearest-exact",
-                        ),
-                    ),
-                ),
-                group(
-                    "Encode once",
-                    READ,
-                    column(236, encode(5, Out(4, "IMAGE"))),
-                    column(258, expand(6, Out(5, "latent"))),
-                ),
-            ),
+            read_coarse_picture(),
             (
                 group(
                     "1. Sharpen",

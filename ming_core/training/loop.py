@@ -12,9 +12,8 @@ import csv
 import io
 import logging
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from .batches import Noising, SampleStream, collate
 from .loss import LoraLoss, Weights
 from .processes import Processes
 from .sequences import Sequence
+from .signals import signal_handler
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Training:
         interrupts: list[int] = []
         stopped = False
         with (
-            _signal_handler(lambda number, _: interrupts.append(number)),
+            signal_handler(lambda number, _: interrupts.append(number)),
             self.loss.in_place(),
             self._progress() as progress,
         ):
@@ -241,14 +241,3 @@ class Training:
         self.step, self.samples = found["step"], found["samples"]
         self.rows, self.recent = found["rows"], found["recent"]
         return True
-
-
-@contextlib.contextmanager
-def _signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM call `handler` instead of ending the process, and restore the old handlers afterwards."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

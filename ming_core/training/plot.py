@@ -9,8 +9,14 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-def plot_log(log_csv: Path, image: Path, over: str = "step") -> bool:
-    """Plot every other column over the column `over` into a PNG. False without a log or without Matplotlib."""
+COLUMNS = 4  # of panels
+
+
+def plot_log(log_csv: Path, image: Path, over: str = "step", left_out: tuple[str, ...] = ()) -> bool:
+    """Plot the columns of a log over the column `over` into a PNG, but those left out.
+
+    Returns False without a log or without Matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -20,15 +26,21 @@ def plot_log(log_csv: Path, image: Path, over: str = "step") -> bool:
         return False
     with log_csv.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name != over] if rows else []
+    names = [name for name in rows[0] if name not in (over, *left_out)] if rows else []
     if not names:
         return False
-    figure = Figure(figsize=(4.0 * len(names), 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
+    columns = min(COLUMNS, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.2 * lines), layout="constrained")
+    axes = iter(figure.subplots(lines, columns, squeeze=False).flat)
+    for name in names:
+        axis = next(axes)
         known = [row for row in rows if row[name]]
         axis.plot([float(row[over]) for row in known], [float(row[name]) for row in known], linewidth=1.2)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
+    for unused in axes:
+        unused.set_axis_off()
     figure.supxlabel(over, fontsize=9)
     figure.savefig(image, dpi=110)
     return True

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .finding import NO_CHECKOUT, NotFound, find_checkout, find_python
+from .finding import NotFound, add_options, found
 from .server import Server, ServerError, read_workflow
 
 WORKFLOWS = {
@@ -169,14 +169,10 @@ def drive_all(checkout: Path, comfyui_python: Path, python: Path, folder: Path) 
 def main() -> int:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--clients", metavar="FILE", required=True, type=Path, help="the Python that has the clients")
-    words.add_argument("--comfyui", metavar="DIR", help="its checkout (default: the one that is found)")
-    words.add_argument("--comfyui-python", metavar="FILE", help="the Python that has its requirements")
+    add_options(words)
     options = words.parse_args()
     try:
-        checkout = find_checkout(options.comfyui)
-        if checkout is None:
-            raise NotFound(NO_CHECKOUT)
-        python = find_python(checkout, options.comfyui_python)
+        checkout, python = found(options)
         with tempfile.TemporaryDirectory(prefix="ming-clients-") as folder:
             failed = drive_all(checkout, python, options.clients.absolute(), Path(folder))
     except (NotFound, ServerError) as error:

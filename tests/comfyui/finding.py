@@ -5,6 +5,7 @@ It needs the standard library only. It installs nothing, and says what to do abo
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -61,6 +62,20 @@ def find_checkout(given: str | None = None) -> Path | None:
         return folder
     likely = [PACK.parent.parent] if PACK.parent.name == "custom_nodes" else []
     return first([*likely, *(Path.home() / place for place in COMFY_CLI)], is_checkout)
+
+
+def add_options(words: argparse.ArgumentParser) -> None:
+    """The options of a script for the ComfyUI that it is to use; `found` takes them."""
+    words.add_argument("--comfyui", metavar="DIR", help="its checkout (default: the one that is found)")
+    words.add_argument("--comfyui-python", metavar="FILE", help="the Python that has its requirements")
+
+
+def found(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The checkout and the Python that the options name. Raises NotFound."""
+    checkout = find_checkout(options.comfyui)
+    if checkout is None:
+        raise NotFound(NO_CHECKOUT)
+    return checkout, find_python(checkout, options.comfyui_python)
 
 
 def is_checkout(folder: Path) -> bool:

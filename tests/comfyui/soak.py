@@ -36,7 +36,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from .finding import NO_CHECKOUT, PACK, NotFound, find_checkout, find_python
+from .finding import PACK, NotFound, add_options, found
 from .server import Client, Server, ServerError
 from .soak_prompts import KEPT, SMALL, any_prompt, is_of_small_model, kept, many_saves, one_of_each
 
@@ -436,15 +436,11 @@ def main() -> int:
     words.add_argument("--prompts", type=int, default=1000)
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--kills", type=int, default=10)
-    words.add_argument("--comfyui", metavar="DIR", help="its checkout (default: the one that is found)")
-    words.add_argument("--comfyui-python", metavar="FILE", help="the Python that has its requirements")
+    add_options(words)
     words.add_argument("--keep", action="store_true", help="keep the server's folder, and name it")
     options = words.parse_args()
     try:
-        checkout = find_checkout(options.comfyui)
-        if checkout is None:
-            raise NotFound(NO_CHECKOUT)
-        python = find_python(checkout, options.comfyui_python)
+        checkout, python = found(options)
         os.environ.update(FEW_REMEMBERED)
         with server_folder(options.keep) as base:
             report = soak(lambda: Server(checkout, python, base), base, options.prompts, options.seed, options.kills)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ming_core.files import FileError
+from ming_core.training.plot import plot_log
 from tiny_shapes.training.data import batches
 from tiny_shapes.training.loop import Run
-from tiny_shapes.training.plot import plot_log
 
 both_kinds = pytest.mark.parametrize("kind", ["mingtok", "joint"])
 
@@ -153,7 +153,7 @@ def test_the_log_has_a_row_for_every_checkpoint_and_is_plotted(make_run, tmp_pat
     assert len(rows) == 3 and rows[0].startswith("stage,step,hours,l1") and rows[0].endswith("figure")
     assert rows[1].endswith(",") and not rows[2].endswith(",")  # the first checkpoint was not evaluated
     pytest.importorskip("matplotlib")
-    assert plot_log(run.folder / "log.csv", tmp_path / "loss.png")
+    assert plot_log(run.folder / "log.csv", tmp_path / "loss.png", over="hours", left_out=("stage", "step"))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from ming_core import FileError
+from ming_core.training.plot import plot_log
 
 from .loop import Objective, Run
-from .plot import plot_log
 from .recipe import RECIPE, Stage
 from .stages import make_objective
 
@@ -70,7 +70,7 @@ def _train(run: Run) -> None:
         if run.progress < 1:
             run.train()
     finally:
-        plot_log(run.folder / "log.csv", run.folder / "loss.png")
+        plot_log(run.folder / "log.csv", run.folder / "loss.png", over="hours", left_out=("stage", "step"))
 
 
 def _parser() -> argparse.ArgumentParser:

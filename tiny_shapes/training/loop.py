@@ -8,13 +8,10 @@ written whole, then renamed.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import logging
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ming_core.files import FileError, move, write_whole_folder
+from ming_core.training.signals import signal_handler
 
 from .data import MakeBatch, batches
 from .optimizers import learning_rate_factor, make_average, make_optimizers, make_schedulers
@@ -90,7 +88,7 @@ class Run:
         """
         interrupts: list[int] = []
         last_checkpoint = self.seconds
-        with _signal_handler(lambda number, _: interrupts.append(number)):
+        with signal_handler(lambda number, _: interrupts.append(number)):
             data = batches(self.objective.data, self.stage.seed, self.step, self.workers)
             while self.progress < 1.0 and not interrupts:
                 started = time.perf_counter()
@@ -198,14 +196,3 @@ class Run:
 def _noise_seed(seed: int, step: int) -> int:
     """The seed of the noise of a step."""
     return int(np.random.SeedSequence([seed, step, 1]).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextlib.contextmanager
-def _signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM call `handler` instead of ending the process, and restore the old handlers afterwards."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
