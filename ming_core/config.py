@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .json_files import shown
+
 HEAD_DIM = 64  # of every attention in MingTok; the checkpoints do not state it
 MAX_SIZE = 1 << 28  # a config with a larger size is damaged, and its model would only take long to fail
 MAX_COUNT = 1000  # of layers, and of experts in a layer
@@ -175,7 +177,7 @@ class LanguageModelConfig:
             ("multi_gate", True),
         ):
             value = getattr(self, name)
-            _require(value == only, f"{name} is {value!r}: only {only!r} is supported")
+            _require(value == only, f"{name} is {shown(value)}: only {only!r} is supported")
         # Both published spellings of the position encoding are plain 1-D rope (three equal rows of the 3-D one
         # give the same bits).
         scaling = self.rope_scaling
@@ -221,15 +223,15 @@ class FlowHeadConfig:
         _require_sizes(self)
         _require(
             self.num_sampling_steps.isdecimal() and 0 < int(self.num_sampling_steps) <= MAX_COUNT,
-            f"num_sampling_steps is {self.num_sampling_steps!r}: it must be a whole number from 1 to {MAX_COUNT}",
+            f"num_sampling_steps is {shown(self.num_sampling_steps)}: it must be a whole number from 1 to {MAX_COUNT}",
         )
         _require(
             self.gen_method.startswith("flow_matching_swiglu"),
-            f'gen_method is {self.gen_method!r}: only "flow_matching_swiglu-4" is supported',
+            f'gen_method is {shown(self.gen_method)}: only "flow_matching_swiglu-4" is supported',
         )
         _require(
             self.vis_head_arch == "linear2-norm",
-            f'vis_head_arch is {self.vis_head_arch!r}: only "linear2-norm" is supported',
+            f'vis_head_arch is {shown(self.vis_head_arch)}: only "linear2-norm" is supported',
         )
 
     @property
@@ -292,7 +294,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return read_config(hint, value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and not abs(value) <= sys.float_info.max:  # JSON readers take NaN and Infinity
-        raise ConfigError(f"{where} is {value!r}, not a finite number")
+        raise ConfigError(f"{where} is {shown(value)}, not a finite number")
     if hint is float and number:
         return float(value)
     if hint is int and number and value == int(value):
@@ -311,4 +313,6 @@ def _shown(value: Any) -> str:
 
 
 def _require_swiglu(ffn_layer: str) -> None:
-    _require(ffn_layer in ("swiglufused", "swiglu"), f'ffn_layer is {ffn_layer!r}: only "swiglufused" is supported')
+    _require(
+        ffn_layer in ("swiglufused", "swiglu"), f'ffn_layer is {shown(ffn_layer)}: only "swiglufused" is supported'
+    )

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 import stat
 from typing import Any
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 16 << 20  # twenty times the header or the index of the published model; a tokenizer.json may be longer
 MAX_DEPTH = 64  # nested lists and objects; the files that are read here have fewer than ten
 MAX_DIGITS = 300  # of a whole number: one with more is beyond the largest float, and takes long to read
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 120
 
 
 class FileError(ValueError):
@@ -132,6 +136,11 @@ def unreadable(what: str | os.PathLike[str], error: OSError) -> FileError:
 def printable(text: str) -> str:
     """The text with halves of characters (lone surrogates, as in file names of other systems) written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shown(value: Any) -> str:
+    """A value that a file or a caller gave, as messages show it: its repr, with what is long cut out of it."""
+    return _SHOWN.repr(value)
 
 
 def log_left_out(path: str | os.PathLike[str], error: Exception) -> None:

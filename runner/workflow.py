@@ -407,7 +407,8 @@ def _normal(value: Any) -> Any:
     if is_link(value):
         return [str(value[0]), int(value[1])]
     if isinstance(value, dict) and "__value__" in value:
-        return value["__value__"]
+        value = value["__value__"]
+        return tuple(value) if is_link(value) else value  # a list that is meant as a value is never a link
     return copy.deepcopy(value)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..config import ConfigError, FlowHeadConfig, LanguageModelConfig, MingTokConfig, UniVisionConfig, read_config
-from ..json_files import FileError, MissingFileError, read_json
+from ..json_files import FileError, MissingFileError, read_json, shown
 from ..mingtok import MingTok
 from ..quantization import FORMATS
 from .keys import checkpoint_keys
@@ -62,11 +62,11 @@ class CheckpointConfig:
         ours = isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
         if not ours or entry.get("quantization") not in FORMATS:
             raise CheckpointError(
-                f"{self.path}: quantization_config {entry!r} is not supported: get the checkpoint in bf16, or one that "
-                f"this library has quantized to {' or '.join(FORMATS)}"
+                f"{self.path}: quantization_config {shown(entry)} is not supported: get the checkpoint in bf16, or "
+                f"one that this library has quantized to {' or '.join(FORMATS)}"
             )
         values = [entry.get(name) for name in QuantizationOrigin._fields]
-        if not all(isinstance(value, str) and value for value in values):
+        if not all(isinstance(value, str) and value and value.isprintable() for value in values):
             needed = ", ".join(QuantizationOrigin._fields)
             raise CheckpointError(f"{self.path}: quantization_config lacks one of {needed}: {REDOWNLOAD_HINT}")
         return QuantizationOrigin(*values)

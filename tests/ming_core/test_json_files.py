@@ -7,7 +7,7 @@ import time
 
 import pytest
 from ming_univision.ming_core import FileError, json_files
-from ming_univision.ming_core.json_files import MissingFileError, check_regular, printable, read_file, read_json
+from ming_univision.ming_core.json_files import MissingFileError, check_regular, printable, read_file, read_json, shown
 
 
 def test_values_come_back_as_they_were_written_with_or_without_a_byte_order_mark(tmp_path):
@@ -102,3 +102,8 @@ def test_messages_can_be_printed_whatever_the_name():
     with pytest.raises(FileError) as error:
         read_json(b"{", what="\udcff.json")
     str(error.value).encode("utf-8")
+
+
+def test_values_in_messages_are_short():
+    assert shown("swiglu") == "'swiglu'"
+    assert len(shown("x" * 5000)) < 150 and len(shown({"name": ["x" * 5000] * 20})) < 1500

@@ -628,6 +628,7 @@ def test_whole_numbers_of_another_kind_are_named(quantised_folder):
         ({"quant_method": "gptq", "bits": 4}, ["gptq", "not supported", "bf16"]),
         ({"quantization": "int3"}, ["int3", "not supported"]),
         ({"fingerprint": 7}, ["lacks one of", "fingerprint"]),
+        ({"fingerprint": "\ud800"}, ["lacks one of", "fingerprint"]),
         (None, ["_scale", "quantized", "no quantization_config"]),
     ],
 )

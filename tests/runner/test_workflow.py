@@ -120,8 +120,9 @@ def test_a_socket_takes_no_plain_value():
         def INPUT_TYPES(cls):
             return {"required": {"image": ("IMAGE",)}}
 
-    with pytest.raises(WorkflowError, match="expected a link to an output of type IMAGE, not the value"):
-        plan({"1": node("Takes", image="x.png")}, {"Takes": Takes})
+    for value in ("x.png", {"__value__": ["2", 0]}):  # the latter says that it is a list, though it looks like a link
+        with pytest.raises(WorkflowError, match="expected a link to an output of type IMAGE, not the value"):
+            plan({"1": node("Takes", image=value)}, {"Takes": Takes})
 
 
 def test_a_nodes_own_check_gets_what_it_asks_for_and_sets_its_own_bounds():
