@@ -16,6 +16,7 @@ ROOMS = {
     "tiny_shapes/world": set(),
     "tiny_shapes/evaluation": {"ming_core", "tiny_shapes/world"},
     "tiny_shapes/training": {"ming_core", "tiny_shapes/world", "tiny_shapes/evaluation"},
+    "tiny_shapes/ablation": {"ming_core", "tiny_shapes/world", "tiny_shapes/evaluation", "tiny_shapes/training"},
     "nodes": {"ming_core", "tiny_shapes/world"},
     "runner": {"ming_core", "nodes"},
 }

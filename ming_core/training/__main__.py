@@ -1,6 +1,6 @@
-"""`python -m ming_core.training lora` trains a LoRA.
+"""`python -m ming_core.training lora` trains a LoRA; `ablation` compares two designs of the built-in model.
 
-Without `lora` it runs `python -m tiny_shapes.training`, its new name, for one more release.
+Without one of these words it runs `python -m tiny_shapes.training`, its new name, for one more release.
 """
 
 import runpy
@@ -12,5 +12,9 @@ if __name__ == "__main__":
         from .command import main
 
         sys.exit(main(sys.argv[2:]))
+    if sys.argv[1:2] == ["ablation"]:
+        del sys.argv[1]
+        runpy.run_module("tiny_shapes.ablation", run_name="__main__", alter_sys=True)
+        sys.exit()
     warnings.warn("ming_core.training is now tiny_shapes.training: use the new name", DeprecationWarning, stacklevel=1)
     runpy.run_module("tiny_shapes.training", run_name="__main__", alter_sys=True)

@@ -133,7 +133,13 @@ class JointLoss(nn.Module):
 
     @torch.no_grad()
     def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images.
+        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images."""
+        latents, fed = self.latents(batch, generator)
+        tok = self.network.mingtok
+        return latents, tok.semantic_decoder(tok.denormalise(fed))
+
+    def latents(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Normalised latents of the placed images, and those to feed: noisy ones for drawn images. Both [P, N, C].
 
         Tokens that a mask keeps are fed as those of their source are, noise included: so it is when the model edits.
         """
@@ -148,7 +154,7 @@ class JointLoss(nn.Module):
         fed[:placed] += noise.to(latents) * batch.drawn[:, None, None]
         for i in (batch.sources >= 0).nonzero().flatten().tolist():  # in order: a source may have one itself
             fed[i] = torch.where(batch.opened[i, :, None], fed[i], fed[batch.sources[i]])
-        return latents[:placed], tok.semantic_decoder(tok.denormalise(fed[:placed]))
+        return latents[:placed], fed[:placed]
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

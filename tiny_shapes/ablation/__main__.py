@@ -1,0 +1,142 @@
+"""Train the unified and the separate design with one budget, and compare them.
+
+    python -m ming_core.training ablation                    all runs, one after another, then the table and the plot
+    python -m ming_core.training ablation --run unified-1    one run; several can go on at once
+    python -m ming_core.training ablation --report           the table and the plot of what there is
+
+An interrupted run (Ctrl-C) is continued by the same command; a finished one is skipped. Each writes log.csv into a
+folder of its name, and the report writes ablation.md and, where Matplotlib is installed, ablation.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ming_core import FileError
+from ming_core.training.signals import signal_handler
+
+from ..training.data import batches
+from ..training.loop import Run
+from ..training.recipe import Stage
+from .designs import DESIGNS, ablation_stage
+from .figures import OBJECTS
+from .report import write_report
+
+log = logging.getLogger(__name__)
+
+STEPS = 1200
+EVALUATIONS = 12  # of a run
+SEEDS = (1, 2, 3)  # of what the conclusion rests on
+DRAWING = {"generate": 5.0, "edit": 3.0}
+EVERYTHING = {**DRAWING, "question": 5.0, "describe": 1.5, "identify region": 0.5}
+MODEL = Path(__file__).parents[2] / "models" / "tiny-shapes"
+
+
+class Planned(NamedTuple):
+    """A run: one design, taught everything or drawing alone, from one seed."""
+
+    design: str
+    alone: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.design}{'-drawing-alone' if self.alone else ''}-{self.seed}"
+
+    def stage(self, steps: int) -> Stage:
+        """Its learning rate does not fall, so that every point of the curve is an end that the run might have had."""
+        return Stage(
+            self.name,
+            "joint",
+            batch=24,
+            lr=2e-3,
+            steps=steps,
+            warmup=60,
+            decay_fraction=1e-6,
+            average=0.98,
+            objects=OBJECTS,
+            tasks=DRAWING if self.alone else EVERYTHING,
+            rounds=2,
+            seed=self.seed,
+        )
+
+
+# In this order, so that a comparison can be made as early as possible.
+PLAN = (
+    *(Planned(design, False, SEEDS[0]) for design in DESIGNS),
+    *(Planned(design, True, SEEDS[0]) for design in DESIGNS),
+    *(Planned(design, False, seed) for seed in SEEDS[1:] for design in DESIGNS),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = [run for run in PLAN if options.run in (None, run.name)]
+    try:
+        for planned in () if options.report else plan:
+            stage = ablation_stage(planned.stage(options.steps), planned.design, options.model, device)
+            train(Run(stage=planned.stage(options.steps), objective=stage, folder=options.folder / planned.name))
+        if options.run is None:
+            log.info("%s", write_report(options.folder, options.out or options.folder))
+    except (FileError, ValueError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        log.info("interrupted: run the same command again to continue")
+        return 130
+    return 0
+
+
+def train(run: Run) -> None:
+    """Train to the last step, with an evaluation and a checkpoint after every part of the stage.
+
+    Raises KeyboardInterrupt, after a checkpoint, if it was interrupted.
+    """
+    if run.resume():
+        log.info("%s: continuing from step %d", run.stage.name, run.step)
+    every, interrupts = max(1, run.stage.steps // EVALUATIONS), list[int]()
+    with signal_handler(lambda number, _: interrupts.append(number)):
+        data = batches(run.objective.data, run.stage.seed, run.step)
+        while run.progress < 1.0 and not interrupts:
+            started = time.perf_counter()
+            run.update(next(data))
+            run.seconds += time.perf_counter() - started
+            run.show_progress()
+            if run.step % every == 0:
+                run.checkpoint()
+        if interrupts:
+            run.checkpoint(evaluate=False)
+            raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, epilog = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "python -m ming_core.training ablation",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="whose MingTok and tokenizer to use (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of the runs (%(default)s)")
+    parser.add_argument("--out", type=Path, help="of the report; default: the folder of the runs")
+    parser.add_argument("--run", choices=[run.name for run in PLAN], help="train this one alone")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every run (%(default)s)")
+    parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The table and the plot of the runs: by step and by minute, and how long *separate* takes to where *unified* is."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ming_core.files import write_whole
+
+from .designs import DESIGNS
+
+log = logging.getLogger(__name__)
+
+SHARES = {"drawn": "drawings right", "edited": "edits right", "asked": "questions right"}
+OWN = {"asked_own": "questions about its own drawings right"}
+LOSSES = {"unseen_flow": "loss of drawing", "unseen_text": "loss of words"}
+PARTS = {"a third": 1 / 3, "half": 1 / 2, "the end": 1.0}
+
+
+class Curve(NamedTuple):
+    """Means over the seeds of one kind of runs, at the steps that all of them have reached.
+
+    figures  name -> values; NaN where no run could measure it
+    """
+
+    steps: np.ndarray
+    minutes: np.ndarray
+    figures: dict[str, np.ndarray]
+    seeds: int
+
+
+def write_report(runs: Path, out: Path) -> Path:
+    """Write ablation.md and ablation.png; returns the path of the former. Raises ValueError where a run is missing."""
+    joint = {design: read_curve(runs, design) for design in DESIGNS}
+    alone = {design: read_curve(runs, f"{design}-drawing-alone") for design in DESIGNS}
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([_ends(joint, alone), _needs(joint, "step"), _needs(joint, "minute")]) + "\n"
+    write_whole(out / "ablation.md", text.encode())
+    _plot(joint, alone, out / "ablation.png")
+    return out / "ablation.md"
+
+
+def read_curve(runs: Path, name: str) -> Curve:
+    """The curve of the runs of this name, whatever their seeds. Raises ValueError if there is none."""
+    logs = []
+    for path in sorted(runs.glob(f"{name}-[0-9]*/log.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            logs.append({int(row["step"]): row for row in csv.DictReader(file) if row.get("drawn")})
+    if not logs:
+        raise ValueError(f"{runs} has no log of {name}: train it first")
+    steps = sorted(set.intersection(*(set(found) for found in logs)))
+
+    def means(column: str, factor: float = 1.0) -> np.ndarray:
+        rows = [[float(found[step].get(column) or "nan") * factor for found in logs] for step in steps]
+        return np.array([np.nanmean(row) if not np.isnan(row).all() else np.nan for row in rows])
+
+    figures = {column: means(column) for column in (*SHARES, *OWN, *LOSSES)}
+    return Curve(np.array(steps), means("hours", 60), figures, len(logs))
+
+
+def first_reached(times: np.ndarray, values: np.ndarray, level: float) -> float | None:
+    """When a curve first comes to a level, between two points of it by their line; None if it never does."""
+    for i, value in enumerate(values):
+        if value >= level:
+            if i == 0 or values[i - 1] >= level:
+                return float(times[i])
+            share = (level - values[i - 1]) / (value - values[i - 1])
+            return float(times[i - 1] + share * (times[i] - times[i - 1]))
+    return None
+
+
+def _ends(joint: dict[str, Curve], alone: dict[str, Curve]) -> str:
+    """What the runs can do at the end, and what joint training costs drawing."""
+    names = {**SHARES, **OWN, **LOSSES}
+    lines = [
+        f"| at the end | seeds | steps | minutes | {' | '.join(names.values())} |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for kind, curves in (("everything", joint), ("drawing alone", alone)):
+        for design, curve in curves.items():
+            cells = [f"{design}, {kind}", f"{curve.seeds}", f"{curve.steps[-1]}", f"{curve.minutes[-1]:.0f}"]
+            for name in names:
+                value = curve.figures[name][-1]
+                taught = kind == "everything" or name not in ("asked", *OWN, "unseen_text")
+                cells.append("" if np.isnan(value) or not taught else _shown(name, value))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _needs(joint: dict[str, Curve], unit: str) -> str:
+    """When *separate* is where *unified* was at a third, half and the end of its budget."""
+    unified, separate = joint["unified"], joint["separate"]
+    lines = [
+        f"| {unit}s to the level of *unified* at | {' | '.join(PARTS)} |",
+        "|---" * (len(PARTS) + 1) + "|",
+    ]
+    for name, title in {**SHARES, **OWN, **LOSSES}.items():
+        sign = -1 if name in LOSSES else 1  # of a loss, less is more
+        cells = []
+        for part in PARTS.values():
+            own, other = (curve.steps if unit == "step" else curve.minutes for curve in (unified, separate))
+            at = int(np.abs(unified.steps - part * unified.steps[-1]).argmin())
+            level = sign * unified.figures[name][at]
+            known = ~np.isnan(separate.figures[name])
+            found = first_reached(other[known], sign * separate.figures[name][known], level)
+            when = f"not by {other[-1]:.0f}" if found is None else f"{found:.0f} ({found / own[at]:.2f} times)"
+            cells.append("" if np.isnan(level) else f"{_shown(name, abs(level))}: {own[at]:.0f}, *separate* {when}")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.4f}" if name in LOSSES else f"{100 * value:.0f} %"
+
+
+def _plot(joint: dict[str, Curve], alone: dict[str, Curve], image: Path) -> None:
+    """Every figure by step, in a panel of its own; dashed, what was taught drawing alone."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("no plot: Matplotlib is not installed (pip install matplotlib)")
+        return
+    names = {**SHARES, **OWN, **LOSSES}
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(2, 3).flat, names.items(), strict=True):
+        for design, color in zip(DESIGNS, ("tab:blue", "tab:orange"), strict=True):
+            axis.plot(joint[design].steps, joint[design].figures[name], color=color, label=design)
+            if name in ("drawn", "edited", "unseen_flow"):
+                label = f"{design}, drawing alone"
+                axis.plot(alone[design].steps, alone[design].figures[name], "--", color=color, linewidth=1, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(image, dpi=110)
