@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from .worker import RowRunner, WorkersError
 
 LARGEST_GROUP = 16  # rows that one actor gets at once: consecutive rows may share pictures or rounds
 NODES = "runner.session:known_node_classes"  # where in the pack a worker gets its node classes
+NO_CLUSTER = "no Ray cluster answers at {} ({}): start one with `ray start --head`, or correct the address"
 _PACKAGE = __name__.split(".")[0]
 
 
@@ -45,8 +48,11 @@ def run_on_ray(
     Raises WorkersError if Ray cannot be reached, if an actor cannot start, or if its files do not come to `results`.
     """
     import ray
+    import ray.data  # it sets up its loggers
 
     names = {job.key: job.name for job in jobs}
+    _check_answers(address)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what matters is in the records, or is raised
     try:
         ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -57,7 +63,7 @@ def run_on_ray(
         rows = ray.data.from_items(groups, override_num_blocks=len(groups)).flat_map(
             _actor_class(),
             fn_constructor_args=(str(Path(__file__).parents[2]), _PACKAGE, results.place, nodes, batch),
-            concurrency=workers,
+            compute=ray.data.ActorPoolStrategy(size=workers),
             **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
         )
         for row in rows.iter_rows():
@@ -87,12 +93,26 @@ class GroupRunner:
         return [{"record": json.dumps(record)} for record in self._runner.run(jobs)]
 
 
+def _check_answers(address: str) -> None:
+    """Raises WorkersError if nothing answers at HOST:PORT. Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise WorkersError(NO_CLUSTER.format(address, error.strerror or error)) from None
+
+
 def _reason(error: Exception, address: str) -> str:
-    """What stopped Ray, and what to do."""
+    import ray
+
     if isinstance(error, ConnectionError):
-        return f"no Ray cluster answers at {address}: start one with `ray start --head`, or correct the address"
+        return NO_CLUSTER.format(address, error)
     last_line = str(error).strip().splitlines()[-1]
-    return f"a worker cannot start: {last_line}"
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return f"a worker cannot start, since each machine needs the same pack and packages: {last_line}"
+    return f"Ray cannot go on: {last_line}"
 
 
 def _groups(jobs: Sequence[Job], workers: int, batch: int) -> list[dict[str, str]]:
