@@ -25,6 +25,10 @@ from .worker import RowRunner, WorkersError
 LARGEST_GROUP = 16  # rows that one actor gets at once: consecutive rows may share pictures or rounds
 NODES = "runner.session:known_node_classes"  # where in the pack a worker gets its node classes
 NO_CLUSTER = "no Ray cluster answers at {} ({}): start one with `ray start --head`, or correct the address"
+NO_ENTRY = (
+    "Ray cannot connect to {} ({}): if a cluster runs there, its machines and this one need one token, which `ray "
+    "get-auth-token --generate` makes, or RAY_AUTH_MODE=disabled when they are started"
+)
 _PACKAGE = __name__.split(".")[0]
 
 
@@ -108,7 +112,7 @@ def _reason(error: Exception, address: str) -> str:
     import ray
 
     if isinstance(error, ConnectionError):
-        return NO_CLUSTER.format(address, error)
+        return NO_ENTRY.format(address or "this machine", error)
     last_line = str(error).strip().splitlines()[-1]
     if isinstance(error, ray.exceptions.ActorDiedError):
         return f"a worker cannot start, since each machine needs the same pack and packages: {last_line}"

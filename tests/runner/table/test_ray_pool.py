@@ -30,6 +30,8 @@ def cluster():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    without_token = pytest.MonkeyPatch()
+    without_token.setenv("RAY_AUTH_MODE", "disabled")
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     words += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
@@ -42,6 +44,7 @@ def cluster():
             pytest.fail(f"Ray does not start:\n{said[-2000:]}", pytrace=False)
         yield f"127.0.0.1:{port}"
         head.terminate()
+    without_token.undo()
 
 
 DRIVER = """
