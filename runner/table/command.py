@@ -16,7 +16,7 @@ from ..workflow import NodeClasses, WorkflowError, read_workflow, with_settings
 from .jobs import Job, in_sharing_order, make_jobs
 from .results import Record, Results, ResultsError, open_results
 from .rows import TableError, read_table, table_of_images
-from .worker import RowRunner
+from .worker import RowRunner, WorkersError
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where a line cannot be redrawn
 
@@ -48,6 +48,9 @@ def main(
     """
     progress = Progress(stream or sys.stdout)
     node_classes = known_node_classes() if node_classes is None else node_classes
+    if workers is not None and ray is None:
+        progress.say("Refused: --workers is the number of Ray's processes: add --ray, or leave it out")
+        return EXIT_REFUSED
     try:
         graph = read_workflow(workflow)
         if settings:
@@ -70,6 +73,9 @@ def main(
     except (WorkflowError, TableError, ResultsError) as error:
         progress.say(f"Refused: {error}")
         return EXIT_REFUSED
+    except OSError as error:
+        progress.say(f"Stopped: {error}; run the same command again when that is mended")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         progress.say("Interrupted before anything ran.")
         return EXIT_INTERRUPTED
@@ -94,6 +100,8 @@ def _run(
             progress.finished(record)
     except KeyboardInterrupt:
         interrupted = True
+    except WorkersError as error:
+        progress.say(f"Stopped: {error}")
     results.write_table(_in_order(jobs, records))
     return progress.end(records.values(), len(jobs), interrupted)
 

@@ -56,6 +56,10 @@ class Results:
         """An empty folder for the files of a row; removed at the end of the `with` block unless committed."""
         raise NotImplementedError
 
+    def deaths(self, name: str) -> int:
+        """How many workers have begun this row since the run started and did not come to its end."""
+        raise NotImplementedError
+
     def commit(self, name: str, folder: Path, record: Record) -> Record:
         """Brings a staged folder to its place, whole, and returns the record that counts from now on.
 
@@ -98,14 +102,20 @@ class FolderResults(Results):
     def staged(self, name: str) -> Iterator[Path]:
         folder = self.folder / WORK / f"{name}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
+        (folder / RECORD).touch()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def deaths(self, name: str) -> int:
+        return sum(1 for _ in (self.folder / WORK).glob(f"{name}.*"))
+
     def commit(self, name: str, folder: Path, record: Record) -> Record:
         target = self.folder / ROWS / name
-        _write_whole(folder / RECORD, json.dumps(record))
+        # It is missing if a later run has cleared this folder away, though nodes may have saved to it since.
+        with (folder / RECORD).open("r+", encoding="utf-8") as file:
+            json.dump(record, file)
         target.parent.mkdir(exist_ok=True)
         try:
             folder.rename(target)
@@ -175,8 +185,17 @@ class RemoteResults(Results):
 
     @contextlib.contextmanager
     def staged(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="ming-row-") as folder:
-            yield Path(folder)
+        mark = f"{self._work}/{name}.{uuid.uuid4().hex[:8]}"
+        self.files.pipe_file(mark, b"")  # stays if this process dies
+        try:
+            with tempfile.TemporaryDirectory(prefix="ming-row-") as folder:
+                yield Path(folder)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # a later run has cleared it away
+                self.files.rm_file(mark)
+
+    def deaths(self, name: str) -> int:
+        return len(self.files.glob(f"{self._work}/{name}.*"))
 
     def commit(self, name: str, folder: Path, record: Record) -> Record:
         if (found := self.find(name)) is not None:
@@ -191,13 +210,33 @@ class RemoteResults(Results):
         return record
 
     def write_table(self, records: Iterable[Record]) -> None:
-        self.files.makedirs(self.root, exist_ok=True)
         self.files.pipe_file(f"{self.root}/{RESULTS}", _lines(records).encode())
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        try:
+            self._remove_work()  # of a run that was killed
+            self.files.makedirs(self._work, exist_ok=True)
+        except Exception as error:  # each file system has its own
+            raise ResultsError(f"{self.place} cannot be written to: {error}") from error
+        try:
+            yield
+        finally:
+            self._remove_work()
+
+    @property
+    def _work(self) -> str:
+        return f"{self.root}/{WORK}"
+
+    def _remove_work(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.files.rm(self._work, recursive=True)
 
 
 def files_in(folder: Path) -> list[str]:
-    """The files in a folder and the folders in it, as relative paths with slashes, in order."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """The files of a row in its folder and the folders in it, as relative paths with slashes, in order."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if path != RECORD]
 
 
 def _as_record(value: Any) -> Record | None:

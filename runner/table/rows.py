@@ -17,6 +17,7 @@ from ...ming_core.json_files import FileError, printable, read_json
 from ..core_nodes import is_image_file
 
 ID, IMAGE, REMARK = "id", "image", "#"
+VALUES = (str, int, float, bool, list, dict)  # that a workflow can have; Parquet has others
 MAX_PROBLEMS = 20  # in one message
 
 
@@ -92,6 +93,11 @@ def _rows(cells: list[dict[str, Any]]) -> list[Row]:
         rows.append(row)
         missing = [column for column in columns if column not in values and not column.startswith(REMARK)]
         problems += [f"{row.where}, column {column}: it is missing" for column in missing]
+        problems += [
+            f"{row.where}, column {column}: {value!r} is a {type(value).__name__}; save it as text or as a number"
+            for column, value in row.cells.items()
+            if not isinstance(value, VALUES)
+        ]
         if row.id in seen:
             problems.append(f"{row.where}, column {ID}: {row.id!r} is also the id of row {seen[row.id]}")
         seen.setdefault(row.id, number)

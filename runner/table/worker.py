@@ -13,6 +13,16 @@ from .batches import BatchSession, Outcome
 from .jobs import Job
 from .results import ROWS, Record, Results, files_in
 
+MAX_DEATHS = 3  # of workers in one row, until it counts as failed
+TOO_MANY_DEATHS = (
+    "{} workers died while they ran this row: it may need more memory than a worker has. Change the row, or run the "
+    "same command again to try it once more"
+)
+
+
+class WorkersError(RuntimeError):
+    """The rows cannot go on, whichever row it is; the message says why and what to do."""
+
 
 class RowRunner:
     """One worker. It loads a model once, and computes what consecutive rows share once."""
@@ -36,19 +46,26 @@ class RowRunner:
 
         A row that fails is a record too; only an interrupt is raised.
         """
-        waiting = list(jobs)
-        while waiting:
-            group, waiting = waiting[: self.session.batch], waiting[self.session.batch :]
-            missing = []
-            for job in group:
-                # It may have been done by a worker that died before it could say so.
-                if (found := self.results.find(job.name)) is not None:
-                    yield found
-                else:
-                    missing.append(job)
-            yield from self._run_group(missing)
+        jobs = list(jobs)
+        for start in range(0, len(jobs), self.session.batch):
+            yield from self._run_group(jobs[start : start + self.session.batch])
 
-    def _run_group(self, jobs: Sequence[Job]) -> list[Record]:
+    def _run_group(self, jobs: Sequence[Job]) -> Iterator[Record]:
+        untried, suspects = [], []
+        for job in jobs:
+            # It may have been done by a worker that died before it could say so.
+            if (found := self.results.find(job.name)) is not None:
+                yield found
+                continue
+            deaths = self.results.deaths(job.name)
+            if deaths >= MAX_DEATHS:
+                yield failed(job, WorkersError(TOO_MANY_DEATHS.format(deaths)), 0.0)
+            else:
+                (suspects if deaths else untried).append(job)
+        for group in (untried, *([job] for job in suspects)):  # a row that kills its worker takes no other with it
+            yield from self._run_together(group)
+
+    def _run_together(self, jobs: Sequence[Job]) -> list[Record]:
         started = time.perf_counter()
         try:
             with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from ming_univision.nodes import host
 from ming_univision.runner.table import command
+from ming_univision.runner.table.jobs import Job
 from ming_univision.runner.table.results import FolderResults, RemoteResults, ResultsError, open_results
+from ming_univision.runner.table.worker import RowRunner
 from ming_univision.tests.runner.example_nodes import CLASSES as EXAMPLES
 from ming_univision.tests.runner.example_nodes import Write, node
 
@@ -75,6 +78,10 @@ def run(folder: Path, *texts: str, out: str | Path | None = None, **more) -> tup
         **more,
     )
     return code, stream.getvalue()
+
+
+def text_job(text: str) -> dict:
+    return WORKFLOW | {"2": node("Trouble", text=text, base=["1", 0])}
 
 
 def records(folder: Path) -> list[dict]:
@@ -241,6 +248,69 @@ def test_an_upload_that_breaks_off_leaves_the_row_undone(tmp_path):
         results.files.put_file = put
         results.commit("x", staged, {"key": "k"})
     assert list(results.done()) == ["k"]
+
+
+@pytest.mark.parametrize("place", ["folder", "url"])
+def test_a_row_in_which_three_workers_died_counts_as_failed_and_the_others_go_on(folder, place):
+    results = open_results(folder / "out" if place == "folder" else f"memory://{folder.name}")
+    jobs = [Job(text, f"key-{text}", text, text_job(text)) for text in ("a", "bad", "b")]
+    with results.in_use(), contextlib.ExitStack() as dead:
+        runner = RowRunner(results, node_classes=CLASSES, batch=3)
+        for died in range(3):
+            assert results.deaths("bad") == died
+            dead.enter_context(results.staged("bad"))  # a worker that dies leaves it there
+        assert [(r["row"], r["status"]) for r in runner.run(jobs)] == [("bad", "failed"), ("a", "done"), ("b", "done")]
+        (failure, *_) = runner.run(jobs[1:2])
+        assert "3 workers died while they ran this row: it may need more memory" in failure["error"]
+    with results.in_use():  # a new run tries it once more
+        (record,) = RowRunner(results, node_classes=CLASSES).run(jobs[1:2])
+        assert record["status"] == "done" and results.deaths("bad") == 0
+
+
+def test_a_row_in_which_a_worker_died_is_not_run_together_with_others(folder, monkeypatch):
+    results, groups = FolderResults(folder / "out"), []
+    jobs = [Job(text, f"key-{text}", text, text_job(text)) for text in ("a", "bad", "b", "c")]
+    run_together = RowRunner._run_together
+
+    def noted(self, group):
+        groups.append([job.row_id for job in group])
+        return run_together(self, group)
+
+    monkeypatch.setattr(RowRunner, "_run_together", noted)
+    with results.in_use(), results.staged("bad"):
+        runner = RowRunner(results, node_classes=CLASSES, batch=3)
+        assert [r["status"] for r in runner.run(jobs)] == ["done"] * 4
+    assert groups == [["a", "b"], ["bad"], ["c"]]
+
+
+def test_a_folder_that_a_later_run_has_cleared_away_is_not_taken_for_a_whole_result(tmp_path):
+    results = FolderResults(tmp_path)
+    with results.staged("x") as staged:
+        (staged / "a.txt").write_text("1")
+        with results.in_use():  # of the later run
+            staged.mkdir()  # as a node does that saves a second file
+            (staged / "b.txt").write_text("2")
+            with pytest.raises(FileNotFoundError):
+                results.commit("x", staged, {"key": "k"})
+    assert results.done() == {}
+
+
+def test_workers_without_ray_are_refused(folder):
+    code, said = run(folder, "a", workers=2)
+    assert code == 2 and said.startswith("Refused: --workers is the number of Ray's processes") and ran(folder) == []
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence(folder, monkeypatch):
+    def full(self, record):
+        raise OSError(28, "No space left on device", str(folder / "out" / "results.jsonl"))
+
+    monkeypatch.setattr(FolderResults, "append", full)
+    code, said = run(folder, "a", "b")
+    assert code == 1 and "Stopped: [Errno 28] No space left on device" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(Trouble, "folder", folder, raising=False)
+    assert run(folder, "a", "b")[0] == 0
+    check_whole(folder, "a", "b")
 
 
 def test_progress_tells_the_rate_and_the_time_left():

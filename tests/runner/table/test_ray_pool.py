@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def cluster():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    without_token = pytest.MonkeyPatch()
+    without_token.setenv("RAY_AUTH_MODE", "disabled")
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     words += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
@@ -41,6 +44,7 @@ def cluster():
             pytest.fail(f"Ray does not start:\n{said[-2000:]}", pytrace=False)
         yield f"127.0.0.1:{port}"
         head.terminate()
+    without_token.undo()
 
 
 DRIVER = """
@@ -53,13 +57,14 @@ from ming_univision.tests.runner.table import ray_nodes
 ray_pool.NODES = "tests.runner.table.ray_nodes:classes"
 folder = pathlib.Path(folder)
 (folder / "driver").write_text(str(os.getpid()))
-command.main(
+code = command.main(
     folder / "workflow.json",
     table=folder / "t.jsonl",
     out=folder / "out",
     node_classes=ray_nodes.classes(),
     **json.loads(options),
 )
+sys.exit(code)
 """
 
 
@@ -71,6 +76,26 @@ def prepare(folder: Path, texts: Sequence[str]) -> None:
     }
     (folder / "workflow.json").write_text(json.dumps(graph))
     (folder / "t.jsonl").write_text("".join(json.dumps({"1.text": text}) + "\n" for text in texts))
+
+
+def start_driver(folder: Path, texts: Sequence[str], options: dict) -> subprocess.Popen:
+    """`map` in a process of its own."""
+    (folder / "driver.py").write_text(DRIVER)
+    prepare(folder, texts)
+    words = [sys.executable, str(folder / "driver.py"), str(host.PACK), str(folder), json.dumps(options)]
+    return subprocess.Popen(words)
+
+
+def done_in(folder: Path) -> set[str]:
+    rows = folder / "out" / "rows"
+    return set(os.listdir(rows)) if rows.is_dir() else set()
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 120.0) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -118,14 +143,39 @@ def test_a_worker_that_is_killed_in_the_middle_costs_a_retry_and_a_failing_row_n
     assert sorted(runs) == ["a", "b", "c", "fail", "kill", "kill"]
 
 
+def test_a_row_that_kills_every_worker_is_reported_and_the_others_go_on(run, tmp_path, cluster):
+    code, said = run("a", "die", "b", "c", ray=cluster, workers=2)
+    assert code == 1 and "Row 2 failed: 3 workers died while they ran this row" in said and "3 of 4 rows" in said
+    assert sorted((tmp_path / "runs.txt").read_text().split()) == ["a", "b", "c", "die", "die", "die"]
+    assert [r["status"] for r in records(tmp_path / "out")] == ["done", "failed", "done", "done"]
+
+
+def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(run, tmp_path, cluster):
+    texts = ["a", *(f"slow{number}" for number in range(8))]
+    with start_driver(tmp_path, texts, {"ray": cluster, "workers": 2}) as driver:
+        wait_until(lambda: len(done_in(tmp_path)) >= 1)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
+    kept = done_in(tmp_path)
+    assert 1 <= len(kept) < len(texts)
+    time.sleep(5)
+    assert done_in(tmp_path) == kept and sorted(os.listdir(tmp_path / "out")) == ["results.jsonl", "rows"]
+    assert run(*texts, ray=cluster, workers=2)[0] == 0
+    check_once(tmp_path, *texts)
+
+
+def test_what_stops_ray_is_said_in_a_sentence(run, monkeypatch, cluster):
+    code, said = run("a", ray="127.0.0.1:1", workers=1)
+    assert code == 1 and "Stopped: no Ray cluster answers at 127.0.0.1:1" in said
+    monkeypatch.setattr(ray_pool, "NODES", "tests.runner.table.nowhere:classes")
+    code, said = run("a", ray=cluster, workers=1)
+    assert code == 1 and "Stopped: a worker cannot start" in said and "No module named" in said and "nowhere" in said
+
+
 def test_killed_in_the_middle_and_started_again_every_row_is_done_once(run, tmp_path, cluster):
     texts = ["a", "b", "stop", "c", "d"]
-
-    (tmp_path / "driver.py").write_text(DRIVER)
-    options = {"ray": cluster, "workers": 2}
-    prepare(tmp_path, texts)
-    words = [sys.executable, str(tmp_path / "driver.py"), str(host.PACK), str(tmp_path), json.dumps(options)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    with start_driver(tmp_path, texts, {"ray": cluster, "workers": 2}) as driver:
+        assert driver.wait(120) == -signal.SIGKILL
     assert run(*texts, ray=cluster, workers=2)[0] == 0
     check_once(tmp_path, *texts)
 

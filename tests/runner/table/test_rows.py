@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 
 import pytest
@@ -47,6 +48,10 @@ def test_a_parquet_file_keeps_types(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     rows = read_table(tmp_path / "t.parquet").rows
     assert [row.cells for row in rows] == [{"3.seed": 7, "5.prompt": "a"}, {"5.prompt": "b"}]
+    days = {"5.prompt": [datetime.date(2026, 1, 31)], "#day": [datetime.date(2026, 1, 31)]}
+    pyarrow.parquet.write_table(pyarrow.table(days), tmp_path / "t.parquet")
+    with pytest.raises(TableError, match=r"^row 1, column 5\.prompt: datetime.date\(2026, 1, 31\) is a date; save it"):
+        read_table(tmp_path / "t.parquet")
     (tmp_path / "t.parquet").write_bytes(b"no table")
     with pytest.raises(TableError, match=r"t\.parquet cannot be read"):
         read_table(tmp_path / "t.parquet")
