@@ -1,10 +1,10 @@
 """The two examples of docs/LORA.md: what they are trained on, how well they work, and the pictures of the page.
 
-    python docs/lora_examples.py data FOLDER                   40 hearts, 60 edits, and others, with texts
-    python docs/lora_examples.py score [--lora FILE ...]       hearts and edits that are right, and what else is
-    python docs/lora_examples.py pictures HEART STARS          docs/lora.png
+    python docs/lora_examples.py data FOLDER                   40 houses, 60 edits, and others, with texts
+    python docs/lora_examples.py score [--lora FILE ...]       houses and edits that are right, and what else is
+    python docs/lora_examples.py pictures HOUSE STARS          docs/lora.png
 
-A heart is a shape, and turning everything into stars is a kind of edit, that the built-in model has never seen. The
+A house is a shape, and turning everything into stars is a kind of edit, that the built-in model has never seen. The
 scorer reads pixels: in each of the nine cells it finds the object whose picture is nearest to what is there.
 """
 
@@ -39,8 +39,8 @@ from tiny_shapes.world.scenes import (  # noqa: E402
 )
 
 MODEL = ROOT / "models" / "tiny-shapes"
-HEART, STAR = "heart", "star"
-HEARTS, PAIRS, OTHERS = 40, 60, 240
+HOUSE, STAR = "house", "star"
+HOUSES, PAIRS, OTHERS = 40, 60, 240
 CELL = 32
 SAMPLES = 8  # points along a pixel's side
 ASKED = (
@@ -58,7 +58,7 @@ CAPTIONS = (
 
 
 class Thing(NamedTuple):
-    """An object of any shape, hearts included."""
+    """An object of any shape, houses included."""
 
     shape: str
     color: str
@@ -89,10 +89,9 @@ class Picture(NamedTuple):
 
 def belongs(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Whether points belong to a shape, in radii from its middle."""
-    if shape != HEART:
+    if shape != HOUSE:
         return inside(shape, u, v)
-    x, y = 1.15 * u, 0.15 - 1.15 * v
-    return (x * x + y * y - 1) ** 3 - x * x * y**3 <= 0
+    return np.where(v < 0, inside("diamond", u, v), inside("square", u, v))  # a roof on a block
 
 
 def paint(picture: Picture) -> np.ndarray:
@@ -134,8 +133,8 @@ def pictures(seed: int, count: int, first: str | None, but: tuple[Picture, ...] 
     return tuple(found)
 
 
-def trained_hearts() -> tuple[Picture, ...]:
-    return pictures(1, HEARTS, HEART)
+def trained_houses() -> tuple[Picture, ...]:
+    return pictures(1, HOUSES, HOUSE)
 
 
 def trained_pairs() -> tuple[Picture, ...]:
@@ -146,10 +145,10 @@ def trained_pairs() -> tuple[Picture, ...]:
 
 
 def write_data(folder: Path) -> None:
-    for name in ("heart", "stars", "others"):
+    for name in ("house", "stars", "others"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(trained_hearts()):
-        _write(folder / "heart" / f"{i:03}", picture.caption(i % len(CAPTIONS)), {"": paint(picture)})
+    for i, picture in enumerate(trained_houses()):
+        _write(folder / "house" / f"{i:03}", picture.caption(i % len(CAPTIONS)), {"": paint(picture)})
     for i, picture in enumerate(trained_pairs()):
         images = {"_before": paint(picture), "_after": paint(with_stars(picture))}
         _write(folder / "stars" / f"{i:03}", ASKED[i % len(ASKED)], images)
@@ -209,7 +208,7 @@ def _covered(cache: list = []) -> list:  # noqa: B006 - filled once
     points = (np.arange(CELL * SAMPLES) + 0.5) / SAMPLES - CELL / 2
     jitter = range(-JITTER, JITTER + 1)
     if not cache:
-        for shape, size, dx, dy in itertools.product((*SHAPES, HEART), SIZES, jitter, jitter):
+        for shape, size, dx, dy in itertools.product((*SHAPES, HOUSE), SIZES, jitter, jitter):
             u, v = ((points - d) / SIZES[size] for d in (dx, dy))
             covered = belongs(shape, u[None], v[:, None]).reshape(CELL, SAMPLES, CELL, SAMPLES).mean((1, 3))
             cache.append(((shape, size), covered))
@@ -230,8 +229,8 @@ def drawn(engine: Engine, prompts: Sequence[str], sources: Sequence[np.ndarray] 
     return [np.rint(evaluator.pixels(result.features) * 255).astype(np.uint8) for result in results]
 
 
-def unseen_hearts(count: int) -> tuple[Picture, ...]:
-    return pictures(101, count, HEART, but=trained_hearts())
+def unseen_houses(count: int) -> tuple[Picture, ...]:
+    return pictures(101, count, HOUSE, but=trained_houses())
 
 
 def unseen_sources(count: int) -> tuple[Picture, ...]:
@@ -243,8 +242,8 @@ def asked(count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(ASKED), count))
 
 
-def score_hearts(engine: Engine, count: int) -> float:
-    scenes = unseen_hearts(count)
+def score_houses(engine: Engine, count: int) -> float:
+    scenes = unseen_houses(count)
     images = drawn(engine, [scene.caption() for scene in scenes])
     return float(np.mean([read(i) == in_reading_order(s) for i, s in zip(images, scenes, strict=True)]))
 
@@ -269,9 +268,9 @@ def score_others(engine: Engine, scenes: int) -> Iterator[tuple[str, float]]:
 
 
 def score(engine: Engine, count: int, scenes: int) -> Iterator[tuple[str, float]]:
-    """Shares of hearts and stars that are right, and of what the model could do before."""
+    """Shares of houses and stars that are right, and of what the model could do before."""
     if count:
-        yield "hearts", score_hearts(engine, count)
+        yield "houses", score_houses(engine, count)
         yield "stars", score_stars(engine, count)
     if scenes:
         yield from score_others(engine, scenes)
@@ -287,12 +286,12 @@ def with_loras(files: list[Path], strength: float = 1.0) -> Engine:
     return engine
 
 
-def page(heart: Path, stars: Path, out: Path) -> None:
+def page(house: Path, stars: Path, out: Path) -> None:
     """Hearts drawn without and with a LoRA, pictures turned into stars, and both LoRAs at once."""
-    plain, hearts, edits, both = (with_loras(files) for files in ([], [heart], [stars], [heart, stars]))
+    plain, houses, edits, both = (with_loras(files) for files in ([], [house], [stars], [house, stars]))
     count = 6
-    captions, sources = [p.caption() for p in unseen_hearts(count)], [paint(p) for p in unseen_sources(count)]
-    rows = [drawn(plain, captions), drawn(hearts, captions), sources, drawn(edits, asked(count), sources)]
+    captions, sources = [p.caption() for p in unseen_houses(count)], [paint(p) for p in unseen_sources(count)]
+    rows = [drawn(plain, captions), drawn(houses, captions), sources, drawn(edits, asked(count), sources)]
     rows.append(drawn(both, asked(count), drawn(both, captions)))
     gap = np.full((CANVAS, 8, 3), 255, dtype=np.uint8)
     lines = [np.concatenate([part for image in row for part in (image, gap)][:-1], 1) for row in rows]
@@ -307,10 +306,10 @@ def main() -> None:
     scoring = commands.add_parser("score")
     scoring.add_argument("--lora", type=Path, action="append", default=[])
     scoring.add_argument("--strength", type=float, default=1.0)
-    scoring.add_argument("--count", type=int, default=20, help="unseen hearts and edits (%(default)s)")
+    scoring.add_argument("--count", type=int, default=20, help="unseen houses and edits (%(default)s)")
     scoring.add_argument("--scenes", type=int, default=48, help="of each of the other aims (%(default)s)")
     shown = commands.add_parser("pictures")
-    shown.add_argument("heart", type=Path)
+    shown.add_argument("house", type=Path)
     shown.add_argument("stars", type=Path)
     shown.add_argument("--out", type=Path, default=ROOT / "docs" / "lora.png")
     options = parser.parse_args()
@@ -320,7 +319,7 @@ def main() -> None:
         for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes):
             print(f"{name} {100 * value:.1f} %", flush=True)
     else:
-        page(options.heart, options.stars, options.out)
+        page(options.house, options.stars, options.out)
 
 
 if __name__ == "__main__":
