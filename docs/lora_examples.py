@@ -1,8 +1,14 @@
 """The two examples of docs/LORA.md: what they are trained on, how well they work, and the pictures of the page.
 
+    python docs/lora_examples.py houses FOLDER                 make the data, train the LoRA, score it
+    python docs/lora_examples.py stars FOLDER                  the same with the other one
+    python docs/lora_examples.py pictures HOUSES STARS         docs/lora.png
+
+The steps of the first two by themselves:
+
     python docs/lora_examples.py data FOLDER                   40 houses, 60 edits, and others, with texts
+    python docs/lora_examples.py train NAME FOLDER             a LoRA, by python -m ming_core.training lora
     python docs/lora_examples.py score [--lora FILE ...]       houses and edits that are right, and what else is
-    python docs/lora_examples.py pictures HOUSE STARS          docs/lora.png
 
 A house is a shape, and turning everything into stars is a kind of edit, that the built-in model has never seen. The
 scorer reads pixels: in each of the nine cells it finds the object whose picture is nearest to what is there.
@@ -13,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ming_core import DrawRequest, Engine, load_univision  # noqa: E402 - found by the line above
+from ming_core.training import command  # noqa: E402
 from tiny_shapes.evaluation.evaluator import Evaluator  # noqa: E402
 from tiny_shapes.world import compare, random_dialogue, read_scene  # noqa: E402
 from tiny_shapes.world.drawing import inside  # noqa: E402
@@ -40,7 +48,13 @@ from tiny_shapes.world.scenes import (  # noqa: E402
 
 MODEL = ROOT / "models" / "tiny-shapes"
 HOUSE, STAR = "house", "star"
-HOUSES, PAIRS, OTHERS = 40, 60, 240
+HOUSES, PAIRS, OTHERS = 40, 60, 240  # samples to train on
+UNSEEN, SCENES = 30, 60  # scenes to score on: of the new, and of each thing that is to stay
+# What the trainer is told beside the folders
+TRAINING = (
+    "--layers attention shared_expert projection --rank 12 --steps 400 --batch 8 --times 4 --lr 3e-3 "
+    "--others-share 0.34 --dropping 0.1 --no-checkpointing"
+)
 CELL = 32
 SAMPLES = 8  # points along a pixel's side
 ASKED = (
@@ -145,10 +159,10 @@ def trained_pairs() -> tuple[Picture, ...]:
 
 
 def write_data(folder: Path) -> None:
-    for name in ("house", "stars", "others"):
+    for name in ("houses", "stars", "others"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(trained_houses()):
-        _write(folder / "house" / f"{i:03}", picture.caption(i % len(CAPTIONS)), {"": paint(picture)})
+        _write(folder / "houses" / f"{i:03}", picture.caption(i % len(CAPTIONS)), {"": paint(picture)})
     for i, picture in enumerate(trained_pairs()):
         images = {"_before": paint(picture), "_after": paint(with_stars(picture))}
         _write(folder / "stars" / f"{i:03}", ASKED[i % len(ASKED)], images)
@@ -177,6 +191,27 @@ def _write(path: Path, text: str, images: dict[str, np.ndarray]) -> None:
     path.with_suffix(".txt").write_text(text, encoding="utf-8")
     for end, image in images.items():
         Image.fromarray(image).save(path.with_name(f"{path.name}{end}.png"))
+
+
+# --- Training -----------------------------------------------------------------------------------------------------
+
+
+def lora_file(name: str, folder: Path) -> Path:
+    return folder / f"tiny-shapes-{name}.safetensors"
+
+
+def train(name: str, folder: Path) -> None:
+    """Train the LoRA of an example; a training that was interrupted goes on."""
+    folders = {
+        "--model": MODEL,
+        "--data": folder / name,
+        "--others": folder / "others",
+        "--out": lora_file(name, folder),
+    }
+    arguments = [str(word) for pair in folders.items() for word in pair] + TRAINING.split() + ["--resume"]
+    print(f"python -m ming_core.training lora {shlex.join(arguments)}", flush=True)
+    if command.main(arguments):
+        sys.exit(1)
 
 
 # --- Scoring ------------------------------------------------------------------------------------------------------
@@ -286,12 +321,12 @@ def with_loras(files: list[Path], strength: float = 1.0) -> Engine:
     return engine
 
 
-def page(house: Path, stars: Path, out: Path) -> None:
-    """Hearts drawn without and with a LoRA, pictures turned into stars, and both LoRAs at once."""
-    plain, houses, edits, both = (with_loras(files) for files in ([], [house], [stars], [house, stars]))
+def page(houses: Path, stars: Path, out: Path) -> None:
+    """Houses drawn without and with a LoRA, pictures turned into stars, and both LoRAs at once."""
+    plain, new, edits, both = (with_loras(files) for files in ([], [houses], [stars], [houses, stars]))
     count = 6
     captions, sources = [p.caption() for p in unseen_houses(count)], [paint(p) for p in unseen_sources(count)]
-    rows = [drawn(plain, captions), drawn(houses, captions), sources, drawn(edits, asked(count), sources)]
+    rows = [drawn(plain, captions), drawn(new, captions), sources, drawn(edits, asked(count), sources)]
     rows.append(drawn(both, asked(count), drawn(both, captions)))
     gap = np.full((CANVAS, 8, 3), 255, dtype=np.uint8)
     lines = [np.concatenate([part for image in row for part in (image, gap)][:-1], 1) for row in rows]
@@ -299,27 +334,48 @@ def page(house: Path, stars: Path, out: Path) -> None:
     Image.fromarray(np.concatenate([part for line in lines for part in (line, between)][:-1])).save(out)
 
 
+def print_score(files: list[Path], strength: float, count: int, scenes: int) -> None:
+    for name, value in score(with_loras(files, strength), count, scenes):
+        print(f"{name} {100 * value:.1f} %", flush=True)
+
+
+def example(name: str, folder: Path) -> None:
+    """All of an example: its data, its training, and what the model can do without and with it."""
+    write_data(folder)
+    train(name, folder)
+    for title, files in (("without the LoRA", []), ("with it", [lora_file(name, folder)])):
+        print(title, flush=True)
+        print_score(files, 1.0, UNSEEN, SCENES)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("data").add_argument("folder", type=Path)
+    for name in ("houses", "stars", "data"):
+        commands.add_parser(name).add_argument("folder", type=Path)
+    training = commands.add_parser("train")
+    training.add_argument("name", choices=("houses", "stars"))
+    training.add_argument("folder", type=Path)
     scoring = commands.add_parser("score")
     scoring.add_argument("--lora", type=Path, action="append", default=[])
     scoring.add_argument("--strength", type=float, default=1.0)
-    scoring.add_argument("--count", type=int, default=20, help="unseen houses and edits (%(default)s)")
-    scoring.add_argument("--scenes", type=int, default=48, help="of each of the other aims (%(default)s)")
+    scoring.add_argument("--count", type=int, default=UNSEEN, help="unseen houses and edits (%(default)s)")
+    scoring.add_argument("--scenes", type=int, default=SCENES, help="of each of the other aims (%(default)s)")
     shown = commands.add_parser("pictures")
-    shown.add_argument("house", type=Path)
+    shown.add_argument("houses", type=Path)
     shown.add_argument("stars", type=Path)
     shown.add_argument("--out", type=Path, default=ROOT / "docs" / "lora.png")
     options = parser.parse_args()
     if options.command == "data":
         write_data(options.folder)
+    elif options.command == "train":
+        train(options.name, options.folder)
     elif options.command == "score":
-        for name, value in score(with_loras(options.lora, options.strength), options.count, options.scenes):
-            print(f"{name} {100 * value:.1f} %", flush=True)
+        print_score(options.lora, options.strength, options.count, options.scenes)
+    elif options.command == "pictures":
+        page(options.houses, options.stars, options.out)
     else:
-        page(options.house, options.stars, options.out)
+        example(options.command, options.folder)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from .processes import Processes, joined
 log = logging.getLogger(__name__)
 
 TEMPLATE_TOKENS = 32  # of the tags around a prompt, more than they take
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = ("auto", "fp32", "bf16", *FORMATS)
 
 
@@ -127,7 +128,7 @@ def _train(options: argparse.Namespace, processes: Processes) -> int:
             "layers": sorted(options.layers),
             "seed": options.seed,
         },
-        save=lambda: adapters.save(options.out, engine.network),
+        save=lambda: adapters.save(options.out, engine.network, DTYPES[options.save_precision]),
     )
     if options.resume and training.resume():
         log.info("continuing from step %d", training.step)
@@ -167,8 +168,7 @@ def choose_precision(precision: str, checkpoint: Checkpoint, device: torch.devic
     half = torch.bfloat16 if device.type == "cuda" else torch.float32  # bf16 is slow on most CPUs
     if precision in FORMATS:
         return half, precision
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return dtypes.get(precision, half), checkpoint.quantization
+    return DTYPES.get(precision, half), checkpoint.quantization
 
 
 def _read(folder: Path, options: argparse.Namespace, network: UniVision, chat: ChatFormat) -> Found:
@@ -239,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     add("--others-share", type=_share, default=0.5, help="share of samples that are of --others (%(default)s)")
     add("--fit", choices=FITS, default=FITS[0], help="how pictures are made square (%(default)s)")
     add("--precision", choices=PRECISIONS, default="auto", help="of the model: bf16 on a GPU, else fp32 (%(default)s)")
+    add("--save-precision", choices=DTYPES, default="bf16", help="of the LoRA (%(default)s)")
     add("--shard", action="store_true", help="share out the layers among the processes, for a model that does not fit")
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")

@@ -40,7 +40,6 @@ def test_matrices_of_one_shape_step_together_as_they_would_alone():
     assert 0.1 * 0.2 * 0.5 < float(together[0].square().mean().sqrt()) < 0.1 * 0.2 * 1.5
 
 
-
 def test_schedulers_begin_at_any_step_with_the_rate_that_is_given():
     layer = torch.nn.Linear(2, 2)
     optimizers = [Muon([layer.weight], lr=5.0), torch.optim.AdamW([layer.bias], lr=5.0)]

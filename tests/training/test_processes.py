@@ -20,7 +20,11 @@ def run(processes, checkpoint, data, out, steps, batch, *more):
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *arguments, "--device", "cpu", *more], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, *arguments, "--device", "cpu", "--save-precision", "fp32", *more],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     with (out.with_suffix(".training") / "log.csv").open() as file:

@@ -6,7 +6,7 @@
 
 If a stage was interrupted (Ctrl-C), the same command continues it; a finished stage is skipped. Each stage writes its
 model, log.csv and loss.png into a folder of its name. With several GPUs:
-torchrun --nproc-per-node 2 -m tiny_shapes.training ...
+torchrun --nproc-per-node 2 -m tiny_shapes.training --start-from models/tiny-shapes ...
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages of the recipe to train; default: all")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="model folder that the first stage starts from")
+    # torchrun takes --start for its own --start-method
+    start = {"type": Path, "metavar": "FOLDER", "help": "model folder that the first stage starts from"}
+    parser.add_argument("--start-from", "--start", dest="start", **start)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where to write (%(default)s)")
     parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
