@@ -125,22 +125,24 @@ def with_stars(picture: Picture) -> Picture:
     return picture._replace(things=tuple(thing._replace(shape=STAR) for thing in picture.things))
 
 
-def random_picture(rng: np.random.Generator, first: str | None, most: int = 2) -> Picture:
-    """One object or more at random; the first of a shape, if one is given."""
+def random_picture(rng: np.random.Generator, first: str | None, most: int = 2, more: float = 0.0) -> Picture:
+    """One object or more at random; the first of a shape, if one is given, and this share of the others."""
     cells = rng.permutation(list(POSITIONS))[: int(rng.integers(1, most + 1))]
     things = []
     for i, cell in enumerate(cells):
-        shape = first if first and i == 0 else str(rng.choice(SHAPES))
+        shape = first if first and (i == 0 or rng.random() < more) else str(rng.choice(SHAPES))
         color, size = str(rng.choice(list(COLORS))), str(rng.choice(list(SIZES)))
         things.append(Thing(shape, color, size, str(cell), *(int(n) for n in rng.integers(-JITTER, JITTER + 1, 2))))
     return Picture(tuple(things), str(rng.choice(list(BACKGROUNDS))))
 
 
-def pictures(seed: int, count: int, first: str | None, but: tuple[Picture, ...] = ()) -> tuple[Picture, ...]:
-    """Pictures of different content, of which none is as in `but`."""
+def pictures(
+    seed: int, count: int, first: str | None, but: tuple[Picture, ...] = (), most: int = 2, more: float = 0.0
+) -> tuple[Picture, ...]:
+    """Pictures of different content, of which none is as in `but`; otherwise as `random_picture` makes them."""
     rng, known, found = np.random.default_rng(seed), {p.content for p in but}, list[Picture]()
     while len(found) < count:
-        picture = random_picture(rng, first)
+        picture = random_picture(rng, first, most, more)
         if picture.content not in known:
             known.add(picture.content)
             found.append(picture)
@@ -148,7 +150,7 @@ def pictures(seed: int, count: int, first: str | None, but: tuple[Picture, ...] 
 
 
 def trained_houses() -> tuple[Picture, ...]:
-    return pictures(1, HOUSES, HOUSE)
+    return pictures(1, HOUSES, HOUSE, most=3, more=0.6)
 
 
 def trained_pairs() -> tuple[Picture, ...]:

@@ -391,6 +391,14 @@ def test_memory_grows_with_samples_and_is_more_without_checkpointing():
     assert count_memory(network, 0, load(), checkpointing=False).activations > 4 * one
 
 
+def test_processes_that_share_out_the_layers_hold_their_share_and_one_layer_more():
+    network = published()
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in network.language_model.model.layers]
+    whole, shared = (count_memory(network, 0, load(), shards=shards) for shards in (1, 4))
+    assert shared.activations == whole.activations
+    assert shared.weights == pytest.approx(whole.weights - 0.75 * sum(layers) + 2 * max(layers), abs=4)
+
+
 def test_a_training_that_cannot_fit_is_refused_with_the_figure():
     memory, cpu = Memory(30, 2, 1)._replace(weights=30_000_000_000), torch.device("cpu")
     why = refusal(memory, 24_000_000_000, cpu)
@@ -441,6 +449,20 @@ def test_the_command_refuses_what_does_not_fit_before_it_loads_the_model(
 def test_the_command_says_what_is_wrong(checkpoint_folder, data, tmp_path, capsys, arguments, why):
     assert run(checkpoint_folder, data, tmp_path / "my.safetensors", *arguments) == 1
     assert why in capsys.readouterr().err
+
+
+def test_the_command_shares_out_layers_among_several_processes_only(checkpoint_folder, data, tmp_path, capsys):
+    assert run(checkpoint_folder, data, tmp_path / "my.safetensors", "--shard") == 1
+    assert "--shard is for several processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_command_writes_a_lora_in_the_precision_asked_for(checkpoint_folder, data, tmp_path, precision, dtype):
+    out = tmp_path / "my.safetensors"
+    assert run(checkpoint_folder, data, out, "--save-precision", precision) == 0
+    tensors = load_file(out)
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith("alpha")} == {dtype}
+    assert load_univision(checkpoint_folder).with_lora(out).adapters.strengths
 
 
 def test_the_command_trains_a_quantized_model(checkpoint_folder, data, tmp_path):
