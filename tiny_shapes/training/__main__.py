@@ -91,9 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages of the recipe to train; default: all")
-    # torchrun takes --start for its own --start-method
-    start = {"type": Path, "metavar": "FOLDER", "help": "model folder that the first stage starts from"}
-    parser.add_argument("--start-from", "--start", dest="start", **start)
+    parser.add_argument(
+        "--start-from",
+        "--start",  # which torchrun takes for its own --start-method
+        dest="start",
+        type=Path,
+        metavar="FOLDER",
+        help="model folder that the first stage starts from",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where to write (%(default)s)")
     parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
