@@ -315,8 +315,13 @@ def _stack(parts: list[tuple[Target, Pair]], module: nn.Module) -> LowRank:
 # --- Writing ------------------------------------------------------------------------------------------------------
 
 
-def save_lora(path: str | Path, layers: Mapping[str, LowRank], network: UniVision) -> None:
-    """Write branches, by the names of the network's modules, as a file that `read_lora` reads. Raises FileError."""
+def save_lora(
+    path: str | Path, layers: Mapping[str, LowRank], network: UniVision, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write branches, by the names of the network's modules, as a file that `read_lora` reads. Raises FileError.
+
+    dtype: to round them to; None keeps what they have
+    """
     tensors: dict[str, Tensor] = {}
     for name, target in targets(network).items():
         layer = layers.get(target.module)
@@ -324,6 +329,7 @@ def save_lora(path: str | Path, layers: Mapping[str, LowRank], network: UniVisio
             continue
         down = layer.down if target.expert is None else layer.down[target.expert]
         up = (layer.up if target.expert is None else layer.up[target.expert])[target.rows]
+        down, up = down.to(dtype or down.dtype), up.to(dtype or up.dtype)
         alpha = torch.tensor(layer.scale * len(down), dtype=torch.float32, device="cpu")
         for part, tensor in (("lora_A", down), ("lora_B", up), ("alpha", alpha)):
             tensors[f"{name}.{part}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -26,7 +26,7 @@ from .regions import MingRegionMask
 from .rounds import MingEdit, MingGenerate, MingUnderstand
 from .storyboard import MingConversationStoryboard
 
-host.register_model_folder()
+host.register_model_folders()
 
 DISPLAY_NAMES = {
     MingTokLoader: "Load MingTok",

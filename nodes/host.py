@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 PACK = Path(__file__).resolve().parent.parent
 MODEL_FOLDER = "ming"  # the category in ComfyUI's models/
 LORA_FOLDER = "loras"  # core's own category
+PACK_LORAS = PACK / "models" / LORA_FOLDER  # those that come with the pack
 
 Model = TypeVar("Model", Engine, MingTok)
 Listener = Callable[[int, int, "str | None"], None]
@@ -529,14 +530,18 @@ def input_directory() -> Path:
     return Path(folder_paths.get_input_directory()) if folder_paths else _folders.get()[1]
 
 
-def register_model_folder() -> None:
-    """Add models/ming to ComfyUI's model folders, beside those from extra_model_paths.yaml."""
+def register_model_folders() -> None:
+    """Add models/ming to ComfyUI's model folders, beside those from extra_model_paths.yaml, and the pack's LoRAs.
+
+    The pack's folder for LoRAs is the last one: people's own files come first, and other packs save into the first.
+    """
     if folder_paths:
         ours = os.path.join(folder_paths.models_dir, MODEL_FOLDER)
         paths, extensions = folder_paths.folder_names_and_paths.get(MODEL_FOLDER, ([], set()))
         if ours not in paths:
             paths = [*paths, ours]
         folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, set(extensions) | {".safetensors"})
+        folder_paths.add_model_folder_path(LORA_FOLDER, str(PACK_LORAS))
 
 
 def model_folders() -> list[Path]:
@@ -557,8 +562,10 @@ def lora_files() -> dict[str, Path]:
         names = folder_paths.get_filename_list(LORA_FOLDER)  # core remembers it until a folder changes
         found = {name.replace(os.sep, "/"): Path(folder_paths.get_full_path(LORA_FOLDER, name) or "") for name in names}
     else:
-        folder = own_lora_folder()
-        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        found = {}
+        for folder in dict.fromkeys((own_lora_folder(), PACK_LORAS)):
+            for path in sorted(folder.rglob("*")):
+                found.setdefault(path.relative_to(folder).as_posix(), path)
     return {name: path for name, path in found.items() if path.suffix == ".safetensors" and name == printable(name)}
 
 

@@ -75,9 +75,9 @@ class TrainedLayers(nn.Module):
         """0 with a gradient of 0 for every value: a batch need not pass through every layer."""
         return sum((p.flatten()[0] for p in self.parameters()), start=torch.zeros(())) * 0.0
 
-    def save(self, path: str | Path, network: UniVision) -> None:
-        """Write them as a LoRA file. Raises FileError."""
-        save_lora(path, self.layers(), network)
+    def save(self, path: str | Path, network: UniVision, dtype: torch.dtype | None = None) -> None:
+        """Write them as a LoRA file, rounded to a dtype if one is given. Raises FileError."""
+        save_lora(path, self.layers(), network, dtype=dtype)
 
 
 def count_values(layers: dict[str, tuple[int, int, int]], rank: int) -> int:

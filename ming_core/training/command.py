@@ -11,6 +11,7 @@ The folder may have any of these:
 Beside the LoRA a folder my-lora.training is made, with encoded pictures, checkpoints, log.csv and loss.png. If the
 training was interrupted (Ctrl-C), the same command with --resume continues it. With several GPUs:
 torchrun --nproc-per-node 2 -m ming_core.training lora ...
+where each holds the whole model; with --shard each holds its share of the layers.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from .processes import Processes, joined
 log = logging.getLogger(__name__)
 
 TEMPLATE_TOKENS = 32  # of the tags around a prompt, more than they take
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = ("auto", "fp32", "bf16", *FORMATS)
 
 
@@ -83,12 +85,16 @@ def _train(options: argparse.Namespace, processes: Processes) -> int:
     log.info("adapters: rank %d beside %d layers, %.2f million values", options.rank, len(layers), values / 1e6)
     samples = [*found.samples, *(others.samples if others else ())]
     load = _load(samples, options, network, chat)
-    memory = count_memory(network, values, load, checkpointing=options.checkpointing)
+    shards = processes.count if options.shard else 1
+    memory = count_memory(network, values, load, checkpointing=options.checkpointing, shards=shards)
     log.info("memory: %s", memory)
     if why := refusal(memory, free_memory(processes.device), processes.device):
         raise ValueError(why)
 
-    engine = load_univision(checkpoint, device=processes.device, dtype=dtype, quantization=quantization)
+    if options.shard:
+        engine = _sharded(checkpoint, processes, dtype, quantization)
+    else:
+        engine = load_univision(checkpoint, device=processes.device, dtype=dtype, quantization=quantization)
     images = _encode(samples, engine, options.fit, work / "cache", processes)
     alpha = options.rank if options.alpha is None else options.alpha
     adapters = TrainedLayers(layers, options.rank, alpha, seed=options.seed, device=processes.device)
@@ -122,7 +128,7 @@ def _train(options: argparse.Namespace, processes: Processes) -> int:
             "layers": sorted(options.layers),
             "seed": options.seed,
         },
-        save=lambda: adapters.save(options.out, engine.network),
+        save=lambda: adapters.save(options.out, engine.network, DTYPES[options.save_precision]),
     )
     if options.resume and training.resume():
         log.info("continuing from step %d", training.step)
@@ -133,6 +139,17 @@ def _train(options: argparse.Namespace, processes: Processes) -> int:
             plot_log(work / LOG, work / "loss.png")
     log.info("written: %s", options.out)
     return 0
+
+
+def _sharded(checkpoint: Checkpoint, processes: Processes, dtype: torch.dtype, quantization: str | None) -> Engine:
+    """A model of whose layers each process has a share. It is loaded beside the device, whole for a while."""
+    if processes.count == 1:
+        raise ValueError("--shard is for several processes: start them with torchrun, or leave --shard out")
+    with processes.in_turn():
+        engine = load_univision(checkpoint, dtype=dtype, quantization=quantization)
+        processes.shard(engine.network.language_model.model.layers)
+        engine.network.to(processes.device)
+    return engine
 
 
 def _check_out(options: argparse.Namespace, work: Path) -> None:
@@ -151,8 +168,7 @@ def choose_precision(precision: str, checkpoint: Checkpoint, device: torch.devic
     half = torch.bfloat16 if device.type == "cuda" else torch.float32  # bf16 is slow on most CPUs
     if precision in FORMATS:
         return half, precision
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return dtypes.get(precision, half), checkpoint.quantization
+    return DTYPES.get(precision, half), checkpoint.quantization
 
 
 def _read(folder: Path, options: argparse.Namespace, network: UniVision, chat: ChatFormat) -> Found:
@@ -223,6 +239,8 @@ def parser() -> argparse.ArgumentParser:
     add("--others-share", type=_share, default=0.5, help="share of samples that are of --others (%(default)s)")
     add("--fit", choices=FITS, default=FITS[0], help="how pictures are made square (%(default)s)")
     add("--precision", choices=PRECISIONS, default="auto", help="of the model: bf16 on a GPU, else fp32 (%(default)s)")
+    add("--save-precision", choices=DTYPES, default="bf16", help="of the LoRA (%(default)s)")
+    add("--shard", action="store_true", help="share out the layers among the processes, for a model that does not fit")
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--checkpoint-steps", type=_positive, default=200, metavar="N", help="steps between checkpoints (%(default)s)")

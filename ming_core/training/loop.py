@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..files import FileError, read_tensors, write_tensors, write_whole
 from .batches import Noising, SampleStream, collate
 from .loss import LoraLoss, Weights
-from .processes import Processes
+from .processes import Processes, alone
 from .sequences import Sequence
 from .signals import signal_handler
 
@@ -163,16 +163,12 @@ class Training:
         for part in parts:
             batch = collate(part, self.plan.noising, channels).to(network.device)
             # gradients travel once a step, with the last pass
-            with contextlib.nullcontext() if part is parts[-1] else self._alone():
+            with contextlib.nullcontext() if part is parts[-1] else alone(self.parallel):
                 found = self.parallel(batch, weights)
                 # the processes' gradients are averaged, while their losses are parts of one sum
                 (found[0] * self.processes.count).backward()
             totals = [total + float(value.detach()) for total, value in zip(totals, found, strict=True)]
         return self.processes.sums(*totals)
-
-    def _alone(self) -> contextlib.AbstractContextManager:
-        module = self.parallel
-        return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
 
     # --- Log ------------------------------------------------------------------------------------------------------
 

@@ -52,9 +52,16 @@ class Memory(NamedTuple):
         return f"{self.total / GB:.2f} GB ({parts}{self.activations / GB:.2f})"
 
 
-def count_memory(network: UniVision, values: int, load: Load, *, checkpointing: bool = True) -> Memory:
-    """The memory of training `values` values beside a network, which may be on the meta device."""
+def count_memory(network: UniVision, values: int, load: Load, *, checkpointing: bool = True, shards: int = 1) -> Memory:
+    """The memory of training `values` values beside a network, which may be on the meta device.
+
+    shards: processes that share out the layers of the language model; each gathers one of them at a time, twice: as it
+    comes from the others, and as it is computed with.
+    """
     weights = sum(p.nbytes for p in network.parameters())
+    if shards > 1:
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in network.language_model.model.layers]
+        weights += -(-sum(layers) // shards) - sum(layers) + 2 * max(layers)
     return Memory(weights, values * TRAINED, _activations(network, values, load, checkpointing))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -17,6 +19,8 @@ class Processes:
 
     def __init__(self, device: torch.device, rank: int = 0, count: int = 1) -> None:
         self.device, self.rank, self.count = device, rank, count
+        self._local_rank = _environment("LOCAL_RANK", 0)
+        self._local_count = _environment("LOCAL_WORLD_SIZE", 1)
 
     @property
     def first(self) -> bool:
@@ -26,6 +30,15 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """What is within it is done by one process of each machine at a time."""
+        for _ in range(self._local_rank):
+            self.wait()
+        yield
+        for _ in range(self._local_count - self._local_rank):
+            self.wait()
 
     def sums(self, *values: float) -> list[float]:
         """The sum of each value over all processes."""
@@ -41,12 +54,30 @@ class Processes:
         """Whether it is true in any process."""
         return self.sums(float(value))[0] > 0
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over all processes; it begins with the values of process 0."""
+    def parallel(self, module: nn.Module, *, all_used: bool = True) -> nn.Module:
+        """The module with its gradients averaged over all processes; it begins with the values of process 0.
+
+        all_used: every loss depends on every parameter
+        """
         if self.count == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids)
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=not all_used)
+
+    def shard(self, modules: Iterable[nn.Module]) -> None:
+        """Leave each process its share of the parameters of these modules (FSDP2), on its device.
+
+        The parameters of one module at a time come together while it computes, on the way back again. All processes
+        must call each module equally often.
+        """
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for module in modules:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def alone(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Within it, gradients of what `Processes.parallel` gave stay in their process, to be averaged with later ones."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -55,7 +86,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
 
     device: "cpu", "cuda" or "cuda:1"; None: a GPU of its own for each process, if there are any.
     """
-    count, rank, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    count, rank, local = _environment("WORLD_SIZE", 1), _environment("RANK", 0), _environment("LOCAL_RANK", 0)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     here = torch.device(f"cuda:{local}" if name == "cuda" and count > 1 else name)
     if here.type == "cuda":
@@ -70,4 +101,6 @@ def joined(device: str | None = None) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-_ENVIRONMENT = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))  # as torchrun sets it
+def _environment(name: str, default: int) -> int:
+    """A number that torchrun has set."""
+    return int(os.environ.get(name, default))

@@ -10,8 +10,10 @@ tag still know the prompt, so the prompt is replaced by that of another sample, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ OBJECT_WEIGHT = 2.0
 EDIT_WEIGHT = 4.0  # where there is something before or after an edit: what changes and what must not, alike
 
 UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_masks`; row 0 attends to everything
+
+Placed = TypeVar("Placed")  # an image in a sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,82 +96,99 @@ def tokenize(
     donor  whose prompt replaces that of the last round if row is not 0: the text and, for the unconditional row, the
            image
     """
-    layout = _Layout(chat, grid)
-    *past, last = rounds
-    for each in past:
-        layout.add_round(each)
+    layout: Layout[PlacedImage] = Layout(chat, grid)
+    for each in rounds[:-1]:
+        _add(layout, each, each)
     if row:
         assert donor is not None
-        layout.add_guidance_round(last, donor, row)
+        _add(layout, rounds[-1], donor, row)
     else:
-        layout.add_round(last)
-    return layout.sequence()
+        _add(layout, rounds[-1], rounds[-1])
+    return Sequence(*layout.tokens(), tuple(layout.images), layout.masked)
 
 
-class _Layout:
-    """A sequence while its rounds are added."""
+def _add(layout: Layout[PlacedImage], each: Round, asked: Round, row: int = 0) -> None:
+    """Add a round with the prompt of `asked`; in the form of a guidance row if this is not 0."""
+    source = asked.source if row == UNCONDITIONAL else each.source
+    layout.add_prompt(asked.prompt, [_place(source, None)] if source else [])
+    if each.target is None:
+        layout.add_answer(layout.chat.encode(each.answer))
+    else:
+        layout.add_image(_place(each.target, flow_weights(each)), row)
+
+
+def _place(image: EncodedImage, weights: Tensor | None) -> Callable[[int], PlacedImage]:
+    return lambda start: PlacedImage(image, start, weights)
+
+
+class Layout(Generic[Placed]):
+    """A sequence while its rounds are added, each a prompt and then what the model emits.
+
+    grid    rows and columns of the tokens of an image
+    images  in order; each is made by what was given for it, from the position of its first token
+    masked  bool [n]: which of the first n tokens the others, from n on, do not attend to
+    """
 
     def __init__(self, chat: ChatFormat, grid: tuple[int, int]) -> None:
         self.chat, self.grid = chat, grid
-        self.conversation = Conversation()
         self.ids: list[int] = []
-        self.targets: dict[int, int] = {}
-        self.short: set[int] = set()  # positions that predict a short answer
-        self.images: list[PlacedImage] = []
+        self.images: list[Placed] = []
         self.masked = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._conversation = Conversation()
+        self._targets: dict[int, int] = {}
+        self._short: set[int] = set()  # positions that predict a short answer
 
-    def add_round(self, each: Round) -> None:
-        """Add a round that is to be predicted."""
-        self._add_prompt(each)
+    def add_prompt(self, text: str, images: Items[Callable[[int], Placed]] = ()) -> Part:
+        contents: list[str | list[Image]] = [text]
+        if images:
+            contents.insert(0, [_blank(self.grid, drawn=False) for _ in images])
+        part = self.chat.prompt(contents)
+        self._add(part, images)
+        return part
+
+    def add_answer(self, ids: tuple[int, ...]) -> None:
+        """Add an answer, which is to be predicted."""
         begin = len(self.ids)
-        self._add_emitted(each)
-        end = len(self.ids) if each.target is None else begin + 1  # of an image only `<image>` is predicted as a token
-        self.targets |= {i - 1: self.ids[i] for i in range(begin, end)}
-        self.targets[len(self.ids) - 1] = self.chat.end_id
-        if each.target is None and len(self.ids) - begin <= SHORT_ANSWER:
-            self.short |= set(range(begin - 1, len(self.ids)))
+        self._add(Part(True, (Text(ids, ANSWER),)))
+        self._predict(begin, len(self.ids))
+        if len(ids) <= SHORT_ANSWER:
+            self._short |= set(range(begin - 1, len(self.ids)))
 
-    def add_guidance_round(self, each: Round, donor: Round, row: int) -> None:
-        """Add a drawing round in the form of a guidance row; no text is predicted in it."""
-        source = donor.source if row == UNCONDITIONAL else each.source
-        self._add_prompt(replace(each, prompt=donor.prompt, source=source))
-        masks = guidance_masks(self.conversation.parts)
-        self.masked = ~masks[min(row, len(masks) - 1)]
-        self._add_emitted(each)
+    def add_image(self, image: Callable[[int], Placed], row: int = 0) -> None:
+        """Add an image to draw. row: of `guidance_masks`, whose form the sequence takes from here on, with no text
+        predicted; 0: none. A row that the transcript does not have is the unconditional one."""
+        if row:
+            masks = guidance_masks(self._conversation.parts)
+            self.masked = ~masks[min(row, len(masks) - 1)]
+        begin = len(self.ids)
+        self._add(Part(True, (Text((self.chat.image_open_id,), MARK), _blank(self.grid, drawn=True))), [image])
+        if not row:
+            self._predict(begin, begin + 1)  # of an image only `<image>` is predicted as a token
 
-    def sequence(self) -> Sequence:
+    def tokens(self) -> tuple[list[int], list[int], list[float], list[int]]:
+        """(ids, targets, loss weights, positions), each with a value for every token; see `Sequence`."""
         count, n, attended = len(self.ids), len(self.masked), int((~self.masked).sum())
-        return Sequence(
+        return (
             self.ids,
-            [self.targets.get(i, IGNORE) for i in range(count)],
-            [SHORT_WEIGHT if i in self.short else 1.0 for i in range(count)],
+            [self._targets.get(i, IGNORE) for i in range(count)],
+            [SHORT_WEIGHT if i in self._short else 1.0 for i in range(count)],
             [*range(n), *range(attended, attended + count - n)],
-            tuple(self.images),
-            self.masked,
         )
 
-    def _add_prompt(self, each: Round) -> None:
-        contents: list[str | list[Image]] = [each.prompt]
-        if each.source is not None:
-            contents.insert(0, [_blank(self.grid, drawn=False)])
-        self._add(self.chat.prompt(contents), each.source, None)
+    def _predict(self, begin: int, end: int) -> None:
+        """Have these tokens predicted, and the end token after everything."""
+        self._targets |= {i - 1: self.ids[i] for i in range(begin, end)}
+        self._targets[len(self.ids) - 1] = self.chat.end_id
 
-    def _add_emitted(self, each: Round) -> None:
-        if each.target is None:
-            part = Part(True, (Text(self.chat.encode(each.answer), ANSWER),))
-        else:
-            part = Part(True, (Text((self.chat.image_open_id,), MARK), _blank(self.grid, drawn=True)))
-        self._add(part, each.target, flow_weights(each))
-
-    def _add(self, part: Part, image: EncodedImage | None, weights: Tensor | None) -> None:
-        """Add the tokens of a part, and its image if it has one."""
-        self.conversation = self.conversation.extended(part, "")
+    def _add(self, part: Part, images: Items[Callable[[int], Placed]] = ()) -> None:
+        """Add the tokens of a part, and its images."""
+        self._conversation = self._conversation.extended(part, "")
+        left = iter(images)
         for segment in part.segments:
             if isinstance(segment, Text):
                 self.ids += segment.ids
             else:
-                assert image is not None
-                self.images.append(PlacedImage(image, len(self.ids), weights))
+                self.images.append(next(left)(len(self.ids)))
                 self.ids += [self.chat.patch_id] * segment.length
 
 

@@ -67,6 +67,19 @@ def test_branches_with_other_loras_draw_other_pictures_on_one_model(server, work
     assert server.log[log_before:].count("Requested to load") <= 1
 
 
+def test_loras_that_come_with_the_pack_are_offered_to_ming_and_core_nodes_and_work(server, workflow):
+    ours = {file.name for file in (PACK / "models" / "loras").glob("*.safetensors")}
+    for node in ("MingLoraLoader", "LoraLoader"):
+        assert ours and ours <= set(server.get(f"/object_info/{node}")[node]["input"]["required"]["lora_name"][0])
+    prompt = workflow("text_to_image")
+    (loader,) = (i for i, node in prompt.items() if node["class_type"] == "MingUniVisionLoader")
+    (draw,) = (i for i, node in prompt.items() if node["class_type"] == "MingGenerate")
+    inputs = {"model": [loader, 0], "lora_name": sorted(ours)[0], "strength": 1.0}
+    prompt["lora"] = {"class_type": "MingLoraLoader", "inputs": inputs}
+    prompt[draw]["inputs"] |= {"model": ["lora", 0], "steps": 4}
+    server.succeed(prompt)
+
+
 def test_loras_of_the_folder_are_offered_and_one_of_another_model_is_an_error_on_the_node(server, workflow, loras):
     offered = server.get("/object_info/MingLoraLoader")["MingLoraLoader"]["input"]["required"]["lora_name"][0]
     assert set(loras) <= set(offered)

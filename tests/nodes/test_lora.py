@@ -1,6 +1,7 @@
 """Ming LoRA: what it lists and loads, and models with other LoRAs in one graph."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 def folder(tmp_path, monkeypatch):
     """models/loras of this test."""
     monkeypatch.setattr(host, "own_lora_folder", lambda: tmp_path)
+    monkeypatch.setattr(host, "PACK_LORAS", tmp_path / "missing")
     monkeypatch.setattr(host, "folder_paths", None)
     return tmp_path
 
@@ -49,6 +51,40 @@ def test_safetensors_files_of_the_folder_are_listed_and_no_others(folder, loaded
 def test_a_folder_that_is_not_there_is_an_empty_list(folder, monkeypatch):
     monkeypatch.setattr(host, "own_lora_folder", lambda: folder / "missing")
     assert listed() == []
+
+
+def test_loras_that_come_with_the_pack_are_listed_and_an_own_one_of_the_same_name_is_the_one_loaded(
+    folder, loaded, monkeypatch, tmp_path_factory
+):
+    with_the_pack = tmp_path_factory.mktemp("pack")
+    monkeypatch.setattr(host, "PACK_LORAS", with_the_pack)
+    for name, seed in (("both.safetensors", 0), ("pack.safetensors", 1)):
+        write_lora(with_the_pack / name, loaded.model.network, seed=seed)
+    own = write_lora(folder / "both.safetensors", loaded.model.network, seed=2)
+    assert listed() == ["both.safetensors", "pack.safetensors"]
+    assert host.lora_files()["both.safetensors"] == own
+    assert not torch.equal(draw(load(loaded, "pack.safetensors")), draw(loaded))
+
+
+def test_a_folder_that_is_the_packs_own_is_listed_once(folder, loaded, monkeypatch):
+    monkeypatch.setattr(host, "PACK_LORAS", folder)
+    write_lora(folder / "a.safetensors", loaded.model.network)
+    assert listed() == ["a.safetensors"]
+
+
+def test_the_packs_folder_comes_after_comfyuis_own_and_only_once(tmp_path, monkeypatch):
+    known = {"loras": (["first", "from extra_model_paths.yaml"], {".safetensors"})}
+
+    def add(kind, path, is_default=False):
+        assert not is_default
+        if path not in known[kind][0]:
+            known[kind][0].append(path)
+
+    folders = SimpleNamespace(models_dir="models", folder_names_and_paths=known, add_model_folder_path=add)
+    monkeypatch.setattr(host, "folder_paths", folders)
+    for _ in range(2):
+        host.register_model_folders()
+    assert known["loras"][0] == ["first", "from extra_model_paths.yaml", str(host.PACK / "models" / "loras")]
 
 
 def test_names_in_comfyuis_folders_have_the_same_separator_on_every_system(tmp_path, monkeypatch, loaded):

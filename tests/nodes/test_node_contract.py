@@ -232,6 +232,7 @@ SEED_CHANGES = {"MingUnderstand": False, "MingGenerate": True, "MingEdit": True,
 @pytest.fixture(autouse=True)
 def empty_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(host, "own_lora_folder", lambda: tmp_path)
+    monkeypatch.setattr(host, "PACK_LORAS", tmp_path)
     with host.folders(output=tmp_path, input=tmp_path):
         yield
 

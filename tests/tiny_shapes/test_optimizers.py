@@ -7,7 +7,6 @@ import torch
 
 from tiny_shapes.training.optimizers import (
     Muon,
-    learning_rate_factor,
     make_average,
     make_schedulers,
     orthogonalize,
@@ -39,13 +38,6 @@ def test_matrices_of_one_shape_step_together_as_they_would_alone():
     assert torch.allclose(together[1][1], step([a.shape], [b[1]])[0], atol=1e-6)
     # as large as a step of AdamW would be: 0.2 for each value
     assert 0.1 * 0.2 * 0.5 < float(together[0].square().mean().sqrt()) < 0.1 * 0.2 * 1.5
-
-
-def test_the_learning_rate_rises_stays_and_decays():
-    assert learning_rate_factor(0.0, 0, 10, 0.5) == 0.1
-    assert learning_rate_factor(0.4, 50, 10, 0.5) == 1.0
-    assert 0.4 < learning_rate_factor(0.75, 80, 10, 0.5) < 0.6
-    assert learning_rate_factor(1.0, 100, 10, 0.5) == pytest.approx(0.02)
 
 
 def test_schedulers_begin_at_any_step_with_the_rate_that_is_given():

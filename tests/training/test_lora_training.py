@@ -341,7 +341,7 @@ def test_an_interrupt_writes_a_checkpoint(train, tmp_path):
 def test_the_learning_rate_rises_stays_and_decays():
     rates = [learning_rate_factor(step / 100, step, 10, 0.5) for step in range(101)]
     assert rates[0] == 0.1 and rates[10:50] == [1.0] * 40 and rates[100] == pytest.approx(0.02)
-    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[50:] == sorted(rates[50:], reverse=True) and 0.4 < rates[75] < 0.6
 
 
 # --- Layers and memory --------------------------------------------------------------------------------------------
@@ -389,6 +389,14 @@ def test_memory_grows_with_samples_and_is_more_without_checkpointing():
     one, four = (count_memory(network, 0, load(n)).activations for n in (1, 4))
     assert 2 * one < four < 4.5 * one
     assert count_memory(network, 0, load(), checkpointing=False).activations > 4 * one
+
+
+def test_processes_that_share_out_the_layers_hold_their_share_and_one_layer_more():
+    network = published()
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in network.language_model.model.layers]
+    whole, shared = (count_memory(network, 0, load(), shards=shards) for shards in (1, 4))
+    assert shared.activations == whole.activations
+    assert shared.weights == pytest.approx(whole.weights - 0.75 * sum(layers) + 2 * max(layers), abs=4)
 
 
 def test_a_training_that_cannot_fit_is_refused_with_the_figure():
@@ -441,6 +449,20 @@ def test_the_command_refuses_what_does_not_fit_before_it_loads_the_model(
 def test_the_command_says_what_is_wrong(checkpoint_folder, data, tmp_path, capsys, arguments, why):
     assert run(checkpoint_folder, data, tmp_path / "my.safetensors", *arguments) == 1
     assert why in capsys.readouterr().err
+
+
+def test_the_command_shares_out_layers_among_several_processes_only(checkpoint_folder, data, tmp_path, capsys):
+    assert run(checkpoint_folder, data, tmp_path / "my.safetensors", "--shard") == 1
+    assert "--shard is for several processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_command_writes_a_lora_in_the_precision_asked_for(checkpoint_folder, data, tmp_path, precision, dtype):
+    out = tmp_path / "my.safetensors"
+    assert run(checkpoint_folder, data, out, "--save-precision", precision) == 0
+    tensors = load_file(out)
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith("alpha")} == {dtype}
+    assert load_univision(checkpoint_folder).with_lora(out).adapters.strengths
 
 
 def test_the_command_trains_a_quantized_model(checkpoint_folder, data, tmp_path):

@@ -20,7 +20,11 @@ def run(processes, checkpoint, data, out, steps, batch, *more):
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *arguments, "--device", "cpu", *more], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, *arguments, "--device", "cpu", "--save-precision", "fp32", *more],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     with (out.with_suffix(".training") / "log.csv").open() as file:
@@ -49,3 +53,20 @@ def test_two_processes_learn_what_one_learns_with_the_doubled_batch_and_either_g
     together, said = run(2, checkpoint_folder, data, two, 20, 2, "--resume")
     assert "continuing from step 10" in said
     assert len(longer) == 2 and longer[1] < longer[0] and together == pytest.approx(longer, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_two_processes_that_share_out_the_layers_learn_what_one_with_the_whole_model_learns_and_it_goes_on_with_theirs(
+    checkpoint_folder, data, tmp_path, precision
+):
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    losses, _ = run(1, checkpoint_folder, data, one, 10, 4, "--precision", precision)
+    together, said = run(2, checkpoint_folder, data, two, 10, 2, "--precision", precision, "--shard")
+    assert together == pytest.approx(losses, rel=1e-4)
+    first, second = load_file(one), load_file(two)
+    assert first.keys() == second.keys()
+    assert all((first[name] - second[name]).abs().max() < 1e-3 for name in first)
+    longer, _ = run(1, checkpoint_folder, data, one, 20, 4, "--precision", precision, "--resume")
+    alone, said = run(1, checkpoint_folder, data, two, 20, 4, "--precision", precision, "--resume")
+    assert "continuing from step 10" in said and alone == pytest.approx(longer, rel=1e-3)

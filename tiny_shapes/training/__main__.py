@@ -5,7 +5,8 @@
     python -m tiny_shapes.training --list                                   the stages
 
 If a stage was interrupted (Ctrl-C), the same command continues it; a finished stage is skipped. Each stage writes its
-model, log.csv and loss.png into a folder of its name.
+model, log.csv and loss.png into a folder of its name. With several GPUs:
+torchrun --nproc-per-node 2 -m tiny_shapes.training --start-from models/tiny-shapes ...
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from ming_core import FileError
 from ming_core.training.plot import plot_log
+from ming_core.training.processes import Processes, joined
 
 from .loop import Objective, Run
 from .recipe import RECIPE, Stage
@@ -30,23 +32,29 @@ log = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.list:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         for stage in RECIPE:
             log.info("%s", stage)
         return 0
     stages = [_stage(name) for name in options.stages] if options.stages else list(RECIPE)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with joined(options.device) as processes:
+        logging.basicConfig(level=logging.INFO if processes.first else logging.ERROR, format="%(message)s")
+        return _train_stages(stages, options, processes)
+
+
+def _train_stages(stages: list[Stage], options: argparse.Namespace, processes: Processes) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
-    if device.startswith("cuda"):
+    if processes.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     start = options.start
     for stage in stages:
         stage = _with_options(stage, options)
         folder = options.folder / stage.name.replace(" ", "-")
         try:
-            _train(Run(stage, _objective(stage, start, device), folder, options.workers))
+            objective = _objective(stage, start, processes.device)
+            _train(Run(stage, objective, folder, options.workers, processes, options.passes))
         except FileError as error:
             sys.exit(str(error))
         except KeyboardInterrupt:
@@ -56,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _objective(stage: Stage, start: Path | None, device: str) -> Objective:
+def _objective(stage: Stage, start: Path | None, device: torch.device) -> Objective:
     try:
         return make_objective(stage, start, device)
     except ValueError as error:  # no folder to start from, or not the right one
@@ -70,7 +78,8 @@ def _train(run: Run) -> None:
         if run.progress < 1:
             run.train()
     finally:
-        plot_log(run.folder / "log.csv", run.folder / "loss.png", over="hours", left_out=("stage", "step"))
+        if run.processes.first:
+            plot_log(run.folder / "log.csv", run.folder / "loss.png", over="hours", left_out=("stage", "step"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,14 +91,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages of the recipe to train; default: all")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="model folder that the first stage starts from")
+    parser.add_argument(
+        "--start-from",
+        "--start",  # which torchrun takes for its own --start-method
+        dest="start",
+        type=Path,
+        metavar="FOLDER",
+        help="model folder that the first stage starts from",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where to write (%(default)s)")
     parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead; for a GPU about 8")
     parser.add_argument("--hours", type=float, help="of every stage, in place of the recipe's; 0: no limit")
     parser.add_argument("--steps", type=int, help="of every stage, in place of the recipe's; 0: no limit")
-    parser.add_argument("--batch", type=int, help="images or dialogues of a step, in place of the recipe's")
+    parser.add_argument("--batch", type=int, help="images or dialogues of a batch, in place of the recipe's")
+    parser.add_argument("--passes", type=int, default=1, help="batches of a step, in each process (%(default)s)")
     parser.add_argument("--list", action="store_true", help="list the stages and exit")
     return parser
 

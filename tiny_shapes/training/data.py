@@ -1,4 +1,4 @@
-"""The batches of a stage. All randomness of a batch comes from (seed of the stage, step), so that a run which was
+"""The batches of a stage. All randomness of a batch comes from (seed of the stage, its number), so that a run which was
 interrupted continues with the same batches, and so that other processes can make batches ahead."""
 
 from __future__ import annotations
@@ -108,25 +108,26 @@ class DialogueData:
         return random_dialogue(rng, self.tasks or None, (fewest, most), self.split, self.rounds or None)
 
 
-class StepDataset(Dataset):
-    """The batches of a stage by step: each is a pure function of the data, the stage's seed and the step."""
+class NumberedDataset(Dataset):
+    """The batches of a stage by number: each is a pure function of the data, the stage's seed and its number."""
 
     def __init__(self, make_batch: MakeBatch, seed: int) -> None:
         self.make_batch, self.seed = make_batch, seed
 
-    def __getitem__(self, step: int) -> Any:
-        return self.make_batch(np.random.default_rng([self.seed, step]))
+    def __getitem__(self, number: int) -> Any:
+        return self.make_batch(np.random.default_rng([self.seed, number]))
 
 
-def batches(make_batch: MakeBatch, seed: int, first_step: int = 0, workers: int = 0) -> Iterator[Any]:
-    """The batches from a step on, without end.
+def batches(make_batch: MakeBatch, seed: int, first: int = 0, workers: int = 0, every: int = 1) -> Iterator[Any]:
+    """The batches from a number on, without end.
 
-    workers: processes that make batches ahead, two each; 0 makes them in this process, when they are needed.
+    workers  processes that make batches ahead, two each; 0 makes them in this process, when they are needed
+    every    2 leaves out every second batch, 3 two of three
     """
     loader = DataLoader(
-        StepDataset(make_batch, seed),
+        NumberedDataset(make_batch, seed),
         batch_size=None,  # an item of the dataset is a batch
-        sampler=range(first_step, sys.maxsize),
+        sampler=range(first, sys.maxsize, every),
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_ignore_interrupts,

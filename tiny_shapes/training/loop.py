@@ -1,13 +1,15 @@
 """The training loop of a stage: steps, progress, log, checkpoints, resuming.
 
-A stage is anything with the members of `Objective`; the loop owns the optimizers. All randomness of a step, data and
-noise, comes from (seed of the stage, step), so a run that was interrupted continues as if it had not been: exactly for
-a stage of steps, while the learning rate of a stage of hours follows the clock. Checkpoints and model folders are
-written whole, then renamed.
+A stage is anything with the members of `Objective`; the loop owns the optimizers. All randomness of a batch, data and
+noise, comes from (seed of the stage, number of the batch), so a run that was interrupted continues as if it had not
+been: exactly for a stage of steps, while the learning rate of a stage of hours follows the clock. A step learns from
+one batch, or from several: one after another, or in processes that torchrun has started, which makes no difference.
+The first process writes. Checkpoints and model folders are written whole, then renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import sys
@@ -20,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ming_core.files import FileError, move, write_whole_folder
+from ming_core.training.loop import learning_rate_factor
+from ming_core.training.processes import Processes, alone
 from ming_core.training.signals import signal_handler
 
 from .data import MakeBatch, batches
-from .optimizers import learning_rate_factor, make_average, make_optimizers, make_schedulers
+from .optimizers import make_average, make_optimizers, make_schedulers
 from .recipe import Stage
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,8 @@ class Objective(Protocol):
     @property
     def module(self) -> nn.Module:
         """The network with its loss; its parameters that need a gradient are trained."""
+
+    parallel: nn.Module  # what `loss` calls: the module, or what averages its gradients over several processes
 
     @property
     def data(self) -> MakeBatch:
@@ -57,12 +63,24 @@ class Objective(Protocol):
 class Run:
     """One stage being trained in `folder`: state.pt, log.csv and, at every checkpoint, the model in `model/`.
 
-    workers: processes that make batches ahead; 0 makes them in this process.
+    workers    processes that make batches ahead; 0 makes them in this process
+    processes  that train together
+    passes     batches of a step in each of them
     """
 
-    def __init__(self, stage: Stage, objective: Objective, folder: Path, workers: int = 0) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        objective: Objective,
+        folder: Path,
+        workers: int = 0,
+        processes: Processes | None = None,
+        passes: int = 1,
+    ) -> None:
         self.stage, self.objective, self.folder, self.workers = stage, objective, folder, workers
+        self.processes, self.passes = processes or Processes(torch.device("cpu")), passes
         self.step, self.seconds = 0, 0.0
+        self.batches = 0  # that all processes together have learned from
         self.optimizers = make_optimizers(objective.module, stage.lr)
         self.schedulers = make_schedulers(self.optimizers, stage.lr, self.learning_rate_factor)
         self.average = make_average(objective.module, stage.average)
@@ -87,27 +105,32 @@ class Run:
         Raises KeyboardInterrupt after that checkpoint if it was interrupted.
         """
         interrupts: list[int] = []
+        interrupted = False
         last_checkpoint = self.seconds
+        self.objective.parallel = self.processes.parallel(self.objective.module, all_used=False)
         with signal_handler(lambda number, _: interrupts.append(number)):
-            data = batches(self.objective.data, self.stage.seed, self.step, self.workers)
-            while self.progress < 1.0 and not interrupts:
+            first, every = self.batches + self.processes.rank, self.processes.count
+            data = batches(self.objective.data, self.stage.seed, first, self.workers, every)
+            while self.progress < 1.0 and not interrupted:
                 started = time.perf_counter()
-                self.update(next(data))
-                self.seconds += time.perf_counter() - started
+                self.update(*(next(data) for _ in range(self.passes)))
+                # all processes keep the first one's time, and stop when any of them was told to
+                seconds, told = self.processes.sums(
+                    (time.perf_counter() - started) * self.processes.first, float(bool(interrupts))
+                )
+                self.seconds, interrupted = self.seconds + seconds, told > 0
                 self.show_progress()
                 if self.seconds - last_checkpoint >= 60 * self.stage.checkpoint_minutes:
                     self.checkpoint()
                     last_checkpoint = self.seconds
             del data  # ends the workers
-            self.checkpoint(evaluate=not interrupts)  # a user who interrupts does not want to wait
-        if interrupts:
+            self.checkpoint(evaluate=not interrupted)  # a user who interrupts does not want to wait
+        if interrupted:
             raise KeyboardInterrupt
 
-    def update(self, batch: Any) -> None:
-        """One step of the optimizers on one batch."""
-        generator = torch.Generator().manual_seed(_noise_seed(self.stage.seed, self.step))
-        losses = self.objective.loss(batch, generator)
-        losses["loss"].backward()
+    def update(self, *batches: Any) -> None:
+        """One step of the optimizers on these batches, and on those of the other processes."""
+        losses = self._gradients(batches)
         trained = [p for p in self.objective.module.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         if not torch.isfinite(norm):
@@ -119,31 +142,58 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.batches += len(batches) * self.processes.count
         for scheduler in self.schedulers:
             scheduler.step()
         self.average.update_parameters(self.objective.module)
         keep = min(SMOOTHING, 1 - 1 / self.step)
         for name, value in losses.items():
-            self.losses[name] = keep * self.losses.get(name, 0.0) + (1 - keep) * float(value.detach())
+            self.losses[name] = keep * self.losses.get(name, 0.0) + (1 - keep) * value
+
+    def _gradients(self, batches: tuple[Any, ...]) -> dict[str, float]:
+        """Add up the gradients of the mean loss of all batches of all processes; returns the means of the losses."""
+        totals: dict[str, float] = {}
+        for i, batch in enumerate(batches):
+            number = self.batches + i * self.processes.count + self.processes.rank
+            generator = torch.Generator().manual_seed(_noise_seed(self.stage.seed, number))
+            # gradients travel once a step, with the last batch
+            with contextlib.nullcontext() if i == len(batches) - 1 else alone(self.objective.parallel):
+                losses = self.objective.loss(batch, generator)
+                (losses["loss"] / len(batches)).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(value.detach())
+        sums = self.processes.sums(*totals.values())
+        return {name: total / (len(batches) * self.processes.count) for name, total in zip(totals, sums, strict=True)}
 
     def show_progress(self) -> None:
         """Show progress: in a terminal one line, rewritten; elsewhere a line now and then."""
+        if not self.processes.first:
+            return
         terminal, now = sys.stderr.isatty(), time.monotonic()
         if terminal or now - self._last_shown >= PROGRESS_SECONDS:
             self._last_shown = now
             losses = "  ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
-            speed = self.stage.batch * self.step / max(self.seconds, 1e-9)
+            speed = self.stage.batch * self.batches / max(self.seconds, 1e-9)
             line = f"{self.stage.name} {100 * self.progress:5.1f} %  step {self.step}  {speed:.1f}/s  {losses}"
             sys.stderr.write(f"\r{line}\x1b[K" if terminal else f"{line}\n")
             sys.stderr.flush()
 
     def checkpoint(self, evaluate: bool = True) -> None:
-        """Write the state to resume from and the model with averaged weights; evaluate that, and log."""
+        """Write the state to resume from and the model with averaged weights; evaluate that, and log.
+
+        The first process does so, and the others wait for it.
+        """
+        if self.processes.first:
+            self._write(evaluate)
+        self.processes.wait()
+
+    def _write(self, evaluate: bool) -> None:
         state = {
             "module": self.objective.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average.state_dict(),
             "step": self.step,
+            "batches": self.batches,
             "seconds": self.seconds,
             "losses": self.losses,
         }
@@ -185,6 +235,7 @@ class Run:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+            self.batches = state.get("batches", self.step)  # states from before had one in every step
         except (KeyError, RuntimeError, ValueError) as error:
             raise FileError(
                 f"{path} belongs to another recipe ({error}): name another folder, or remove this one"
@@ -193,6 +244,6 @@ class Run:
         return True
 
 
-def _noise_seed(seed: int, step: int) -> int:
-    """The seed of the noise of a step."""
-    return int(np.random.SeedSequence([seed, step, 1]).generate_state(1, np.uint64)[0] >> 1)
+def _noise_seed(seed: int, number: int) -> int:
+    """The seed of the noise of a batch."""
+    return int(np.random.SeedSequence([seed, number, 1]).generate_state(1, np.uint64)[0] >> 1)

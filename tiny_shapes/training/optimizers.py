@@ -83,17 +83,6 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def learning_rate_factor(progress: float, step: int, warmup: int, decay_fraction: float) -> float:
-    """Factor on the learning rate: a linear warm-up over `warmup` steps, constant, then a cosine down to 2 %.
-
-    progress        share of the stage that is done, 0 to 1 (0 for a run without an end)
-    decay_fraction  share of the stage, its last part, that the cosine takes
-    """
-    rise = min(1.0, (step + 1) / warmup)
-    decayed = max(0.0, (progress - 1 + decay_fraction) / decay_fraction)
-    return min(rise, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decayed)))
-
-
 def make_schedulers(
     optimizers: Iterable[torch.optim.Optimizer], lr: float, factor: Callable[[int], float], step: int = 0
 ) -> list[LambdaLR]:

@@ -61,7 +61,7 @@ class Stage:
     name            also names its folder
     trains          "mingtok"; "pixel decoder": that part of it alone; or "joint": the language model, flow head and
                     projection around a frozen MingTok
-    batch           images or dialogues of a step
+    batch           images or dialogues of a batch; a step takes one of each process, or several (`--passes`)
     lr              peak learning rate of Muon and AdamW alike
     warmup          steps until the peak
     decay_fraction  share of the stage, its last part, over which the learning rate decays to almost nothing

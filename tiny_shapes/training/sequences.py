@@ -10,24 +10,20 @@ tag still know the prompt, so the prompt is replaced by that of *another* dialog
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from ming_core.conversation import ANSWER, MARK, PROMPT, Conversation, Image, Part, Text, guidance_masks
-from ming_core.features import Features
+from ming_core.conversation import PROMPT, Part, Text
 from ming_core.prompts import ChatFormat
+from ming_core.training.sequences import IGNORE, TEXT_UNCONDITIONAL, UNCONDITIONAL, Layout
 
 from ..world import Dialogue, Scene, SceneObject, Task, mentions
 from ..world.tasks import require
 from .text_tokenizer import encode_as_written
 
-IGNORE = -100  # the target of a position where nothing is to be predicted
-SHORT_ANSWER = 8  # most tokens of the answer to a question; a description has more
-SHORT_WEIGHT = 4.0  # loss weight of its tokens, which are few and hard beside those of descriptions; 1 elsewhere
-
-UNCONDITIONAL, TEXT_UNCONDITIONAL = 1, 2  # rows of `guidance_masks`; row 0 attends to everything
+__all__ = ["IGNORE", "TEXT_UNCONDITIONAL", "UNCONDITIONAL", "PlacedImage", "Sequence", "tokenize_dialogue"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,100 +97,47 @@ def tokenize_dialogue(
         layout.add_guidance_round(last, require(donor), row)
     else:
         layout.add_round(last)
-    return layout.sequence()
+    return Sequence(*layout.tokens(), tuple(layout.images), layout.subjects, layout.masked.numpy())
 
 
-class _Layout:
-    """A sequence while its rounds are added."""
+class _Layout(Layout[PlacedImage]):
+    """A sequence while rounds of the world's dialogues are added."""
 
     def __init__(self, chat: ChatFormat, grid: tuple[int, int]) -> None:
-        self.chat, self.grid = chat, grid
-        self.conversation = Conversation()
-        self.ids: list[int] = []
-        self.targets: dict[int, int] = {}
-        self.short: set[int] = set()  # positions that predict a short answer
-        self.images: list[PlacedImage] = []
+        super().__init__(chat, grid)
         self.subjects: dict[int, SceneObject] = {}
-        self.masked = np.zeros(0, dtype=bool)
 
     def add_round(self, task: Task) -> None:
         """Add a round that is to be predicted."""
         start = len(self.ids)
-        prompt = self._add_prompt(task)
+        prompt = self._add_task(task)
         if task.target_scene is not None:
             self.subjects |= _mentioned(prompt, task.target_scene, start, self.chat)
-        begin = len(self.ids)
         if task.subject is not None:
-            self.subjects[begin - 1] = task.subject
-        self._add_emitted(task)
-        end = len(self.ids) if task.target is None else begin + 1  # of an image only `<image>` is predicted as a token
-        self.targets |= {i - 1: self.ids[i] for i in range(begin, end)}
-        self.targets[len(self.ids) - 1] = self.chat.end_id
-        if task.answer is not None and len(self.ids) - begin <= SHORT_ANSWER:
-            self.short |= set(range(begin - 1, len(self.ids)))
+            self.subjects[len(self.ids) - 1] = task.subject
+        if task.target is None:
+            self.add_answer(encode_as_written(self.chat.tokenizer, require(task.answer)))
+        else:
+            self.add_image(_place(task.target, task, None if task.mask is None else len(self.images) - 1))
 
     def add_guidance_round(self, task: Task, donor: Task, row: int) -> None:
         """Add a drawing round in the form of a guidance row; no text is predicted in it."""
         newest = len(self.images) - 1  # the image that is kept outside a mask, if the task brings none
         own = task if row == TEXT_UNCONDITIONAL else donor
-        self._add_prompt(replace(task, prompt=donor.prompt, attached=own.attached, second=own.second))
-        masks = guidance_masks(self.conversation.parts)
-        self.masked = ~masks[min(row, len(masks) - 1)].numpy()
-        if row == TEXT_UNCONDITIONAL:
-            self._add_emitted(task)
-        else:
-            self._add_emitted(task, newest if task.attached is None else task.attached)
+        self._add_task(replace(task, prompt=donor.prompt, attached=own.attached, second=own.second))
+        kept: int | np.ndarray = len(self.images) - 1
+        if row != TEXT_UNCONDITIONAL:
+            kept = newest if task.attached is None else task.attached
+        self.add_image(_place(require(task.target), task, None if task.mask is None else kept), row)
 
-    def sequence(self) -> Sequence:
-        count, n, attended = len(self.ids), len(self.masked), int((~self.masked).sum())
-        return Sequence(
-            self.ids,
-            [self.targets.get(i, IGNORE) for i in range(count)],
-            [SHORT_WEIGHT if i in self.short else 1.0 for i in range(count)],
-            [*range(n), *range(attended, attended + count - n)],
-            tuple(self.images),
-            self.subjects,
-            self.masked,
-        )
-
-    def _add_prompt(self, task: Task) -> Part:
-        attached = [image for image in (task.attached, task.second) if image is not None]
-        contents: list[str | list[Image]] = [task.prompt]
-        if attached:
-            contents.insert(0, [_blank(self.grid, drawn=False) for _ in attached])
-        part = self.chat.prompt(contents)
-        self._add(part, attached)
-        return part
-
-    def _add_emitted(self, task: Task, source: int | np.ndarray | None = None) -> None:
-        """source: the image that is kept outside a mask; None: the newest one."""
-        if task.target is None:
-            answer = encode_as_written(self.chat.tokenizer, require(task.answer))
-            self._add(Part(True, (Text(answer, ANSWER),)), [])
-            return
-        part = Part(True, (Text((self.chat.image_open_id,), MARK), _blank(self.grid, drawn=True)))
-        newest = len(self.images) - 1
-        kept = None if task.mask is None else newest if source is None else source
-        self._add(part, [task.target], task, kept)
-
-    def _add(
-        self, part: Part, pixels: list[np.ndarray], task: Task | None = None, source: int | np.ndarray | None = None
-    ) -> None:
-        """Add the tokens of a part, and its images."""
-        self.conversation = self.conversation.extended(part, "")
-        images = iter(pixels)
-        for segment in part.segments:
-            if isinstance(segment, Text):
-                self.ids += segment.ids
-            else:
-                self.images.append(PlacedImage(next(images), len(self.ids), task, source))
-                self.ids += [self.chat.patch_id] * segment.length
+    def _add_task(self, task: Task) -> Part:
+        return self.add_prompt(task.prompt, [_place(i) for i in (task.attached, task.second) if i is not None])
 
 
-def _blank(grid: tuple[int, int], drawn: bool) -> Image:
-    """An image of which only the number of tokens matters."""
-    nothing = torch.empty(1, 0)
-    return Image(Features(nothing, nothing, grid, ""), drawn)
+def _place(
+    pixels: np.ndarray, task: Task | None = None, source: int | np.ndarray | None = None
+) -> Callable[[int], PlacedImage]:
+    return lambda start: PlacedImage(pixels, start, task, source)
 
 
 def _mentioned(part: Part, scene: Scene, start: int, chat: ChatFormat) -> dict[int, SceneObject]:

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ming_core import Engine, MingTok, UniVision, load_mingtok, load_univision, save_mingtok, save_univision
 from ming_core.checkpoint import checkpoint_kind, tokenizer_files
@@ -97,11 +97,12 @@ class MingTokStage:
         module = MingTokLoss(mingtok)
         initialize(module.label_head, torch.Generator().manual_seed(stage.seed))
         self.module: MingTokLoss = module.to(device)
+        self.parallel: nn.Module = self.module
 
     def loss(self, batch: tuple[Tensor, dict[str, Tensor]], generator: torch.Generator) -> dict[str, Tensor]:
         images, labels = batch
         labels = {name: values.to(self.device) for name, values in labels.items()}
-        return self.module(from_uint8(images.to(self.device)), labels, generator)
+        return self.parallel(from_uint8(images.to(self.device)), labels, generator)
 
     @torch.no_grad()
     def evaluate(self, module: MingTokLoss) -> dict[str, float]:
@@ -182,9 +183,10 @@ class JointStage:
             stage.cluttered,
         )
         self.module: JointLoss = JointLoss(engine.network).to(device)
+        self.parallel: nn.Module = self.module
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.module(batch.to(self.device), generator)
+        return self.parallel(batch.to(self.device), generator)
 
     def evaluate(self, module: JointLoss) -> dict[str, float]:
         """The quick evaluation."""
