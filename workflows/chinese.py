@@ -108,8 +108,6 @@ LABELS = {
     "metrics": "指标",
     "without the LoRA": "不用 LoRA",
     "with the LoRA": "用 LoRA",
-    "without": "不用",
-    "with": "用",
 }
 
 NOTE_TITLE = "关于此模板"

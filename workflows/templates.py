@@ -1018,31 +1018,33 @@ TEMPLATES = [
         ),
         (
             (
-                group("Load model", LOAD, column(300, loader(), Note(580, 190))),
+                group("Load model", LOAD, column(300, loader())),
                 group(
                     "Add the LoRA",
                     READ,
-                    column(280, node(2, "MingLoraLoader", model=MODEL, lora_name="tiny-shapes-houses.safetensors")),
+                    column(300, node(2, "MingLoraLoader", model=MODEL, lora_name="tiny-shapes-houses.safetensors")),
                 ),
                 group(
                     "Draw without it and with it",
                     ROUND,
+                    column(320, node(3, "MingGenerate", "without the LoRA", model=MODEL, prompt=HOUSE, seed=SEED)),
                     column(
-                        320,
-                        node(3, "MingGenerate", "without the LoRA", model=MODEL, prompt=HOUSE, seed=SEED),
-                        node(4, "MingGenerate", "with the LoRA", model=Out(2, "model"), prompt=HOUSE, seed=SEED),
+                        320, node(4, "MingGenerate", "with the LoRA", model=Out(2, "model"), prompt=HOUSE, seed=SEED)
                     ),
                 ),
+            ),
+            (
+                group("", LOAD, column(300, Note(300, 250))),
                 group(
                     "Without and with the LoRA",
                     RESULT,
                     column(
-                        340,
-                        decode(5, Out(3, "features"), "without"),
-                        before(7, Out(5, "image"), 250, "without the LoRA"),
-                        decode(6, Out(4, "features"), "with"),
-                        save(8, Out(6, "image"), "draw_with_lora", 250, "with the LoRA"),
+                        230,
+                        decode(5, Out(3, "features"), "without the LoRA"),
+                        decode(6, Out(4, "features"), "with the LoRA"),
                     ),
+                    column(340, before(7, Out(5, "image"), 364, "without the LoRA")),
+                    column(340, save(8, Out(6, "image"), "draw_with_lora", 340, "with the LoRA")),
                 ),
             ),
         ),
