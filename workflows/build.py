@@ -29,6 +29,7 @@ if __name__ == "__main__":  # relative imports need the package
 
 from ..nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402 (a script makes the package first)
 from ..runner import core_nodes  # noqa: E402
+from . import chinese  # noqa: E402
 
 CORE_NAMES = {
     "SaveImage": "Save Image",
@@ -61,6 +62,7 @@ BEFORE_INPUT = 46  # from where a wire leaves its lane to the node that it goes 
 ABOVE_ROW = TITLE + GROUP_EDGE + GROUP_TITLE + 14  # from the top of a row to its lowest lane
 WINDOW, SCALE = (1440, 900), 0.6  # of the view that is saved
 NOTE_ID = 1000
+NOTE_TITLE = "About this template"
 NOTE_COLORS = {"color": "#1d2733", "bgcolor": "#2a3847"}
 OPTIONAL, LIST = 7, 6  # shapes of sockets
 
@@ -447,7 +449,7 @@ def page_node(template: Template, node: Node, place: Place, links: list[Link], o
         "mode": 0,
         "inputs": inputs,
         "outputs": outs,
-        "title": node.title,
+        **({"title": node.title} if node.label else {}),  # without one, the page shows its name in the page's language
         "properties": {"Node name for S&R": node.type},
         "widgets_values": list(named.values()),
         "widgets_values_named": named,
@@ -455,7 +457,6 @@ def page_node(template: Template, node: Node, place: Place, links: list[Link], o
 
 
 def note_node(template: Template, place: Place, order: int) -> dict[str, Any]:
-    does, tries = template.note
     return {
         "id": NOTE_ID,
         "type": "MarkdownNote",
@@ -466,11 +467,16 @@ def note_node(template: Template, place: Place, order: int) -> dict[str, Any]:
         "mode": 0,
         "inputs": [],
         "outputs": [],
-        "title": "About this template",
+        "title": NOTE_TITLE,
         "properties": {},
-        "widgets_values": [f"# {does}\n\n# {tries}"],
+        "widgets_values": [note_text(template.note)],
         **NOTE_COLORS,
     }
+
+
+def note_text(sentences: tuple[str, str]) -> str:
+    """Two headings: text of the usual size is too small where a template is shown whole."""
+    return "\n\n".join(f"# {sentence}" for sentence in sentences)
 
 
 # --- The files --------------------------------------------------------------------------------------------------------
@@ -499,9 +505,24 @@ def listing(templates: list[Template]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chinese_words(templates: list[Template]) -> dict[str, dict[str, str]]:
+    """What the page needs to show templates in Chinese: each text of theirs and what takes its place."""
+    notes = {note_text(t.note): note_text(chinese.NOTES[t.name]) for t in templates}
+    names = {node.type: NAMES[node.type] for t in templates for node in t.nodes}
+    return {
+        "names": dict(sorted(names.items())),
+        "groups": chinese.GROUPS,
+        "labels": chinese.LABELS,
+        "notes": {NOTE_TITLE: chinese.NOTE_TITLE, **notes},
+    }
+
+
 def files(templates: list[Template]) -> dict[str, str]:
-    """The text of every file, by its path in this folder."""
-    made = {"README.md": listing(templates)}
+    """The text of every file, by its path from this folder."""
+    made = {
+        "README.md": listing(templates),
+        "../web/template_words.json": written(chinese_words(templates), 1),
+    }
     for template in templates:
         made[f"{template.name}.json"] = written(page_graph(template), 1)
         made[f"api/{template.name}.json"] = written(api_graph(template), 2)

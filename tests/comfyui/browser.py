@@ -84,18 +84,24 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> dict:
         """Send one command of the protocol; collects the page's errors meanwhile."""
-        self.calls += 1
-        self.connection.send(json.dumps({"id": self.calls, "method": method, "params": parameters}))
+        number = self.send(method, **parameters)
         while True:
             message = json.loads(self.connection.recv())
-            if message.get("id") == self.calls:
+            if message.get("id") == number:
                 if "error" in message:
                     raise PageError(f"{method}: {message['error']['message']}")
                 return message["result"]
             self.note(message.get("method"), message.get("params"))
 
+    def send(self, method: str, **parameters: Any) -> int:
+        self.calls += 1
+        self.connection.send(json.dumps({"id": self.calls, "method": method, "params": parameters}))
+        return self.calls
+
     def note(self, method: str, params: dict) -> None:
-        if method == "Runtime.exceptionThrown":
+        if method == "Page.javascriptDialogOpening":  # whether to leave a changed workflow: everything would wait
+            self.send("Page.handleJavaScriptDialog", accept=True)
+        elif method == "Runtime.exceptionThrown":
             self.errors.append(described(params["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
             self.errors.append(" ".join(str(a.get("value", a.get("description", ""))) for a in params["args"]))
@@ -158,11 +164,6 @@ class Page:
         mouse("mouseReleased", 1, 0)
 
     def open(self, url: str) -> None:
-        # a page with a changed workflow would ask whether to leave it, and wait for an answer
-        self.call(
-            "Runtime.evaluate",
-            expression="window.addEventListener('beforeunload', e => e.stopImmediatePropagation(), true)",
-        )
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import time
 
 import pytest
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -14,8 +13,10 @@ CHAIN = "multi_round_edit"
 BYPASS, MUTE = 4, 2  # modes of a node
 OFFERED = "[...document.querySelectorAll('.litecontextmenu, [role=menu], [role=dialog]')]"
 SEARCH = "document.querySelector('input[placeholder^=\"Add a node\"]')"
-NAMES_IN_ANY_LANGUAGE = {"MingTok", "PSNR", "SSIM", "top_p"}
+NAMES_EVERYWHERE = {"Ming LoRA", "MingTok", "PSNR", "SSIM", "top_p", "Latent"}
 ONE_MORE = "Object.keys(await (await fetch('/history')).json()).some(i => !known.includes(i))"
+# What the page says of any subgraph with a node of core that has a text box, or with a reroute before it.
+CORES_OWN_ERRORS = {"Missing Link ID when unpacking", "Broken Id link when unpacking"}
 DRAW = 3  # the node of text_to_image that draws
 
 
@@ -78,27 +79,29 @@ def test_a_chain_with_a_bypassed_edit_runs_what_comes_in_goes_out(page, renderin
     assert page.errors == []
 
 
-def test_a_muted_edit_is_named_by_the_next_one_and_the_answer_is_still_given(page, rendering, server):
+def test_a_muted_edit_is_an_error_on_the_next_one_which_says_what_to_connect(page, rendering, server):
     open_chain(page)
     set_mode(page, edits(page)[0], MUTE)
     status, answer = server.post("/prompt", {"prompt": exported(page)})
-    assert status == 200  # the branch of the answer runs
-    (error,) = answer["node_errors"][str(edits(page)[1])]["errors"]
-    assert "MingGenerate" in error["details"]  # no picture comes in any more
-    assert server.finished(answer["prompt_id"])["status"]["status_str"] == "success"
+    assert status == 200
+    messages = dict(server.finished(answer["prompt_id"])["status"]["messages"])
+    error = messages["execution_error"]
+    assert error["node_id"] == str(edits(page)[1])
+    assert error["exception_message"].startswith("features: there is no picture to edit")
+    assert page.errors == []
 
 
 def test_a_chain_made_a_subgraph_and_unpacked_is_the_same_workflow(page, rendering, server):
     open_chain(page)
     before = exported(page)
     page.evaluate("""
-        const chain = app.graph.nodes.filter(n => ['MingEdit', 'MingInstruction'].includes(n.type) && n.id > 6);
+        const chain = app.graph.nodes.filter(n => n.type === 'MingEdit');
         app.graph.convertToSubgraph(new Set(chain));""")
     assert shapes(exported(page)) == shapes(before)
     assert queued(page, server)["status"]["status_str"] == "success"
     page.evaluate("app.graph.unpackSubgraph(app.graph.nodes.find(n => n.isSubgraphNode?.()))")
     assert shapes(exported(page)) == shapes(before)
-    assert page.errors == []
+    assert set(page.errors) <= CORES_OWN_ERRORS
 
 
 def test_a_saved_picture_dropped_on_the_page_brings_its_workflow_back(page, rendering, server):
@@ -141,7 +144,7 @@ def test_a_link_dropped_on_the_canvas_offers_our_nodes(page, rendering, node, ou
     page.evaluate(f"{OFFERED}.filter(menu => menu.matches('.litecontextmenu')).forEach(menu => menu.remove())")
 
 
-def test_search_finds_our_nodes_by_alias(page, server):
+def test_search_finds_our_nodes_by_alias(page, rendering, server):
     offered = server.get("/object_info")
     if "search_aliases" not in offered["MingUnderstand"]:
         pytest.skip("this ComfyUI knows no aliases")
@@ -168,9 +171,7 @@ def test_the_picture_is_seen_on_its_node_while_it_is_drawn_and_an_interrupt_lets
     drawn = "app.graph.getNodeById(3).imgs?.length"
     page.wait_for(seen if rendering == "Nodes 2.0" else drawn)
     page.evaluate("await app.extensionManager.command.execute('Comfy.Interrupt')")
-    page.wait_for(
-        "Object.keys(await (await fetch('/history')).json()).some(i => !known.includes(i))", known=sorted(known)
-    )
+    page.wait_for(ONE_MORE, known=known)
     (stopped,) = [entry for prompt_id, entry in server.get("/history").items() if prompt_id not in known]
     assert "execution_interrupted" in [kind for kind, _ in stopped["status"]["messages"]]
     set_widget(page, DRAW, "steps", 2)
@@ -193,31 +194,49 @@ def test_a_workflow_open_in_two_tabs_shows_each_its_own_answer(page, rendering, 
     assert tabs >= 2 and page.errors == []
 
 
-def test_on_a_chinese_page_no_text_of_our_nodes_is_left_in_english(page, server):
-    page.evaluate("await app.extensionManager.setting.set('Comfy.Locale', 'zh')")
-    try:
-        page.open(server.url)
-        page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
-        texts = page.evaluate(
-            """
-            const found = {};
-            for (const id of ids) {
-                const node = LiteGraph.createNode(id);
-                const name = thing => thing.label ?? thing.localized_name ?? thing.name;
-                const shown = [node.title, ...node.inputs.map(name), ...node.outputs.map(name)];
-                const widgets = (node.widgets ?? []).filter(w => !w.name.startsWith('$$')).map(w => w.label ?? w.name);
-                found[id] = [...shown, ...widgets, ...(node.widgets ?? []).map(w => w.tooltip ?? '')];
-            }
-            return found;""",
-            ids=list(NODE_CLASS_MAPPINGS),
-        )
-        left = {
-            (i, text) for i, shown in texts.items() for text in shown if text and not re.search("[\u4e00-\u9fff]", text)
+@pytest.fixture(scope="module")
+def chinese_page(page, server):  # to the end of this file: opening takes long
+    open_in(page, server, "zh")
+    yield page
+    open_in(page, server, "en")
+    page.wait_until_quiet()
+
+
+def open_in(page, server, language: str) -> None:
+    server.post("/settings", {"Comfy.Locale": language})
+    page.open(server.url)
+    page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
+
+
+def in_english(texts: list[str]) -> set[str]:
+    """Those without a Chinese character; names that are the same in every language left out."""
+    return {text for text in texts if text and not re.search("[\u4e00-\u9fff]", text) and text not in NAMES_EVERYWHERE}
+
+
+def test_on_a_chinese_page_no_text_of_our_nodes_is_left_in_english(chinese_page):
+    texts = chinese_page.evaluate(
+        """
+        const found = {};
+        for (const id of ids) {
+            const node = LiteGraph.createNode(id);
+            const name = thing => thing.label ?? thing.localized_name ?? thing.name;
+            const shown = [node.title, ...node.inputs.map(name), ...node.outputs.map(name)];
+            const widgets = (node.widgets ?? []).filter(
+                w => !w.name.startsWith('$$') && w.name !== 'control_after_generate');  // core's own
+            found[id] = [...shown, ...widgets.flatMap(w => [w.label ?? w.name, w.tooltip ?? ''])];
         }
-        assert {entry for entry in left if not re.fullmatch("(Ming|MingTok|PSNR|SSIM|top_p|LoRA)*", entry[1])} == set()
-    finally:
-        page.evaluate("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
-        page.open(server.url)
-        page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
-        time.sleep(3)
-        page.errors.clear()
+        return found;""",
+        ids=list(NODE_CLASS_MAPPINGS),
+    )
+    assert {node_id: left for node_id, shown in texts.items() if (left := in_english(shown))} == {}
+
+
+def test_on_a_chinese_page_the_templates_speak_chinese(chinese_page, rendering, name):
+    open_workflow(chinese_page, name)
+    texts = chinese_page.evaluate(
+        """
+        const notes = app.graph.nodes.filter(n => n.type === 'MarkdownNote').map(n => n.widgets[0].value);
+        return [...app.graph.groups.map(g => g.title), ...app.graph.nodes.map(n => n.title), ...notes];"""
+    )
+    assert in_english(texts) == set()
+    assert chinese_page.errors == []

@@ -11,7 +11,7 @@ from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 from ming_univision.runner.session import run_workflow
 from ming_univision.runner.workflow import read_workflow, with_image
-from ming_univision.workflows import build
+from ming_univision.workflows import build, chinese
 from ming_univision.workflows.templates import TEMPLATES
 from PIL import Image
 
@@ -38,6 +38,7 @@ CALLS = {
     "edit_photograph": (1, 1, 1),
     "chat": (0, 1, 0),
     "compare_two_pictures": (2, 0, 2),
+    "draw_with_lora": (0, 2, 0),
 }
 
 
@@ -202,8 +203,15 @@ def test_titles_begin_with_the_nodes_own_name_and_the_note_has_two_sentences(nam
     for n in page["nodes"]:
         if n["type"] == "MarkdownNote":
             assert len(n["widgets_values"][0].split("\n\n")) == 2
-        else:
+        elif "title" in n:  # without one, the page shows its name, in its language
             assert n["title"].partition(": ")[0] == build.NAMES[n["type"]]
+
+
+def test_every_word_of_the_templates_has_a_chinese_one_and_none_is_left_over():
+    assert set(chinese.GROUPS) == {group.title for t in TEMPLATES for row in t.rows for group in row if group.title}
+    assert set(chinese.LABELS) == {node.label for t in TEMPLATES for node in t.nodes if node.label}
+    assert list(chinese.NOTES) == list(TEMPLATE)
+    assert set(build.CORE_NAMES) >= {n.type for t in TEMPLATES for n in t.nodes if n.type not in NODE_CLASS_MAPPINGS}
 
 
 def without(workflow: dict, bypassed: str) -> dict:
