@@ -146,7 +146,7 @@ def read_picture(*below: Node | Note | Space) -> tuple[Group, Group]:
 CHANGE = "Change the background to navy."
 REGION = instruction("identify region", CHANGE)
 DESCRIBE = instruction("describe")
-HOUSE = instruction("generate", "a large red house at the left on a white background")
+HOUSE = instruction("generate", "a large blue house at the centre on a white background")
 
 TEMPLATES = [
     Template(
