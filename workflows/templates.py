@@ -146,7 +146,7 @@ def read_picture(*below: Node | Note | Space) -> tuple[Group, Group]:
 CHANGE = "Change the background to navy."
 REGION = instruction("identify region", CHANGE)
 DESCRIBE = instruction("describe")
-HOUSE = instruction("generate", "a large red house at the left on a white background")
+HOUSE = instruction("generate", "a large blue house at the centre on a white background")
 
 TEMPLATES = [
     Template(
@@ -1024,17 +1024,17 @@ TEMPLATES = [
                     READ,
                     column(300, node(2, "MingLoraLoader", model=MODEL, lora_name="tiny-shapes-houses.safetensors")),
                 ),
+                group("", LOAD, column(560, Note(560, 150))),
+            ),
+            (  # the last row: in Nodes 2.0 the nodes that draw grow by their live previews
                 group(
                     "Draw without it and with it",
                     ROUND,
-                    column(320, node(3, "MingGenerate", "without the LoRA", model=MODEL, prompt=HOUSE, seed=SEED)),
+                    column(300, node(3, "MingGenerate", "without the LoRA", model=MODEL, prompt=HOUSE, seed=SEED)),
                     column(
-                        320, node(4, "MingGenerate", "with the LoRA", model=Out(2, "model"), prompt=HOUSE, seed=SEED)
+                        300, node(4, "MingGenerate", "with the LoRA", model=Out(2, "model"), prompt=HOUSE, seed=SEED)
                     ),
                 ),
-            ),
-            (
-                group("", LOAD, column(300, Note(300, 250))),
                 group(
                     "Without and with the LoRA",
                     RESULT,
@@ -1043,8 +1043,8 @@ TEMPLATES = [
                         decode(5, Out(3, "features"), "without the LoRA"),
                         decode(6, Out(4, "features"), "with the LoRA"),
                     ),
-                    column(340, before(7, Out(5, "image"), 364, "without the LoRA")),
-                    column(340, save(8, Out(6, "image"), "draw_with_lora", 340, "with the LoRA")),
+                    column(310, before(7, Out(5, "image"), 334, "without the LoRA")),
+                    column(310, save(8, Out(6, "image"), "draw_with_lora", 310, "with the LoRA")),
                 ),
             ),
         ),

@@ -52,8 +52,9 @@ def test_the_templates_are_listed_under_the_pack_with_their_pictures(page, serve
     entry = f"{leaves}.find(e => e.innerText === name)"
     page.wait_for(entry, name=PACK.name)
     page.evaluate(f"{entry}.click()", name=PACK.name)
-    last = f"{OPEN_DIALOGS}.flatMap(d => [...d.querySelectorAll('img')]).at(-1)?.scrollIntoView()"  # loads more
+    # older pages list the first dozen, and more when they are scrolled
+    down = f"{OPEN_DIALOGS}.flatMap(d => [...d.querySelectorAll('*')]).forEach(e => {{ e.scrollTop = e.scrollHeight }})"
     for name in server.get("/workflow_templates")[PACK.name]:
-        page.wait_for(f"({last}, {OPEN_DIALOGS}.some(d => d.innerText.includes(name)))", name=name)
+        page.wait_for(f"({down}, {OPEN_DIALOGS}.some(d => d.innerText.includes(name)))", name=name)
     page.wait_for(f"{OPEN_DIALOGS}.some(d => [...d.querySelectorAll('img')].some(i => i.naturalWidth > 127))")
     assert page.errors == []
