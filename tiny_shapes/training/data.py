@@ -108,7 +108,7 @@ class DialogueData:
         return random_dialogue(rng, self.tasks or None, (fewest, most), self.split, self.rounds or None)
 
 
-class NumberedDataset(Dataset):
+class StepDataset(Dataset):
     """The batches of a stage by number: each is a pure function of the data, the stage's seed and its number."""
 
     def __init__(self, make_batch: MakeBatch, seed: int) -> None:
@@ -125,7 +125,7 @@ def batches(make_batch: MakeBatch, seed: int, first: int = 0, workers: int = 0, 
     every    2 leaves out every second batch, 3 two of three
     """
     loader = DataLoader(
-        NumberedDataset(make_batch, seed),
+        StepDataset(make_batch, seed),
         batch_size=None,  # an item of the dataset is a batch
         sampler=range(first, sys.maxsize, every),
         num_workers=workers,

@@ -17,13 +17,21 @@ import numpy as np
 
 from ming_core.conversation import PROMPT, Part, Text
 from ming_core.prompts import ChatFormat
-from ming_core.training.sequences import IGNORE, TEXT_UNCONDITIONAL, UNCONDITIONAL, Layout
+from ming_core.training.sequences import IGNORE, SHORT_WEIGHT, TEXT_UNCONDITIONAL, UNCONDITIONAL, Layout
 
 from ..world import Dialogue, Scene, SceneObject, Task, mentions
 from ..world.tasks import require
 from .text_tokenizer import encode_as_written
 
-__all__ = ["IGNORE", "TEXT_UNCONDITIONAL", "UNCONDITIONAL", "PlacedImage", "Sequence", "tokenize_dialogue"]
+__all__ = [
+    "IGNORE",
+    "SHORT_WEIGHT",
+    "TEXT_UNCONDITIONAL",
+    "UNCONDITIONAL",
+    "PlacedImage",
+    "Sequence",
+    "tokenize_dialogue",
+]
 
 
 @dataclass(frozen=True, eq=False)
