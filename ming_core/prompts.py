@@ -75,6 +75,14 @@ class ChatFormat:
             raise ValueError(f"this tokenizer makes the special token {token} of plain text: get the model's own")
         return ids
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text as the model is to write it: not normalized, which is for what people type."""
+        if self.tokenizer.normalizer is None:
+            return self.encode(text)
+        splitter = self.tokenizer.pre_tokenizer
+        pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
+        return tuple(token.id for piece in pieces for token in self.tokenizer.model.tokenize(piece))
+
     def exceeds(self, text: str, tokens: int) -> bool:
         """Whether a long text surely takes more than this many tokens; found piece by piece, so that memory is bounded.
 

@@ -112,7 +112,7 @@ def _add(layout: Layout[PlacedImage], each: Round, asked: Round, row: int = 0) -
     source = asked.source if row == UNCONDITIONAL else each.source
     layout.add_prompt(asked.prompt, [_place(source, None)] if source else [])
     if each.target is None:
-        layout.add_answer(layout.chat.encode(each.answer))
+        layout.add_answer(layout.chat.encode_answer(each.answer))
     else:
         layout.add_image(_place(each.target, flow_weights(each)), row)
 

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 
 from ming_core.checkpoint import tokenizer_files
 from ming_core.prompts import ASSISTANT, HUMAN, ChatFormat
-from tiny_shapes.training.text_tokenizer import SPECIAL_TOKENS, encode_as_written, normalized, train_text_tokenizer
+from tiny_shapes.training.text_tokenizer import SPECIAL_TOKENS, normalized, train_text_tokenizer
 
 
 @pytest.mark.parametrize("text", ["a large red circle", "把它变成蓝色 🌊", "\x00\t\r\n é\u0301", "<image></role>", ""])
@@ -74,7 +74,7 @@ def test_what_shows_nothing_is_no_tokens(text, typed):
 
 @pytest.mark.parametrize("text", ["Hello! I see, draw and edit colored shapes.", "at the top left", "", "Ｆull — “x”"])
 def test_an_answer_is_learned_and_decoded_as_it_is_written(text, chat, typed):
-    ids = encode_as_written(typed.tokenizer, text)
+    ids = typed.encode_answer(text)
     assert ids == chat.encode(text) and typed.decode(ids) == text
 
 

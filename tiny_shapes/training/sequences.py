@@ -21,7 +21,6 @@ from ming_core.training.sequences import IGNORE, SHORT_WEIGHT, TEXT_UNCONDITIONA
 
 from ..world import Dialogue, Scene, SceneObject, Task, mentions
 from ..world.tasks import require
-from .text_tokenizer import encode_as_written
 
 __all__ = [
     "IGNORE",
@@ -124,7 +123,7 @@ class _Layout(Layout[PlacedImage]):
         if task.subject is not None:
             self.subjects[len(self.ids) - 1] = task.subject
         if task.target is None:
-            self.add_answer(encode_as_written(self.chat.tokenizer, require(task.answer)))
+            self.add_answer(self.chat.encode_answer(require(task.answer)))
         else:
             self.add_image(_place(task.target, task, None if task.mask is None else len(self.images) - 1))
 

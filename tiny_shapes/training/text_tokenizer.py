@@ -5,8 +5,8 @@ tokens are the published ones that the chat template uses.
 
 What a user types is normalized by the tokenizer itself (`normalized`), so it is the same to the model in capitals, with
 tabs, in full width or with curly quotes, at the beginning of a prompt or within. What the model writes is for people to
-read and keeps its capitals: its answers are encoded as they are written (`encode_as_written`), and decoding never
-normalizes.
+read and keeps its capitals: its answers are encoded as they are written (`ChatFormat.encode_answer`), and decoding
+never normalizes.
 """
 
 from __future__ import annotations
@@ -74,12 +74,6 @@ def normalized(files: Mapping[str, str]) -> dict[str, str]:
     tokenizer = Tokenizer.from_str(files["tokenizer.json"])
     tokenizer.normalizer = _normalizer()
     return {**files, "tokenizer.json": tokenizer.to_str(pretty=False)}
-
-
-def encode_as_written(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Token ids of a text that is not normalized, as the model is to write it."""
-    pieces = tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    return tuple(token.id for piece, _ in pieces for token in tokenizer.model.tokenize(piece))
 
 
 def _texts(seed: int, dialogues: int) -> Iterator[str]:
