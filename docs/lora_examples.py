@@ -48,11 +48,11 @@ from tiny_shapes.world.scenes import (  # noqa: E402
 
 MODEL = ROOT / "models" / "tiny-shapes"
 HOUSE, STAR = "house", "star"
-HOUSES, PAIRS, OTHERS = 40, 60, 240  # samples to train on
+HOUSES, PAIRS, OTHERS = 40, 60, 1200  # samples to train on
 UNSEEN, SCENES = 30, 60  # scenes to score on: of the new, and of each thing that is to stay
 # What the trainer is told beside the folders
 TRAINING = "--layers attention shared_expert projection --rank 12 --batch 8 --lr 3e-3 --dropping 0.1 --no-checkpointing"
-LENGTH = {"houses": "--steps 330 --others-share 0.3", "stars": "--steps 300 --others-share 0.34"}
+LENGTH = {"houses": "--steps 330 --others-share 0.4", "stars": "--steps 260 --others-share 0.5"}
 CELL = 32
 SAMPLES = 8  # points along a pixel's side
 ASKED = (
@@ -173,7 +173,7 @@ def write_others(folder: Path) -> None:
     """What the model can do already, a little of each kind."""
     rng = np.random.default_rng(3)
     for i, kind in zip(
-        range(OTHERS), itertools.cycle(("generate", "edit", "question", "generate", "edit")), strict=False
+        range(OTHERS), itertools.cycle(("generate", "edit", "question", "edit", "generate", "edit")), strict=False
     ):
         task = random_dialogue(rng, [kind], (1, 3), "train", 1).tasks[0]
         path = folder / f"{i:03}"

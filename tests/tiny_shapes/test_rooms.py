@@ -1,4 +1,4 @@
-"""The rooms of tiny_shapes: world below evaluation, evaluation below training, and no circle in any of them."""
+"""The rooms of tiny_shapes, each above the one before: world, evaluation, training, ablation; and no circle in any."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "tiny_shapes"
-ROOMS = ("world", "evaluation", "training")  # from the bottom up
+ROOMS = ("world", "evaluation", "training", "ablation")  # from the bottom up
 FILES = sorted(FOLDER.glob("*/*.py"))
 
 
