@@ -279,7 +279,7 @@ def install_pack(place: Path) -> None:
             "runs",
             "checkpoints",
         )  # and many GB of downloaded models
-        others = (path.name for path in (PACK / "models").iterdir() if path.name != "tiny-shapes")
+        others = (path.name for path in (PACK / "models").iterdir() if path.name not in ("tiny-shapes", "loras"))
         shutil.copytree(PACK, place, ignore=shutil.ignore_patterns(".*", *ignored, *others))
 
 
