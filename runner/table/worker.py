@@ -51,7 +51,7 @@ class RowRunner:
             yield from self._run_group(jobs[start : start + self.session.batch])
 
     def _run_group(self, jobs: Sequence[Job]) -> Iterator[Record]:
-        untried, suspects = [], []
+        untried, suspects = list[Job](), list[Job]()
         for job in jobs:
             # It may have been done by a worker that died before it could say so.
             if (found := self.results.find(job.name)) is not None:
