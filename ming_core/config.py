@@ -9,7 +9,6 @@ something not implemented here is refused by name.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import types
@@ -184,7 +183,7 @@ class LanguageModelConfig:
         kind = None if scaling is None else scaling.get("type", scaling.get("rope_type"))
         _require(
             kind in (None, "3D", "default"),
-            f'rope_scaling is {_shown(scaling)}: only null and {{"type": "3D"}} are supported',
+            f'rope_scaling is {shown(scaling)}: only null and {{"type": "3D"}} are supported',
         )
         layers = self.num_hidden_layers
         _require(
@@ -266,7 +265,7 @@ def read_config(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
     Raises ConfigError that names the entry (`where` is the dotted path so far), its value and what is wrong.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the file'} is {_shown(values)}, not a JSON object")
+        raise ConfigError(f"{where or 'the file'} is {shown(values)}, not a JSON object")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     arguments = {
@@ -303,13 +302,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return f"{value:g}"
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} is {_shown(value)}, not {hint.__name__}")
-
-
-def _shown(value: Any) -> str:
-    """The value as config.json has it or, for texts and numbers, as Python does; cut where it is long."""
-    text = json.dumps(value) if value is None or isinstance(value, (list, dict)) else repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    raise ConfigError(f"{where} is {shown(value)}, not {hint.__name__}")
 
 
 def _require_swiglu(ffn_layer: str) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import reprlib
 import stat
 from typing import Any
 
@@ -21,9 +20,6 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 16 << 20  # twenty times the header or the index of the published model; a tokenizer.json may be longer
 MAX_DEPTH = 64  # nested lists and objects; the files that are read here have fewer than ten
 MAX_DIGITS = 300  # of a whole number: one with more is beyond the largest float, and takes long to read
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 120
 
 
 class FileError(ValueError):
@@ -139,8 +135,9 @@ def printable(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value that a file or a caller gave, as messages show it: its repr, with what is long cut out of it."""
-    return _SHOWN.repr(value)
+    """A value as a JSON file has it or, for texts and numbers, as Python does; cut where it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, (list, dict)) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def log_left_out(path: str | os.PathLike[str], error: Exception) -> None:

@@ -37,6 +37,7 @@ from ..univision import UniVision
 from .adapters import DEFAULT_GROUPS, GROUPS, TrainedLayers, choose_layers, count_values
 from .batches import QUIZ, Noising, SampleStream
 from .cache import EncodedImage, ImageCache
+from .command_line import documented_parser
 from .data import Found, Sample, pictures_of, read_folder
 from .loop import LOG, STATE, Plan, Training
 from .loss import LoraLoss
@@ -215,13 +216,7 @@ def _encode(
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    made = argparse.ArgumentParser(
-        "python -m ming_core.training lora",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = documented_parser("python -m ming_core.training lora", __doc__)
     add = made.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="a Ming-UniVision checkpoint")
     add("--data", type=Path, required=True, metavar="FOLDER", help="pictures and texts")

@@ -97,7 +97,6 @@ def test_the_level_of_a_curve_is_reached_between_its_points():
 
 def test_every_run_is_trained_resumed_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "PLAN", command.PLAN[:4])
-    monkeypatch.setattr(command, "EVALUATIONS", 2)
     for name in ("DRAWINGS", "EDITS", "QUESTIONS"):
         monkeypatch.setattr(figures, name, 1)
     monkeypatch.setattr(figures, "HELD_OUT", 1)

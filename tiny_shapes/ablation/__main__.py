@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ming_core import FileError
-from ming_core.training.signals import signal_handler
+from ming_core.training.command_line import documented_parser
 
-from ..training.data import batches
 from ..training.loop import Run
 from ..training.recipe import Stage
 from .designs import DESIGNS, ablation_stage
@@ -61,6 +59,7 @@ class Planned(NamedTuple):
             warmup=60,
             decay_fraction=1e-6,
             average=0.98,
+            checkpoint_steps=max(1, steps // EVALUATIONS),
             objects=OBJECTS,
             tasks=DRAWING if self.alone else EVERYTHING,
             rounds=2,
@@ -85,8 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     plan = [run for run in PLAN if options.run in (None, run.name)]
     try:
         for planned in () if options.report else plan:
-            stage = ablation_stage(planned.stage(options.steps), planned.design, options.model, device)
-            train(Run(stage=planned.stage(options.steps), objective=stage, folder=options.folder / planned.name))
+            stage = planned.stage(options.steps)
+            objective = ablation_stage(stage, planned.design, options.model, device)
+            train(Run(stage, objective, options.folder / planned.name))
         if options.run is None:
             log.info("%s", write_report(options.folder, options.out or options.folder))
     except (FileError, ValueError) as error:
@@ -98,35 +98,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(run: Run) -> None:
-    """Train to the last step, with an evaluation and a checkpoint after every part of the stage.
-
-    Raises KeyboardInterrupt, after a checkpoint, if it was interrupted.
-    """
+    """Train to the last step, from where it was. Raises KeyboardInterrupt, after a checkpoint, if it is interrupted."""
     if run.resume():
         log.info("%s: continuing from step %d", run.stage.name, run.step)
-    every, interrupts = max(1, run.stage.steps // EVALUATIONS), list[int]()
-    with signal_handler(lambda number, _: interrupts.append(number)):
-        data = batches(run.objective.data, run.stage.seed, run.step)
-        while run.progress < 1.0 and not interrupts:
-            started = time.perf_counter()
-            run.update(next(data))
-            run.seconds += time.perf_counter() - started
-            run.show_progress()
-            if run.step % every == 0:
-                run.checkpoint()
-        if interrupts:
-            run.checkpoint(evaluate=False)
-            raise KeyboardInterrupt
+    if run.progress < 1:
+        run.train()
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m ming_core.training ablation",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("python -m ming_core.training ablation", __doc__)
     parser.add_argument("--model", type=Path, default=MODEL, help="whose MingTok and tokenizer to use (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, help="of the report; default: the folder of the runs")

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 SHARES = {"drawn": "drawings right", "edited": "edits right", "asked": "questions right"}
 OWN = {"asked_own": "questions about its own drawings right"}
 LOSSES = {"unseen_flow": "loss of drawing", "unseen_text": "loss of words"}
+FIGURES = {**SHARES, **OWN, **LOSSES}
 PARTS = {"a third": 1 / 3, "half": 1 / 2, "the end": 1.0}
 
 
@@ -58,7 +59,7 @@ def read_curve(runs: Path, name: str) -> Curve:
         rows = [[float(found[step].get(column) or "nan") * factor for found in logs] for step in steps]
         return np.array([np.nanmean(row) if not np.isnan(row).all() else np.nan for row in rows])
 
-    figures = {column: means(column) for column in (*SHARES, *OWN, *LOSSES)}
+    figures = {column: means(column) for column in FIGURES}
     return Curve(np.array(steps), means("hours", 60), figures, len(logs))
 
 
@@ -75,15 +76,14 @@ def first_reached(times: np.ndarray, values: np.ndarray, level: float) -> float 
 
 def _ends(joint: dict[str, Curve], alone: dict[str, Curve]) -> str:
     """What the runs can do at the end, and what joint training costs drawing."""
-    names = {**SHARES, **OWN, **LOSSES}
     lines = [
-        f"| at the end | seeds | steps | minutes | {' | '.join(names.values())} |",
-        "|---" * (len(names) + 4) + "|",
+        f"| at the end | seeds | steps | minutes | {' | '.join(FIGURES.values())} |",
+        "|---" * (len(FIGURES) + 4) + "|",
     ]
     for kind, curves in (("everything", joint), ("drawing alone", alone)):
         for design, curve in curves.items():
             cells = [f"{design}, {kind}", f"{curve.seeds}", f"{curve.steps[-1]}", f"{curve.minutes[-1]:.0f}"]
-            for name in names:
+            for name in FIGURES:
                 value = curve.figures[name][-1]
                 taught = kind == "everything" or name not in ("asked", *OWN, "unseen_text")
                 cells.append("" if np.isnan(value) or not taught else _shown(name, value))
@@ -98,7 +98,7 @@ def _needs(joint: dict[str, Curve], unit: str) -> str:
         f"| {unit}s to the level of *unified* at | {' | '.join(PARTS)} |",
         "|---" * (len(PARTS) + 1) + "|",
     ]
-    for name, title in {**SHARES, **OWN, **LOSSES}.items():
+    for name, title in FIGURES.items():
         sign = -1 if name in LOSSES else 1  # of a loss, less is more
         cells = []
         for part in PARTS.values():
@@ -124,9 +124,8 @@ def _plot(joint: dict[str, Curve], alone: dict[str, Curve], image: Path) -> None
     except ImportError:
         log.info("no plot: Matplotlib is not installed (pip install matplotlib)")
         return
-    names = {**SHARES, **OWN, **LOSSES}
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    for axis, (name, title) in zip(figure.subplots(2, 3).flat, names.items(), strict=True):
+    for axis, (name, title) in zip(figure.subplots(2, 3).flat, FIGURES.items(), strict=True):
         for design, color in zip(DESIGNS, ("tab:blue", "tab:orange"), strict=True):
             axis.plot(joint[design].steps, joint[design].figures[name], color=color, label=design)
             if name in ("drawn", "edited", "unseen_flow"):

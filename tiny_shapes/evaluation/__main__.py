@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ming_core import CheckpointError, FileError, load_univision
+from ming_core.training.command_line import documented_parser
 
 from .chains import ChainScores, evaluate_chains
 from .evaluator import Evaluator
@@ -61,13 +62,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m tiny_shapes.evaluation",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("python -m tiny_shapes.evaluation", __doc__)
     parser.add_argument("--model", type=Path, default=Path("models/tiny-shapes"), metavar="FOLDER")
     parser.add_argument("--scenes", type=int, default=300, help="scenes of each measurement (%(default)s)")
     parser.add_argument("--chains", type=int, default=60, help="five-round chains in each way (%(default)s)")

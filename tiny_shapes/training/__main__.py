@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ming_core import FileError
+from ming_core.training.command_line import documented_parser
 from ming_core.training.plot import plot_log
 from ming_core.training.processes import Processes, joined
 
@@ -83,13 +84,7 @@ def _train(run: Run) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m tiny_shapes.training",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("python -m tiny_shapes.training", __doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages of the recipe to train; default: all")
     parser.add_argument(
         "--start-from",

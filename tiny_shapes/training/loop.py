@@ -120,7 +120,10 @@ class Run:
                 )
                 self.seconds, interrupted = self.seconds + seconds, told > 0
                 self.show_progress()
-                if self.seconds - last_checkpoint >= 60 * self.stage.checkpoint_minutes:
+                due = self.seconds - last_checkpoint >= 60 * self.stage.checkpoint_minutes
+                if self.stage.checkpoint_steps:
+                    due = self.step % self.stage.checkpoint_steps == 0 and self.progress < 1.0
+                if due:
                     self.checkpoint()
                     last_checkpoint = self.seconds
             del data  # ends the workers

@@ -73,6 +73,7 @@ class Stage:
     several         share of the other dialogues whose scenes have two objects or more
     chains          share of the dialogues that are three to five edits
     cluttered       share of the prompts with additions that mean nothing
+    checkpoint_minutes, checkpoint_steps  between two checkpoints; the minutes count where the steps are 0
     """
 
     name: str
@@ -92,6 +93,7 @@ class Stage:
     chains: float = 0.0
     cluttered: float = 0.0
     checkpoint_minutes: float = 20.0
+    checkpoint_steps: int = 0
     seed: int = 0
 
 
