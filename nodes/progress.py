@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ..ming_core import Engine, Progress
 from ..ming_core.images import to_images, to_uint8
-from . import host
+from . import host, typesetting
 
+MARK = "preview"
 PREVIEWS = 4  # while a picture is drawn; each costs up to one pixel decoding
 
 
@@ -48,4 +49,14 @@ class DrawingProgress(WritingProgress):
         if not self.previewing or progress.tokens is None or progress.done % interval:
             return None
         pixels = self.engine.mingtok.preview(progress.tokens[:1], self.engine.config.drawing_grid)
-        return Image.fromarray(to_uint8(to_images(pixels)[0]))
+        return marked(Image.fromarray(to_uint8(to_images(pixels)[0])))
+
+
+def marked(image: Image.Image) -> Image.Image:
+    """The image with the word "preview" in its lower left corner: it stays on the node when the round has ended."""
+    size = max(8, image.height // 14)
+    edge, width = size // 3, typesetting.length(MARK, size)
+    canvas = ImageDraw.Draw(image, "RGBA")
+    canvas.rectangle((0, image.height - size - 2 * edge, width + 2 * edge, image.height), fill=(0, 0, 0, 150))
+    typesetting.write(canvas, (edge, image.height - 1.6 * edge), MARK, size, (255, 255, 255))
+    return image
