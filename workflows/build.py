@@ -241,6 +241,8 @@ def height(node: Node) -> int:
         else:
             classic += WIDGET * (2 if socket.options.get("control_after_generate") else 1)
             modern += 0 if socket.options.get("advanced") else MODERN_WIDGET
+    if node.type == "MingUnderstand":  # which shows its answer
+        classic, modern = classic + TEXT, modern + TEXT
     if node.type in NODE_CLASS_MAPPINGS:
         modern += MODERN_FOOTER * (2 if any(s.options.get("advanced") for s in declared) else 1)
     return max(classic, modern)

@@ -2,7 +2,8 @@
 
 The order is that of the list in README.md: text to image, edits, edits inside a mask, chains, conversations, tokenizer,
 LoRA.
-A node's number is its id in the saved graph, which clients of the queue use: it stays.
+A node's number is its id in the saved graph, which clients of the queue use: it stays. Nodes that draw are in the last
+row, since their live previews make them grow.
 """
 
 from __future__ import annotations
@@ -350,12 +351,16 @@ TEMPLATES = [
         ),
         (
             (
-                *read_picture(Note(540, 170)),
+                *read_picture(),
+                group("", LOAD, column(380, Note(380, 240))),
+                group("Before", RESULT, column(270, before(10, area=250))),
+            ),
+            (
                 group(
                     "1. Find the region",
                     ROUND,
                     column(
-                        280,
+                        262,
                         edit(
                             5,
                             "1, identify the region",
@@ -363,15 +368,13 @@ TEMPLATES = [
                             FEATURES,
                         ),
                     ),
-                    column(250, node(6, "MingRegionMask", features=FEATURES, region=Out(5, "features"))),
+                    column(222, node(6, "MingRegionMask", features=FEATURES, region=Out(5, "features"))),
                 ),
-            ),
-            (
                 group(
                     "2. Edit inside it",
                     ROUND,
                     column(
-                        280,
+                        262,
                         edit(
                             7,
                             "2, inside the region",
@@ -383,14 +386,13 @@ TEMPLATES = [
                     ),
                 ),
                 group(
-                    "Before, region, after",
+                    "Region and after",
                     RESULT,
                     column(
-                        230, decode(8, Out(7, "features")), node(11, "MaskToImage", "the region", mask=Out(6, "mask"))
+                        210, decode(8, Out(7, "features")), node(11, "MaskToImage", "the region", mask=Out(6, "mask"))
                     ),
-                    column(280, before(10, area=304)),
-                    column(280, before(12, Out(11, "IMAGE"), 304, "region")),
-                    column(280, save(9, Out(8, "image"), "region_then_edit_inside", 280)),
+                    column(240, before(12, Out(11, "IMAGE"), 270, "region")),
+                    column(240, save(9, Out(8, "image"), "region_then_edit_inside", 246)),
                 ),
             ),
         ),
@@ -483,13 +485,14 @@ TEMPLATES = [
                     column(236, encode(4, Out(3, "IMAGE"))),
                     column(258, expand(5, Out(4, "latent"))),
                 ),
+                group("Before", RESULT, column(300, before(13))),
+            ),
+            (
                 group(
                     "Edit",
                     ROUND,
-                    column(290, edit(6, "edit", "Change the color of the red circle to green.", Out(5, "features"))),
+                    column(270, edit(6, "edit", "Change the color of the red circle to green.", Out(5, "features"))),
                 ),
-            ),
-            (
                 group(
                     "Put it back",
                     READ,
@@ -535,9 +538,8 @@ TEMPLATES = [
                     ),
                 ),
                 group(
-                    "Before and after",
+                    "Result",
                     RESULT,
-                    column(300, before(13)),
                     column(300, save(12, Out(11, "IMAGE"), "edit_photograph")),
                 ),
             ),
@@ -573,6 +575,10 @@ TEMPLATES = [
                         ),
                     ),
                 ),
+                group("", LOAD, column(330, Note(330, 260))),
+                group("Before", RESULT, column(270, before(14, area=250))),
+            ),
+            (
                 group(
                     "1. Show the region",
                     ROUND,
@@ -583,16 +589,12 @@ TEMPLATES = [
                     ROUND,
                     column(290, edit(8, "2, edit", "Move the red circle to the top.", *drawn(6))),
                 ),
-            ),
-            (
-                group("", LOAD, column(300, Note(300, 280))),
                 group(
-                    "Before, region, after",
+                    "Region and after",
                     RESULT,
                     column(230, decode(9, Out(6, "features"), "region"), decode(11, Out(8, "features"), "edit")),
-                    column(310, before(14, area=334)),
-                    column(310, save(10, Out(9, "image"), "segment_then_edit_region", 310, "region")),
-                    column(310, save(12, Out(11, "image"), "segment_then_edit", 310)),
+                    column(270, save(10, Out(9, "image"), "segment_then_edit_region", 300, "region")),
+                    column(270, save(12, Out(11, "image"), "segment_then_edit", 300)),
                 ),
             ),
         ),
@@ -1026,7 +1028,7 @@ TEMPLATES = [
                 ),
                 group("", LOAD, column(560, Note(560, 150))),
             ),
-            (  # the last row: in Nodes 2.0 the nodes that draw grow by their live previews
+            (
                 group(
                     "Draw without it and with it",
                     ROUND,
