@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         for planned in () if options.report else plan:
             stage = planned.stage(options.steps)
             objective = ablation_stage(stage, planned.design, options.model, device)
-            train(Run(stage, objective, options.folder / planned.name))
+            train(Run(stage, objective, options.folder / planned.name, bf16=options.bf16))
         if options.run is None:
             log.info("%s", write_report(options.folder, options.out or options.folder))
     except (FileError, ValueError) as error:
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--steps", type=int, default=STEPS, help="of every run (%(default)s)")
     parser.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, if the processor is fast at it")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     return parser
 

@@ -55,7 +55,7 @@ def _train_stages(stages: list[Stage], options: argparse.Namespace, processes: P
         folder = options.folder / stage.name.replace(" ", "-")
         try:
             objective = _objective(stage, start, processes.device)
-            _train(Run(stage, objective, folder, options.workers, processes, options.passes))
+            _train(Run(stage, objective, folder, options.workers, processes, options.passes, options.bf16))
         except FileError as error:
             sys.exit(str(error))
         except KeyboardInterrupt:
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="of every stage, in place of the recipe's; 0: no limit")
     parser.add_argument("--batch", type=int, help="images or dialogues of a batch, in place of the recipe's")
     parser.add_argument("--passes", type=int, default=1, help="batches of a step, in each process (%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, if the processor is fast at it")
     parser.add_argument("--list", action="store_true", help="list the stages and exit")
     return parser
 

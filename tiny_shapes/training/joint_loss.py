@@ -72,7 +72,8 @@ class JointLoss(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns "loss" and its `TERMS`; "balance" is 1 if all experts are used alike."""
         weights = self.weights
-        latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
+        with torch.autocast(batch.ids.device.type, enabled=False):  # what is to be learned is exact
+            latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
         # the index of each image token in the flattened rows
         places = batch.image_starts[:, None] + torch.arange(features.shape[1], device=features.device)  # (P, N)
         with recorded_routing(self.network) as balance:

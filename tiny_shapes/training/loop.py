@@ -66,6 +66,7 @@ class Run:
     workers    processes that make batches ahead; 0 makes them in this process
     processes  that train together
     passes     batches of a step in each of them
+    bf16       compute in bfloat16, with weights and gradients in float32; it needs a processor that is fast at it
     """
 
     def __init__(
@@ -76,12 +77,13 @@ class Run:
         workers: int = 0,
         processes: Processes | None = None,
         passes: int = 1,
+        bf16: bool = False,
     ) -> None:
         self.stage, self.objective, self.folder, self.workers = stage, objective, folder, workers
-        self.processes, self.passes = processes or Processes(torch.device("cpu")), passes
+        self.processes, self.passes, self.bf16 = processes or Processes(torch.device("cpu")), passes, bf16
         self.step, self.seconds = 0, 0.0
         self.batches = 0  # that all processes together have learned from
-        self.optimizers = make_optimizers(objective.module, stage.lr)
+        self.optimizers = make_optimizers(objective.module, stage.lr, bf16)
         self.schedulers = make_schedulers(self.optimizers, stage.lr, self.learning_rate_factor)
         self.average = make_average(objective.module, stage.average)
         self.losses: dict[str, float] = {}  # moving averages
@@ -161,7 +163,8 @@ class Run:
             generator = torch.Generator().manual_seed(_noise_seed(self.stage.seed, number))
             # gradients travel once a step, with the last batch
             with contextlib.nullcontext() if i == len(batches) - 1 else alone(self.objective.parallel):
-                losses = self.objective.loss(batch, generator)
+                with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
+                    losses = self.objective.loss(batch, generator)
                 (losses["loss"] / len(batches)).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach())

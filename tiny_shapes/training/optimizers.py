@@ -18,10 +18,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, bf16: bool = False) -> Tensor:
     """[K, m, n] -> the same with all singular values brought near 1 (between 0.5 and 1.5)."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if bf16 or matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -39,12 +39,13 @@ class Muon(torch.optim.Optimizer):
     (0.2 * sqrt(max(m, n)), arXiv:2502.16982), so that both can share a learning rate.
 
     torch.optim.Muon is no substitute: it takes no stacks of matrices, which the weights of the experts are, and always
-    computes in bfloat16, one matrix at a time. Here all matrices of one shape are orthogonalized together, in float32
-    on a CPU, where bfloat16 is slow.
+    computes in bfloat16, one matrix at a time. Here all matrices of one shape are orthogonalized together, and on a
+    CPU in float32 unless bf16 is set: not every CPU is fast in bfloat16.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, bf16: bool = False) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.bf16 = bf16
 
     @torch.no_grad()
     def step(self, closure=None):  # without types, as those of torch are
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape[param.shape[-2:]].append(param)
             for shape, params in by_shape.items():
                 updates = [self._nesterov(param, group["momentum"]).reshape(-1, *shape) for param in params]
-                update = orthogonalize(torch.cat(updates))
+                update = orthogonalize(torch.cat(updates), self.bf16)
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for param, part in zip(params, update.split([len(u) for u in updates]), strict=True):
                     param.add_(part.view_as(param), alpha=-scale)
@@ -69,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         return param.grad.lerp(average, momentum)
 
 
-def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, lr: float, bf16: bool = False) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all blocks and layers, AdamW for the rest; frozen parameters are left out.
 
     Routers stay with AdamW: their few rows are classes, not directions.
@@ -80,7 +81,7 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
         if param.requires_grad:
             inner = any(part in name for part in ("blocks.", "layers.")) and "gate.weight" not in name
             (matrices if inner and param.ndim >= 2 else others).append(param)
-    return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [Muon(matrices, lr=lr, bf16=bf16), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def make_schedulers(
