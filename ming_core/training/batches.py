@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ class Batch(NamedTuple):
     flow_weights             float32 [D, N]
     times                    float32 [D, times, N], 1: noise, 0: latent
     noise                    float32 [D, times, N, C]
+    kept                     bool [B]: `Sequence.kept`; None: no sample of this training is such
+    kept_images              bool [D], of the images to draw in these; None alike
     """
 
     ids: Tensor
@@ -63,6 +65,8 @@ class Batch(NamedTuple):
     flow_weights: Tensor
     times: Tensor
     noise: Tensor
+    kept: Tensor | None
+    kept_images: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
@@ -73,7 +77,7 @@ def collate(sequences: Items[Sequence], noising: Noising, channels: int) -> Batc
     shape = len(sequences), max(len(s.ids) for s in sequences)
     ids, targets, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE), torch.zeros(shape).long()
     loss_weights = torch.ones(shape)
-    starts, drawn, latents, fed, weights, times, noises = [], [], [], [], [], [], []
+    starts, drawn, latents, fed, weights, times, noises, kept = [], [], [], [], [], [], [], []
     for row, s in enumerate(sequences):
         n, generator = len(s.ids), torch.Generator().manual_seed(s.seed)
         ids[row, :n], targets[row, :n] = torch.tensor(s.ids), torch.tensor(s.targets)
@@ -88,9 +92,11 @@ def collate(sequences: Items[Sequence], noising: Noising, channels: int) -> Batc
             strength = torch.rand((), generator=generator) * noising.noise
             fed.append(strength * torch.randn(image.latents.shape, generator=generator))
             weights.append(image_weights)
+            kept.append(bool(s.kept))
             times.append(torch.randn(noising.times, len(image.latents), generator=generator).sigmoid())
             noises.append(torch.randn(noising.times, *image.latents.shape, generator=generator))
     nothing = torch.zeros(0, 0, channels)
+    any_kept = any(s.kept is not None for s in sequences)
     return Batch(
         ids,
         targets,
@@ -104,6 +110,8 @@ def collate(sequences: Items[Sequence], noising: Noising, channels: int) -> Batc
         torch.stack(weights) if weights else torch.zeros(0, 0),
         torch.stack(times) if times else torch.zeros(0, noising.times, 0),
         torch.stack(noises) if noises else torch.zeros(0, noising.times, 0, channels),
+        torch.tensor([bool(s.kept) for s in sequences]) if any_kept else None,
+        torch.tensor(kept, dtype=torch.bool) if any_kept else None,
     )
 
 
@@ -122,7 +130,7 @@ class SampleStream:
     """Samples without end, in a new order in every pass over them.
 
     dropping   share of the drawing and editing samples that are in the form of a guidance row
-    others     samples of what is to stay as it is, and their share of the stream
+    others     samples of what the model is to do as before, and their share of the stream
     """
 
     def __init__(
@@ -142,21 +150,21 @@ class SampleStream:
 
     def __getitem__(self, index: int) -> Sequence:
         rng = np.random.default_rng([self.seed, index, 0])
-        sample = self._sample(index)
+        sample, kept = self._sample(index)
         rounds = self._rounds(sample, rng)
         row, donor = 0, None
         if sample.target is not None and rng.random() < self.dropping:
             row = int(rng.integers(UNCONDITIONAL, TEXT_UNCONDITIONAL + 1))
             donor = self._donor(sample, rng)
         sequence = tokenize(rounds, self.chat, self.grid, row, donor)
-        return _with_seed(sequence, int(rng.integers(1 << 62)))
+        return replace(sequence, seed=int(rng.integers(1 << 62)), kept=kept if self.others else None)
 
-    def _sample(self, index: int) -> Sample:
-        """The sample with this number: of the others at even distances, as many as their share."""
+    def _sample(self, index: int) -> tuple[Sample, bool]:
+        """The sample with this number, and whether it is of the others: these come at even distances."""
         others_before, others_after = int(index * self.share), int((index + 1) * self.share)
         if others_after > others_before:
-            return self._nth(self.others, others_before, 1)
-        return self._nth(self.samples, index - others_before, 2)
+            return self._nth(self.others, others_before, 1), True
+        return self._nth(self.samples, index - others_before, 2), False
 
     def _nth(self, samples: list[Sample], n: int, stream: int) -> Sample:
         """The n-th of an endless row of samples, each pass over them in an order of its own."""
@@ -178,15 +186,3 @@ class SampleStream:
         chosen = rng.permutation(len(sample.questions))[:QUIZ]
         pairs = [sample.questions[int(i)] for i in chosen]
         return [Round(question, source if i == 0 else None, None, answer) for i, (question, answer) in enumerate(pairs)]
-
-
-def _with_seed(sequence: Sequence, seed: int) -> Sequence:
-    return Sequence(
-        sequence.ids,
-        sequence.targets,
-        sequence.loss_weights,
-        sequence.positions,
-        sequence.images,
-        sequence.masked,
-        seed,
-    )

@@ -3,10 +3,15 @@
 As in the recipe of the built-in model: the images to draw are fed with noise on their latents, because the model's own
 drawings have errors, which would otherwise add up; every token is drawn at several times. With gradient checkpointing
 only the inputs of layers are kept for the way back, and a layer is computed again when its turn comes.
+
+Of samples that are to stay as they are, the model without the LoRA is the teacher: the targets are its probabilities
+and velocities, not the files' (distillation; "Learning without Forgetting", arXiv:1606.09282). At the start they teach
+nothing at all, and later only what the LoRA has spoiled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +38,13 @@ class Weights(NamedTuple):
     flow: float
 
 
+class Teacher(NamedTuple):
+    """What the model does without the LoRA: logits of the tokens to predict [n, V]; velocities float32 [m, C]."""
+
+    logits: Tensor
+    velocity: Tensor
+
+
 class LoraLoss(nn.Module):
     """The loss of adapters in a network. Only the adapters are parameters of it: the network stays as it is."""
 
@@ -54,10 +66,19 @@ class LoraLoss(nn.Module):
         `branches` must be in place until the way back is done, since layers are computed again on it.
         """
         places = batch.image_starts[:, None] + torch.arange(batch.latents.shape[1], device=batch.ids.device)  # (P, N)
+        teacher = None if batch.kept is None else self.teacher(batch, places)
         hidden = self.hidden(batch, places)  # (B * T, H)
-        text = self.text_loss(hidden, batch) / max(weights.text, 1.0)
-        flow = self.flow_loss(hidden, batch, places) / max(weights.flow, 1.0)
+        text = self.text_loss(hidden, batch, teacher) / max(weights.text, 1.0)
+        flow = self.flow_loss(hidden, batch, places, teacher) / max(weights.flow, 1.0)
         return text + flow + self.adapters.nothing().to(text), text.detach(), flow.detach()
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch, places: Tensor) -> Teacher:
+        """What the model does without the LoRA."""
+        with branches(self.network, {}):
+            hidden = self.hidden(batch, places)
+            velocity = [part.float() for part in self.velocities(hidden, batch, places)]
+            return Teacher(self.logits(hidden, batch), torch.cat(velocity) if velocity else hidden.new_zeros(0, 0))
 
     def hidden(self, batch: Batch, places: Tensor) -> Tensor:
         """The language model's hidden states at all positions, [B * T, H]."""
@@ -81,33 +102,49 @@ class LoraLoss(nn.Module):
         tok = self.network.mingtok
         return tok.semantic_decoder(tok.denormalise(batch.latents + batch.fed_noise).to(tok.dtype))
 
-    def text_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Of the tokens to predict, [n, V]."""
+        return self.network.language_model.logits(hidden[batch.targets.flatten() != IGNORE])
+
+    def text_loss(self, hidden: Tensor, batch: Batch, teacher: Teacher | None) -> Tensor:
         """The weighted sum of the cross-entropy of the next tokens."""
         predicted = batch.targets.flatten() != IGNORE
-        logits = self.network.language_model.logits(hidden[predicted])
+        logits = self.logits(hidden, batch)
         losses = F.cross_entropy(logits, batch.targets.flatten()[predicted], reduction="none")
+        if teacher is not None and batch.kept is not None:
+            kept = batch.kept[:, None].expand_as(batch.targets).flatten()[predicted]
+            losses = torch.where(kept, F.cross_entropy(logits, teacher.logits.softmax(-1), reduction="none"), losses)
         return (losses * batch.loss_weights.flatten()[predicted]).sum()
 
-    def flow_loss(self, hidden: Tensor, batch: Batch, places: Tensor) -> Tensor:
+    def flow_loss(self, hidden: Tensor, batch: Batch, places: Tensor, teacher: Teacher | None) -> Tensor:
         """The weighted sum of the squared error of the velocity, of each token the mean over its times.
 
         Rectified flow: at a point between noise and latent, the head must predict the velocity towards the latent.
         """
+        total = hidden.new_zeros((), dtype=torch.float32)
         if not len(batch.times):
-            return hidden.new_zeros((), dtype=torch.float32)
-        head, times = self.network.flow_head, batch.times.shape[1]
+            return total
+        towards = batch.latents[batch.drawn][:, None] - batch.noise  # (D, times, N, C)
+        if teacher is not None and batch.kept_images is not None:
+            kept = batch.kept_images[:, None, None, None]
+            towards = torch.where(kept, teacher.velocity.view_as(towards), towards)
+        weights = batch.flow_weights[:, None].expand(towards.shape[:-1])  # (D, times, N)
+        parts = (tensor.split(FLOW_ROWS) for tensor in (towards.flatten(0, 2), weights.flatten()))
+        for velocity, target, weight in zip(self.velocities(hidden, batch, places), *parts, strict=True):
+            total = total + ((velocity.float() - target).square().mean(-1) * weight).sum()
+        return total / batch.times.shape[1]
+
+    def velocities(self, hidden: Tensor, batch: Batch, places: Tensor) -> Iterator[Tensor]:
+        """The velocity of every drawn token at every time, in the order of (D, times, N): some rows [m, C] at once."""
+        if not len(batch.times):
+            return
+        head = self.network.flow_head
         # each token is drawn from the hidden state of the one before it
         z = head.vis_head(hidden[places[batch.drawn] - 1])[:, None]  # (D, 1, N, w)
-        latents = batch.latents[batch.drawn][:, None]  # (D, 1, N, C)
-        x = torch.lerp(latents, batch.noise, batch.times[..., None])  # (D, times, N, C)
-        z, weights = z.expand(-1, times, -1, -1), batch.flow_weights[:, None].expand(-1, times, -1)
-        parts = [tensor.flatten(0, 2).split(FLOW_ROWS) for tensor in (x, z, latents.expand_as(x) - batch.noise)]
-        pairs = zip(*parts, batch.times.flatten().split(FLOW_ROWS), weights.flatten(0, 2).split(FLOW_ROWS), strict=True)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for x_part, z_part, towards, t, weight in pairs:
-            velocity = self.velocity(head.net, x_part.to(z_part.dtype), t, z_part).float()
-            total = total + ((velocity - towards).square().mean(-1) * weight).sum()
-        return total / times
+        x = torch.lerp(batch.latents[batch.drawn][:, None], batch.noise, batch.times[..., None])  # (D, times, N, C)
+        parts = [tensor.split(FLOW_ROWS) for tensor in (x.flatten(0, 2), z.expand(*x.shape[:-1], -1).flatten(0, 2))]
+        for x_part, z_part, t in zip(*parts, batch.times.flatten().split(FLOW_ROWS), strict=True):
+            yield self.velocity(head.net, x_part.to(z_part.dtype), t, z_part)
 
     def velocity(self, net: VelocityNet, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """`VelocityNet.forward`, block by block, so that what is kept for the way back is the inputs of blocks."""

@@ -89,7 +89,7 @@ def _activations(network: UniVision, values: int, load: Load, checkpointing: boo
     # inputs of all layers and blocks are kept, and of the flow head also conditions, latents and noise
     kept = tokens * hidden * size * (len(layers) + 4) + drawn * width * size * (len(blocks) + 4)
     mask = load.sequences * load.length**2 * (1 + 4)
-    logits = 4 * load.predicted * config.vocab_size * 4
+    logits = 6 * load.predicted * config.vocab_size * 4  # the teacher's among them
     adapters = values * size  # copies of the trained values in the dtype that is computed in
     features = network.mingtok.working_memory(max(load.images, 1) * 2, config.num_image_tokens_for_gen)
     return kept + mask + adapters + max(language, drawing, features, logits)

@@ -64,6 +64,7 @@ class Sequence:
     images        in order
     masked        bool [n]: which of the first n tokens the others, from n on, do not attend to
     seed          of the noise for this sequence
+    kept          whether the model must go on to do what it does without what is trained; None: no sample is such
     """
 
     ids: list[int]
@@ -73,6 +74,7 @@ class Sequence:
     images: tuple[PlacedImage, ...]
     masked: Tensor
     seed: int = 0
+    kept: bool | None = None
 
     @property
     def text_weight(self) -> float:

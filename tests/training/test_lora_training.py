@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_others_have_their_share_and_prompts_are_dropped_as_often_as_asked(model
     mixed = SampleStream(
         drawings(tmp_path, 4), stream.images, model.chat, stream.grid, dropping=0.3, others=(others, 0.25)
     )
-    assert sum(mixed._sample(i).name.startswith("dog") for i in range(100)) == 25
+    assert sum(mixed[i].kept for i in range(100)) == 25
     assert 0.15 < sum(bool(len(mixed[i].masked)) for i in range(200)) / 200 < 0.45
 
 
@@ -250,6 +251,46 @@ def test_a_gradient_that_is_not_finite_stops_the_training(train):
     training.loss.adapters.up[0].data.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="lower --lr"):
         training.run()
+
+
+def test_samples_to_keep_teach_what_the_model_does_without_the_lora(model, train, tmp_path):
+    """A fresh LoRA has nothing to learn from them; one that has spoiled something is brought back by them."""
+    training = train(1, run=False)
+    own = training.stream
+    keeping = SampleStream(own.samples, own.images, own.chat, own.grid, dropping=0.3, others=(own.samples, 1.0))
+    batch = collated(model, [keeping[i] for i in range(6)])
+    weights = Weights(1.0, 100.0)
+    adapters = list(training.loss.adapters.parameters())
+
+    def gradients():
+        with training.loss.in_place():
+            loss = training.loss(batch, weights)[0]
+            return loss, torch.autograd.grad(loss, adapters)
+
+    fresh, nothing = gradients()
+    assert max(float(g.abs().max()) for g in nothing) < 1e-5
+    for up in training.loss.adapters.up:
+        up.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    spoiled, _ = gradients()
+    assert spoiled > fresh + 0.01
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2, weight_decay=0.0)
+    for _ in range(20):
+        for parameter, gradient in zip(adapters, gradients()[1], strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    assert gradients()[0] - fresh < 0.5 * (spoiled - fresh)
+
+
+def test_samples_to_keep_leave_those_to_learn_what_they_were(model, train):
+    training = train(1, run=False)
+    for up in training.loss.adapters.up:
+        up.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    sequences = [training.stream[i] for i in range(4)]
+    weights = Weights(1.0, 100.0)
+    with training.loss.in_place(), torch.no_grad():
+        alone = training.loss(collated(model, sequences), weights)[0]
+        beside = training.loss(collated(model, [replace(s, kept=False) for s in sequences]), weights)[0]
+    assert torch.equal(alone, beside)
 
 
 # --- The file that comes out --------------------------------------------------------------------------------------
