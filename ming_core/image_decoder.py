@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cuda_graphs import TokenLoop
+from .few_rows import PackedWeights
 from .flow_head import Sampler
 from .kv_cache import DecodeCache
 from .language_model import PREFILL_CHUNK
@@ -139,16 +140,16 @@ class ImageDecoder:
         """Complete the images. Afterwards `pending` holds the embeddings of the last tokens, not forwarded yet."""
         network = self.network
         # all whose weights the steps read: a graph holds addresses, so none of them may be offloaded
-        with TokenLoop(
-            network.device,
+        read = (
             # all of the language model but its word embedding, which a host may leave offloaded
             network.language_model.model.layers,
             network.language_model.model.norm,
             network.flow_head,
             network.mingtok.semantic_decoder,
             network.linear_proj,
-            graphs=network.language_model.cuda_graphs,
-        ) as loop:
+        )
+        graphs = network.language_model.cuda_graphs
+        with PackedWeights(*read), TokenLoop(network.device, *read, graphs=graphs) as loop:
             # from here on the caches may be static, until the loop is left
             draw_token = self._token_steps(loop)
             for start, end, kept in self.kept.spans():

@@ -1,0 +1,120 @@
+"""Quick products of few rows on a CPU, while an image is drawn.
+
+For every image token two or three rows go through each layer, many times over, so time goes into reading weights. For
+so few rows the library behind `F.linear` reads float32 weights at a third of what the memory gives, and bfloat16 ones
+at half of it. oneDNN, which torch brings along, comes near to it if the weights are packed in an order of its own, as
+torch.compile packs those of a frozen model. To pack a layer costs about as much as to read it three times. So it is
+done once for a drawing and forgotten after it: between drawings nothing is kept that could differ from the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TypeGuard
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .offload import needs_gradient
+
+log = logging.getLogger(__name__)
+
+FEWEST_ROWS = 3  # oneDNN takes longer for one row or two
+MOST_ROWS = 64
+SMALLEST = 2**21  # bytes: less stays in the processor's cache, where all products are quick
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedWeights:
+    """Within it (`with`) the large linear layers of some modules multiply few rows by packed weights, where they can.
+
+    A layer's weight is packed when it is first used, and all stay packed as long as this object lives; the weights must
+    not change meanwhile. Packed weights take as much memory as the weights themselves. Where twice that is not free, or
+    the products of this torch are no good, it does nothing.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        layers = [layer for module in modules for layer in module.modules() if _worth_packing(layer)]
+        usable = layers and _works() and _fits(sum(layer.weight.nbytes for layer in layers))
+        self._products = {layer: _PackedProduct(layer) for layer in layers} if usable else {}
+
+    def __enter__(self) -> PackedWeights:
+        for layer, product in self._products.items():
+            layer.__dict__["forward"] = product  # of this instance: hooks still run around it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._products:
+            layer.__dict__.pop("forward", None)
+
+
+class _PackedProduct:
+    """What a layer computes, by a packed weight if there are few rows."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.plain: Callable[[Tensor], Tensor] = layer.forward
+        self.weight, self.bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+    @functools.cached_property
+    def packed(self) -> Tensor:
+        return _packed(self.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if not 0 < rows <= MOST_ROWS or x.dtype != self.weight.dtype or not x.is_cpu or needs_gradient(x):
+            return self.plain(x)
+        flat = x.reshape(rows, -1)
+        if rows < FEWEST_ROWS:
+            flat = F.pad(flat, (0, 0, 0, FEWEST_ROWS - rows))
+        return _product(flat, self.packed, self.bias)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def _fits(size: int) -> bool:
+    if 2 * size <= psutil.virtual_memory().available:
+        return True
+    log.info("%.1f GB for packed weights are not free: drawing takes longer", size / 1e9)
+    return False
+
+
+def _worth_packing(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__:
+        return False
+    weight = layer.weight
+    # functions that a host applies to a weight before each product
+    return (
+        weight is not None
+        and weight.device.type == "cpu"
+        and weight.dtype in DTYPES
+        and weight.nbytes >= SMALLEST
+        and not getattr(layer, "weight_function", None)
+    )
+
+
+@torch.no_grad()
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, FEWEST_ROWS)
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@functools.cache
+def _works() -> bool:
+    """Whether this torch has these products and they are right; where they ought to be and are not, the log says so."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    try:
+        if torch.allclose(_product(x, _packed(weight), None), F.linear(x, weight), rtol=1e-4, atol=1e-4):
+            return True
+        why = "they are wrong"
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
+        why = str(error).splitlines()[0]
+    log.info("products with packed weights cannot be used here (%s): drawing takes longer", why)
+    return False
