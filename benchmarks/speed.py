@@ -28,6 +28,7 @@ from ming_core.cost import bandwidth, token_bytes, weight_bytes
 from ming_core.few_rows import PackedWeights
 from ming_core.flow_head import Sampler
 from ming_core.kv_cache import DecodeCache
+from ming_core.quantization import quantize
 
 PROMPT = "Please generate the corresponding image based on the description. a large red circle on a white background"
 STEPS = 16
@@ -265,6 +266,14 @@ def main() -> None:
             options.repeats,
             "",
         )
+    for kind in ("bf16", "int8"):  # the plain implementation stays in float32
+        engine = reduced_model(options.tokens)
+        engine.network.to(torch.bfloat16)
+        if kind == "int8":
+            quantize(engine.network, kind)
+        for case in cases:
+            name = f"whole image in {kind} with {FAST.steps} steps of {FAST.method}, {case.rows} rows"
+            row(name, partial(case._replace(engine=engine).ours, solver=FAST), case.plain, options.repeats, "")
     speed = bandwidth(torch.device("cpu"))
     print(f"\n{speed / 1e9:.1f} GB/s are read\n\n| what | GB | floor, s | ours, s | multiple |\n|---|---|---|---|---|")
     for name, size in floors(cases[0].engine.network, options.tokens, [case.rows for case in cases]).items():
