@@ -112,7 +112,7 @@ def parts(case: Case) -> Iterator[Pair]:
         LM_STEPS, rows, network.config.llm_config.hidden_size, generator=torch.Generator().manual_seed(0)
     )
     # as while an image is drawn: packed beforehand, in the first call, which is not measured
-    packed = PackedWeights(network.language_model.model.layers, network.flow_head, network.mingtok.semantic_decoder)
+    packed = PackedWeights(*network.read_by_a_token)
     for pair in (_language_model(case, hidden), _flow_head(case, hidden[0]), _semantic_decoder(case)):
         yield pair._replace(ours=partial(_within, packed, pair.ours))
 

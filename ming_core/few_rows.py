@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TypeGuard
 
 import psutil
 import torch
@@ -38,8 +37,8 @@ class PackedWeights:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        layers = [layer for module in modules for layer in module.modules() if _worth_packing(layer)]
-        usable = layers and _works() and _fits(sum(layer.weight.nbytes for layer in layers))
+        layers = [layer for layer in large_layers(*modules) if _usable(layer)]
+        usable = layers and packed_products_work() and _fits(sum(layer.weight.nbytes for layer in layers))
         self._products = {layer: _PackedProduct(layer) for layer in layers} if usable else {}
 
     def __enter__(self) -> PackedWeights:
@@ -80,18 +79,20 @@ def _fits(size: int) -> bool:
     return False
 
 
-def _worth_packing(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__:
-        return False
-    weight = layer.weight
-    # functions that a host applies to a weight before each product
-    return (
-        weight is not None
-        and weight.device.type == "cpu"
-        and weight.dtype in DTYPES
-        and weight.nbytes >= SMALLEST
-        and not getattr(layer, "weight_function", None)
-    )
+def large_layers(*modules: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose weights a CPU packs."""
+    linear = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
+    weights = [getattr(layer, "weight", None) for layer in linear]  # a host may not have loaded all of them
+    return [
+        layer
+        for layer, weight in zip(linear, weights, strict=True)
+        if weight is not None and weight.dtype in DTYPES and weight.nbytes >= SMALLEST
+    ]
+
+
+def _usable(layer: nn.Linear) -> bool:
+    # a host has functions that change a weight before each product
+    return layer.weight.is_cpu and "forward" not in layer.__dict__ and not getattr(layer, "weight_function", None)
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _works() -> bool:
+def packed_products_work() -> bool:
     """Whether this torch has these products and they are right; where they ought to be and are not, the log says so."""
     if not torch.backends.mkldnn.is_available():
         return False

@@ -140,14 +140,7 @@ class ImageDecoder:
         """Complete the images. Afterwards `pending` holds the embeddings of the last tokens, not forwarded yet."""
         network = self.network
         # all whose weights the steps read: a graph holds addresses, so none of them may be offloaded
-        read = (
-            # all of the language model but its word embedding, which a host may leave offloaded
-            network.language_model.model.layers,
-            network.language_model.model.norm,
-            network.flow_head,
-            network.mingtok.semantic_decoder,
-            network.linear_proj,
-        )
+        read = network.read_by_a_token
         graphs = network.language_model.cuda_graphs
         with PackedWeights(*read), TokenLoop(network.device, *read, graphs=graphs) as loop:
             # from here on the caches may be static, until the loop is left

@@ -72,6 +72,13 @@ class UniVision(OffloadableModule):
     def reference_weight(self) -> Tensor:
         return self.language_model.reference_weight
 
+    @property
+    def read_by_a_token(self) -> tuple[nn.Module, ...]:
+        """All whose weights are read for an image token that is drawn."""
+        # all of the language model but its word embedding, which a host may leave offloaded
+        decoder = self.language_model.model
+        return decoder.layers, decoder.norm, self.flow_head, self.mingtok.semantic_decoder, self.linear_proj
+
     def project(self, tokens: Tensor) -> Tensor:
         """Semantic features [..., D] -> the language model's embeddings [..., H]."""
         # features that have travelled are float32 and in host memory

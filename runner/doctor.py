@@ -34,6 +34,7 @@ from ..ming_core.config import (
 from ..ming_core.cost import TokenBytes, bandwidth, seconds, token_bytes, weight_bytes
 from ..ming_core.cuda_graphs import Recorder, graphs_possible
 from ..ming_core.experts import grouped_product_serves
+from ..ming_core.few_rows import PackedWeights, large_layers, packed_products_work
 from ..ming_core.flow_head import Sampler
 from ..ming_core.kv_cache import DecodeCache
 from ..ming_core.quantization import quantize
@@ -160,7 +161,8 @@ def _machine(report: Report, device: torch.device) -> None:
 def _products(report: Report, device: torch.device) -> None:
     """Which product serves which precision, and why."""
     report.title("Products")
-    report.tell("fp32, bf16", "PyTorch's linear layers")
+    packed = device.type == "cpu" and packed_products_work()
+    report.tell("fp32, bf16", "PyTorch's linear layers" + (", packed for few rows, tried and right" if packed else ""))
     x = torch.zeros(1, 1, device=device, dtype=torch.bfloat16)
     fast = "one grouped kernel for all experts" if grouped_product_serves(x) else "gathered or one after the other"
     why = "" if device.type == "cpu" else " (the grouped kernel needs compute capability 9 or 10)"
@@ -237,7 +239,7 @@ def _layers(report: Report, device: torch.device, quick: bool) -> None:
     what = "read by all threads" if device.type == "cpu" else "copied"
     report.tell("memory", f"{speed / GB:.1f} GB/s {what}")
     report.tell("", f"floor: the bytes of an image token at this speed; {RULE.method}, {RULE.steps} steps, {ROWS} rows")
-    expected = {name: run().float().cpu() for name, run in parts(exact).items()}
+    expected = {name: run().float().cpu() for name, run in parts(exact, packed=False).items()}
     for name, precision in PRECISIONS.items():
 
         def check(name: str = name, precision: Precision = precision) -> None:
@@ -277,6 +279,8 @@ def _expect(report: Report, name: str, network: UniVision, precision: Precision,
     floor = there.total / speed
     report.tell(f"{name}, expected at full size", f"{token:.3f} s an image token, {token / floor:.2f} of the floor")
     memory = weight_bytes(published) + published.language_model.working_memory(PREFIX, ROWS, tokens)
+    if network.device.type == "cpu":
+        memory += sum(layer.weight.nbytes for layer in large_layers(*published.read_by_a_token))  # packed
     report.tell("", f"{tokens * token:.0f} s a picture, {memory / GB:.1f} GB of memory")
 
 
@@ -319,8 +323,11 @@ def published_network(precision: Precision) -> UniVision:
     return network
 
 
-def parts(network: UniVision) -> dict[str, Callable[[], Tensor]]:
-    """The parts of an image token, each with the same inputs in every precision, as `TokenBytes` names them."""
+def parts(network: UniVision, *, packed: bool = True) -> dict[str, Callable[[], Tensor]]:
+    """The parts of an image token, each with the same inputs in every precision, as `TokenBytes` names them.
+
+    packed: whether a CPU multiplies few rows by packed weights, as it does while an image is drawn.
+    """
     model, device, dtype = network.language_model, network.device, network.dtype
     generator = torch.Generator().manual_seed(1)
 
@@ -332,10 +339,19 @@ def parts(network: UniVision) -> dict[str, Callable[[], Tensor]]:
     x, z = random(ROWS, 1, model.config.hidden_size), random(1, ROWS, network.config.vishead_diffloss_config.diffloss_w)
     noise, latent = random(1, network.flow_head.net.channels).float(), random(1, 1, network.flow_head.net.channels)
     sampler = Sampler(network.flow_head.net, (3.0, -2.0), RULE.steps or 1, RULE, device=device, dtype=dtype)
+    weights = PackedWeights(*network.read_by_a_token if packed else ())
+
+    def within(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def packed_run() -> Tensor:
+            with weights:
+                return run()
+
+        return packed_run
+
     return {
-        "language_model": lambda: model.decode(x, DecodeCache(prefix, 1, ROWS)),
-        "flow_head": lambda: sampler.draw(z, noise),
-        "semantic_decoder": lambda: network.project(network.mingtok.stream(1, 1).append(latent)),
+        "language_model": within(lambda: model.decode(x, DecodeCache(prefix, 1, ROWS))),
+        "flow_head": within(lambda: sampler.draw(z, noise)),
+        "semantic_decoder": within(lambda: network.project(network.mingtok.stream(1, 1).append(latent))),
     }
 
 

@@ -22,7 +22,7 @@ def packs(monkeypatch):
         used.append(len(x))
         return product(x, packed, bias)
 
-    few_rows._works()  # its own product is not one of these
+    few_rows.packed_products_work()  # its own product is not one of these
     monkeypatch.setattr(few_rows, "_product", recorded)
     return used
 
@@ -107,7 +107,7 @@ def test_a_drawing_is_the_same_with_it_and_without(packs, model, monkeypatch):
 
     packed = drawn()
     assert packs
-    monkeypatch.setattr(few_rows, "_works", lambda: False)
+    monkeypatch.setattr(few_rows, "packed_products_work", lambda: False)
     packs.clear()
     plain = drawn()
     assert packs == []
@@ -123,14 +123,14 @@ def test_where_the_products_are_no_good_the_layer_computes_as_ever(monkeypatch, 
         return torch.zeros(len(x), 48)
 
     monkeypatch.setattr(few_rows, "_product", product)
-    few_rows._works.cache_clear()
+    few_rows.packed_products_work.cache_clear()
     monkeypatch.setattr(few_rows, "SMALLEST", 1)
     linear, x = layer(), torch.randn(2, 96)
     try:
         with caplog.at_level("INFO"), PackedWeights(linear):
             assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
     finally:
-        few_rows._works.cache_clear()
+        few_rows.packed_products_work.cache_clear()
     assert "drawing takes longer" in caplog.text
 
 

@@ -98,8 +98,9 @@ class DialogueData:
 
     def _plain_dialogue(self, rng: np.random.Generator) -> Dialogue:
         if self.quizzes and rng.random() < self.quizzes:
-            about = "pair" if "pair" in self.tasks and rng.random() < 0.5 else "question"
-            return random_dialogue(rng, [about], self.objects, self.split, QUIZ)
+            pairs = {name: weight for name, weight in self.tasks.items() if name.startswith("pair")}
+            about = pairs if pairs and rng.random() < 0.5 else ["question"]
+            return random_dialogue(rng, about, self.objects, self.split, QUIZ)
         fewest, most = self.objects
         if self.chains and rng.random() < self.chains:
             return random_dialogue(rng, CHAIN, self.objects, self.split, int(rng.integers(3, 6)))
