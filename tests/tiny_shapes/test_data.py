@@ -26,6 +26,14 @@ def test_a_quiz_is_several_questions_about_one_image(tokenizer):
     assert quiz[0].attached is not None and all(task.attached is None for task in quiz[1:])
 
 
+def test_half_of_the_quizzes_are_about_two_images_if_there_are_such_tasks(tokenizer):
+    data = dialogue_data(tokenizer, tasks={"pair/which": 2.0, "generate": 1.0}, quizzes=1.0)
+    quizzes = [data.dialogue(np.random.default_rng(i)).tasks for i in range(40)]
+    kinds = [{task.name if task.family == "pair" else task.family for task in quiz} for quiz in quizzes]
+    assert 10 <= kinds.count({"pair/which"}) <= 30
+    assert all(kind in ({"pair/which"}, {"question"}) for kind in kinds)
+
+
 def test_a_share_of_the_dialogues_is_long_chains_of_edits(tokenizer):
     data, generator = dialogue_data(tokenizer, chains=0.5), np.random.default_rng(0)
     made = [data.dialogue(generator).tasks for _ in range(60)]
