@@ -38,8 +38,9 @@ class PackedWeights:
 
     def __init__(self, *modules: nn.Module) -> None:
         layers = [layer for layer in large_layers(*modules) if _usable(layer)]
-        usable = layers and packed_products_work() and _fits(sum(layer.weight.nbytes for layer in layers))
-        self._products = {layer: _PackedProduct(layer) for layer in layers} if usable else {}
+        if not _fits(sum(layer.weight.nbytes for layer in layers)):
+            layers = []
+        self._products = {layer: _PackedProduct(layer) for layer in layers}
 
     def __enter__(self) -> PackedWeights:
         for layer, product in self._products.items():
@@ -92,7 +93,9 @@ def large_layers(*modules: nn.Module) -> list[nn.Linear]:
 
 def _usable(layer: nn.Linear) -> bool:
     # a host has functions that change a weight before each product
-    return layer.weight.is_cpu and "forward" not in layer.__dict__ and not getattr(layer, "weight_function", None)
+    if not layer.weight.is_cpu or "forward" in layer.__dict__ or getattr(layer, "weight_function", None):
+        return False
+    return packed_products_work(layer.weight.dtype)
 
 
 @torch.no_grad()
@@ -105,17 +108,19 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def packed_products_work() -> bool:
-    """Whether this torch has these products and they are right; where they ought to be and are not, the log says so."""
+def packed_products_work(dtype: torch.dtype) -> bool:
+    """Whether this torch has these products on this processor and they are right; the log says where they are not."""
     if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    x, weight = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (FEWEST_ROWS, 48))
+    close = 1e-4 if dtype == torch.float32 else 0.05
     try:
-        if torch.allclose(_product(x, _packed(weight), None), F.linear(x, weight), rtol=1e-4, atol=1e-4):
+        found, expected = _product(x, _packed(weight), None), F.linear(x, weight)
+        if torch.allclose(found.float(), expected.float(), rtol=close, atol=10 * close):
             return True
         why = "they are wrong"
     except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
         why = str(error).splitlines()[0]
-    log.info("products with packed weights cannot be used here (%s): drawing takes longer", why)
+    log.info("products with packed weights of %s cannot be used here (%s): drawing takes longer", dtype, why)
     return False

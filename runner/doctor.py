@@ -161,8 +161,9 @@ def _machine(report: Report, device: torch.device) -> None:
 def _products(report: Report, device: torch.device) -> None:
     """Which product serves which precision, and why."""
     report.title("Products")
-    packed = device.type == "cpu" and packed_products_work()
-    report.tell("fp32, bf16", "PyTorch's linear layers" + (", packed for few rows, tried and right" if packed else ""))
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        packed = device.type == "cpu" and packed_products_work(dtype)
+        report.tell(name, "PyTorch's linear layers" + (", packed for few rows, tried and right" if packed else ""))
     x = torch.zeros(1, 1, device=device, dtype=torch.bfloat16)
     fast = "one grouped kernel for all experts" if grouped_product_serves(x) else "gathered or one after the other"
     why = "" if device.type == "cpu" else " (the grouped kernel needs compute capability 9 or 10)"
