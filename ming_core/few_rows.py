@@ -117,7 +117,7 @@ def packed_products_work(dtype: torch.dtype) -> bool:
     close = 1e-4 if dtype == torch.float32 else 0.05
     try:
         found, expected = _product(x, _packed(weight), None), F.linear(x, weight)
-        if torch.allclose(found.float(), expected.float(), rtol=close, atol=10 * close):
+        if torch.allclose(found.float(), expected.float(), rtol=close, atol=2 * close):
             return True
         why = "they are wrong"
     except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
