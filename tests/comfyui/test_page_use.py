@@ -204,13 +204,13 @@ def chinese_page(page, server):  # to the end of this file: opening takes long
     open_in(page, server, "zh")
     yield page
     open_in(page, server, "en")
-    page.wait_until_quiet()
 
 
 def open_in(page, server, language: str) -> None:
     server.post("/settings", {"Comfy.Locale": language})
     page.open(server.url)
     page.wait_for("window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
+    page.wait_until_quiet()  # by then the page has brought back the workflow that was open
 
 
 def in_english(texts: list[str]) -> set[str]:
