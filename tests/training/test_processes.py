@@ -61,12 +61,13 @@ def test_two_processes_that_share_out_the_layers_learn_what_one_with_the_whole_m
     checkpoint_folder, data, tmp_path, precision
 ):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    losses, _ = run(1, checkpoint_folder, data, one, 10, 4, "--precision", precision)
-    together, said = run(2, checkpoint_folder, data, two, 10, 2, "--precision", precision, "--shard")
+    options = "--precision", precision, "--others", str(data)  # the whole network teaches, too
+    losses, _ = run(1, checkpoint_folder, data, one, 10, 4, *options)
+    together, said = run(2, checkpoint_folder, data, two, 10, 2, *options, "--shard")
     assert together == pytest.approx(losses, rel=1e-4)
     first, second = load_file(one), load_file(two)
     assert first.keys() == second.keys()
     assert all((first[name] - second[name]).abs().max() < 1e-3 for name in first)
-    longer, _ = run(1, checkpoint_folder, data, one, 20, 4, "--precision", precision, "--resume")
-    alone, said = run(1, checkpoint_folder, data, two, 20, 4, "--precision", precision, "--resume")
+    longer, _ = run(1, checkpoint_folder, data, one, 20, 4, *options, "--resume")
+    alone, said = run(1, checkpoint_folder, data, two, 20, 4, *options, "--resume")
     assert "continuing from step 10" in said and alone == pytest.approx(longer, rel=1e-3)
