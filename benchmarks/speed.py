@@ -114,12 +114,7 @@ def parts(case: Case) -> Iterator[Pair]:
     # as while an image is drawn: packed beforehand, in the first call, which is not measured
     packed = PackedWeights(*network.read_by_a_token)
     for pair in (_language_model(case, hidden), _flow_head(case, hidden[0]), _semantic_decoder(case)):
-        yield pair._replace(ours=partial(_within, packed, pair.ours))
-
-
-def _within(context: PackedWeights, run: Callable[[], Tensor]) -> Tensor:
-    with context:
-        return run()
+        yield pair._replace(ours=packed.around(pair.ours))
 
 
 def _semantic_decoder(case: Case) -> Pair:

@@ -51,6 +51,15 @@ class PackedWeights:
         for layer in self._products:
             layer.__dict__.pop("forward", None)
 
+    def around(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`run`, called within it."""
+
+        def packed_run() -> Tensor:
+            with self:
+                return run()
+
+        return packed_run
+
 
 class _PackedProduct:
     """What a layer computes, by a packed weight if there are few rows."""

@@ -340,19 +340,11 @@ def parts(network: UniVision, *, packed: bool = True) -> dict[str, Callable[[], 
     x, z = random(ROWS, 1, model.config.hidden_size), random(1, ROWS, network.config.vishead_diffloss_config.diffloss_w)
     noise, latent = random(1, network.flow_head.net.channels).float(), random(1, 1, network.flow_head.net.channels)
     sampler = Sampler(network.flow_head.net, (3.0, -2.0), RULE.steps or 1, RULE, device=device, dtype=dtype)
-    weights = PackedWeights(*network.read_by_a_token if packed else ())
-
-    def within(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def packed_run() -> Tensor:
-            with weights:
-                return run()
-
-        return packed_run
-
+    around = PackedWeights(*network.read_by_a_token if packed else ()).around
     return {
-        "language_model": within(lambda: model.decode(x, DecodeCache(prefix, 1, ROWS))),
-        "flow_head": within(lambda: sampler.draw(z, noise)),
-        "semantic_decoder": within(lambda: network.project(network.mingtok.stream(1, 1).append(latent))),
+        "language_model": around(lambda: model.decode(x, DecodeCache(prefix, 1, ROWS))),
+        "flow_head": around(lambda: sampler.draw(z, noise)),
+        "semantic_decoder": around(lambda: network.project(network.mingtok.stream(1, 1).append(latent))),
     }
 
 

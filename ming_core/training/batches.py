@@ -50,7 +50,6 @@ class Batch(NamedTuple):
     times                    float32 [D, times, N], 1: noise, 0: latent
     noise                    float32 [D, times, N, C]
     kept                     bool [B]: `Sequence.kept`; None: no sample of this training is such
-    kept_images              bool [D], of the images to draw in these; None alike
     """
 
     ids: Tensor
@@ -66,7 +65,6 @@ class Batch(NamedTuple):
     times: Tensor
     noise: Tensor
     kept: Tensor | None
-    kept_images: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
@@ -77,7 +75,7 @@ def collate(sequences: Items[Sequence], noising: Noising, channels: int) -> Batc
     shape = len(sequences), max(len(s.ids) for s in sequences)
     ids, targets, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE), torch.zeros(shape).long()
     loss_weights = torch.ones(shape)
-    starts, drawn, latents, fed, weights, times, noises, kept = [], [], [], [], [], [], [], []
+    starts, drawn, latents, fed, weights, times, noises = [], [], [], [], [], [], []
     for row, s in enumerate(sequences):
         n, generator = len(s.ids), torch.Generator().manual_seed(s.seed)
         ids[row, :n], targets[row, :n] = torch.tensor(s.ids), torch.tensor(s.targets)
@@ -92,11 +90,9 @@ def collate(sequences: Items[Sequence], noising: Noising, channels: int) -> Batc
             strength = torch.rand((), generator=generator) * noising.noise
             fed.append(strength * torch.randn(image.latents.shape, generator=generator))
             weights.append(image_weights)
-            kept.append(bool(s.kept))
             times.append(torch.randn(noising.times, len(image.latents), generator=generator).sigmoid())
             noises.append(torch.randn(noising.times, *image.latents.shape, generator=generator))
     nothing = torch.zeros(0, 0, channels)
-    any_kept = any(s.kept is not None for s in sequences)
     return Batch(
         ids,
         targets,
@@ -110,8 +106,7 @@ def collate(sequences: Items[Sequence], noising: Noising, channels: int) -> Batc
         torch.stack(weights) if weights else torch.zeros(0, 0),
         torch.stack(times) if times else torch.zeros(0, noising.times, 0),
         torch.stack(noises) if noises else torch.zeros(0, noising.times, 0, channels),
-        torch.tensor([bool(s.kept) for s in sequences]) if any_kept else None,
-        torch.tensor(kept, dtype=torch.bool) if any_kept else None,
+        torch.tensor([bool(s.kept) for s in sequences]) if any(s.kept is not None for s in sequences) else None,
     )
 
 

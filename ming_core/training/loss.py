@@ -39,8 +39,12 @@ class Weights(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """What the model does without the LoRA: logits of the tokens to predict [n, V]; velocities float32 [m, C]."""
+    """What the model does without the LoRA: logits of the tokens to predict [n, V]; velocities float32 [m, C].
 
+    kept: bool [B], the sequences in which that is the target.
+    """
+
+    kept: Tensor
     logits: Tensor
     velocity: Tensor
 
@@ -66,19 +70,20 @@ class LoraLoss(nn.Module):
         `branches` must be in place until the way back is done, since layers are computed again on it.
         """
         places = batch.image_starts[:, None] + torch.arange(batch.latents.shape[1], device=batch.ids.device)  # (P, N)
-        teacher = None if batch.kept is None else self.teacher(batch, places)
+        teacher = None if batch.kept is None else self.teacher(batch, places, batch.kept)
         hidden = self.hidden(batch, places)  # (B * T, H)
         text = self.text_loss(hidden, batch, teacher) / max(weights.text, 1.0)
         flow = self.flow_loss(hidden, batch, places, teacher) / max(weights.flow, 1.0)
         return text + flow + self.adapters.nothing().to(text), text.detach(), flow.detach()
 
     @torch.no_grad()
-    def teacher(self, batch: Batch, places: Tensor) -> Teacher:
+    def teacher(self, batch: Batch, places: Tensor, kept: Tensor) -> Teacher:
         """What the model does without the LoRA."""
         with branches(self.network, {}):
             hidden = self.hidden(batch, places)
             velocity = [part.float() for part in self.velocities(hidden, batch, places)]
-            return Teacher(self.logits(hidden, batch), torch.cat(velocity) if velocity else hidden.new_zeros(0, 0))
+            velocities = torch.cat(velocity) if velocity else hidden.new_zeros(0, 0)
+            return Teacher(kept, self.logits(hidden, batch), velocities)
 
     def hidden(self, batch: Batch, places: Tensor) -> Tensor:
         """The language model's hidden states at all positions, [B * T, H]."""
@@ -111,8 +116,8 @@ class LoraLoss(nn.Module):
         predicted = batch.targets.flatten() != IGNORE
         logits = self.logits(hidden, batch)
         losses = F.cross_entropy(logits, batch.targets.flatten()[predicted], reduction="none")
-        if teacher is not None and batch.kept is not None:
-            kept = batch.kept[:, None].expand_as(batch.targets).flatten()[predicted]
+        if teacher is not None:
+            kept = teacher.kept[:, None].expand_as(batch.targets).flatten()[predicted]
             losses = torch.where(kept, F.cross_entropy(logits, teacher.logits.softmax(-1), reduction="none"), losses)
         return (losses * batch.loss_weights.flatten()[predicted]).sum()
 
@@ -125,8 +130,8 @@ class LoraLoss(nn.Module):
         if not len(batch.times):
             return total
         towards = batch.latents[batch.drawn][:, None] - batch.noise  # (D, times, N, C)
-        if teacher is not None and batch.kept_images is not None:
-            kept = batch.kept_images[:, None, None, None]
+        if teacher is not None:
+            kept = teacher.kept[batch.image_starts[batch.drawn] // batch.ids.shape[1], None, None, None]
             towards = torch.where(kept, teacher.velocity.view_as(towards), towards)
         weights = batch.flow_weights[:, None].expand(towards.shape[:-1])  # (D, times, N)
         parts = (tensor.split(FLOW_ROWS) for tensor in (towards.flatten(0, 2), weights.flatten()))

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         for planned in () if options.report else plan:
             stage = planned.stage(options.steps)
             objective = ablation_stage(stage, planned.design, options.model, device)
-            train(Run(stage, objective, options.folder / planned.name, bf16=options.bf16))
+            Run(stage, objective, options.folder / planned.name, bf16=options.bf16).complete()
         if options.run is None:
             log.info("%s", write_report(options.folder, options.out or options.folder))
     except (FileError, ValueError) as error:
@@ -95,14 +95,6 @@ def main(arguments: list[str] | None = None) -> int:
         log.info("interrupted: run the same command again to continue")
         return 130
     return 0
-
-
-def train(run: Run) -> None:
-    """Train to the last step, from where it was. Raises KeyboardInterrupt, after a checkpoint, if it is interrupted."""
-    if run.resume():
-        log.info("%s: continuing from step %d", run.stage.name, run.step)
-    if run.progress < 1:
-        run.train()
 
 
 def _parser() -> argparse.ArgumentParser:

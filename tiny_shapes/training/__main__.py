@@ -73,11 +73,8 @@ def _objective(stage: Stage, start: Path | None, device: torch.device) -> Object
 
 
 def _train(run: Run) -> None:
-    if run.resume():
-        log.info("%s: continuing from step %d", run.stage.name, run.step)
     try:
-        if run.progress < 1:
-            run.train()
+        run.complete()
     finally:
         if run.processes.first:
             plot_log(run.folder / "log.csv", run.folder / "loss.png", over="hours", left_out=("stage", "step"))

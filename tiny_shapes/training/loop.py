@@ -101,6 +101,13 @@ class Run:
         """The factor on the learning rate of this step."""
         return learning_rate_factor(self.progress, step, self.stage.warmup, self.stage.decay_fraction)
 
+    def complete(self) -> None:
+        """Train to the end, from where it was if it has begun. Raises as `train` and `resume`."""
+        if self.resume():
+            log.info("%s: continuing from step %d", self.stage.name, self.step)
+        if self.progress < 1:
+            self.train()
+
     def train(self) -> None:
         """Train to the end of the stage, or until interrupted (Ctrl-C, SIGTERM); a checkpoint is written either way.
 
