@@ -5,11 +5,13 @@ mark it in a copy that is the image itself everywhere else. Both are read withou
 latents, which encode what pixels look like:
 
 - In a marked copy the region is where the latents differ from those of the image.
-- In an image of two brightnesses the latents form two clusters, and each token lies somewhere between the two centers.
-  The smaller cluster is the region: features say nothing about which of the two is brighter.
+- In a dark copy most tokens are ground. The tokens that are farthest from it show the direction from dark to bright,
+  and each token lies somewhere along it: an object of the copy is far from the ground, too, but in another direction.
+  Features do not say what is bright, so the ground is what covers more of the image.
 
-Measured with the built-in model at the default threshold: in 88 unseen regions of one object on dark, every token of
-which the region covers 30 % or more is found, and 0.1 tokens of 64 too many. Of the tokens that 32 drawn edits change
+Measured with the built-in model at the default threshold: in 300 unseen regions of edits of one of several objects,
+1208 of the 1213 tokens of which the region covers 30 % or more are found, and 0.1 tokens of 64 too many an image. Two
+clusters overlook twelve times as many: of a move, often one of its two places. Of the tokens that 32 drawn edits change
 99 % differ by 0.8 or more, of those that they do not change 95 % by less than 0.12. The semantic tokens serve worse, as
 they describe what is shown rather than how it looks: they take dark objects for the region, and overlook tinted ones.
 """
@@ -24,7 +26,7 @@ from .features import Features, require_comparable, to_tokens
 
 MARKED = 0.3  # from which score on a token belongs to the region
 UNCHANGED_SHARE = 0.5  # a copy of an image leaves at least this share of its tokens as they are
-ITERATIONS = 50  # of 2-means, which ends after a few
+FAR = 0.75  # share of the farthest token's distance from the ground from which on a token is surely in the region
 
 
 def region_mask(before: Features, region: Features, threshold: float = MARKED, grow: int = 1) -> Tensor:
@@ -33,8 +35,8 @@ def region_mask(before: Features, region: Features, threshold: float = MARKED, g
     before     B images
     region     one drawn region for each: bright on a dark copy of the image, or a marked copy of it
     threshold  which tokens count, 0..1: those with a higher score. In a marked copy the score is the distance of the
-               latents from those of the image, where 1 is that of two unrelated tokens; in an image of two brightnesses
-               it is how far the token lies on the way from dark (0) to bright (1)
+               latents from those of the image, where 1 is that of two unrelated tokens; in a dark copy it is how far
+               the token lies on the way from dark (0) to bright (1)
     grow       by how many tokens the region is then widened in every direction, 0 or more
 
     A region that covers more than half of an image on a dark ground is taken for the ground: invert the mask.
@@ -53,39 +55,21 @@ def region_mask(before: Features, region: Features, threshold: float = MARKED, g
 
 def _score(image: Tensor, marked: Tensor) -> Tensor:
     """How much each of N tokens [N, C] belongs to the region: [N]."""
-    # latents are normalised to a variance of about 1, so 2 C is the squared distance of unrelated ones
-    changed = (image - marked).norm(dim=-1) / (2 * image.shape[-1]) ** 0.5
+    changed = (image - marked).norm(dim=-1) / _unrelated(image)
     is_copy = (changed <= MARKED).float().mean() >= UNCHANGED_SHARE
     return changed if is_copy else _brightness(marked)
 
 
 def _brightness(latents: Tensor) -> Tensor:
-    """Where each of N tokens [N, C] lies from the larger (0) to the smaller (1) of two clusters: [N]."""
-    smaller = _two_means(latents)
-    if smaller.all() or not smaller.any():  # all tokens are alike
-        return torch.zeros(len(latents), device=latents.device)
-    if smaller.float().mean() > 0.5:
-        smaller = ~smaller
-    origin = latents[~smaller].mean(0)
-    axis = latents[smaller].mean(0) - origin
-    return ((latents - origin) @ axis / (axis @ axis)).clamp(0, 1)
+    """Where each of N tokens [N, C] lies from the ground (0) to what differs from it most (1): [N]."""
+    ground = latents.median(0).values
+    distance = (latents - ground).norm(dim=-1)
+    if distance.max() <= MARKED * _unrelated(latents):  # all tokens are alike
+        return torch.zeros_like(distance)
+    axis = latents[distance >= FAR * distance.max()].mean(0) - ground
+    return ((latents - ground) @ axis / (axis @ axis)).clamp(0, 1)
 
 
-def _two_means(points: Tensor) -> Tensor:
-    """2-means of points [N, C], begun from two halves of their principal component: bool [N], True for one cluster."""
-    centered = points - points.mean(0)
-    along = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[0]
-    first = along > (along.min() + along.max()) / 2
-    for _ in range(ITERATIONS):
-        if first.all() or not first.any():
-            break
-        nearer = _distance(points, first) < _distance(points, ~first)
-        if torch.equal(nearer, first):
-            break
-        first = nearer
-    return first
-
-
-def _distance(points: Tensor, cluster: Tensor) -> Tensor:
-    """The distance of every point from the center of a cluster: [N]."""
-    return (points - points[cluster].mean(0)).norm(dim=-1)
+def _unrelated(latents: Tensor) -> float:
+    """The distance of two unrelated tokens [N, C]: latents are normalised to a variance of about 1."""
+    return (2 * latents.shape[-1]) ** 0.5

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..world import Dialogue, Task, compare, read_scene, to_mask
+import numpy as np
+
+from ..world import Dialogue, Task, compare, read_scene, region_image, to_mask
 from ..world.tasks import require
 from .evaluator import Evaluator
 from .judging import JudgedEdit, judge_edit
@@ -71,7 +73,10 @@ def _regions_and_edits(evaluator: Evaluator) -> list[tuple[Task, Task]]:
 def _asks_for_its_region(dialogue: Dialogue) -> bool:
     """Whether the second round is the edit whose region was identified in the first."""
     first, second = dialogue.tasks
-    return first.name == "identify region" and second.family == "edit" and first.subject == second.subject
+    if first.name != "identify region" or second.family != "edit" or first.target is None:
+        return False
+    region = region_image(require(second.source_scene), require(second.target_scene))
+    return np.array_equal(first.target, region)  # another edit of the same object may change other places
 
 
 def _unchanged(name: str, judged: list[JudgedEdit]) -> Iterator[Score]:
