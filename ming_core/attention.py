@@ -24,8 +24,8 @@ from .kv_cache import DecodeCache, LayerCache, PrefillCache
 
 # enable_gqa; torch 2.4 has none
 TORCH_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
-# (layer, queries [B, heads, T, d], keys and values [B, kv_heads, T, d]) -> [B, heads, T, d]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, queries [B, heads, T, d], keys and values [2, B, kv_heads, T, d]) -> [B, heads, T, d]
+Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -37,10 +37,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
-def cached_attention(q: Tensor, cache: LayerCache, k: Tensor, v: Tensor) -> Tensor:
-    """Store the new keys and values [B, heads, T, d] and attend to all that the cache holds, causally."""
+def cached_attention(q: Tensor, cache: LayerCache, kv: Tensor) -> Tensor:
+    """Store the new keys and values [2, B, heads, T, d] and attend to all that the cache holds, causally."""
     tokens, empty = q.shape[2], not cache.length  # before `append` changes the length
-    k, v = cache.append(k, v)
+    k, v = cache.append(kv)
     if tokens == 1 and q.is_cuda:
         return single_query_attention(q, k, v, cache.attn_mask(1))
     # a static cache hands out its unfilled slots too, so it needs its mask even for the first tokens
@@ -101,7 +101,7 @@ def shared_prefix_attention(
     """Attend over a shared prefix and each row's own tokens in one softmax; the prefix is read once for all rows.
 
     q            [rows, heads, T, d]
-    prefix       keys and values [kv_heads, P, d]
+    prefix       keys, float32, and values [kv_heads, P, d]
     own          keys and values [rows, kv_heads, n, d], the T new tokens among them
     prefix_bias  float32 [1, rows * heads / kv_heads * T, P], added to the scores of the prefix (-inf: not seen); see
                  `prefix_bias`
@@ -131,7 +131,7 @@ def shared_prefix_attention(
 
 
 def scaled_scores(q: Tensor, k: Tensor, d: int, bias: Tensor | None = None) -> Tensor:
-    """Scores of queries [H, m, d] for keys [H, n, d], by sqrt(d): float32 [H, m, n].
+    """Scores of float32 queries [H, m, d] for keys [H, n, d], by sqrt(d): float32 [H, m, n].
 
     bias: float32 [1, m, n], added.
     """
@@ -163,9 +163,9 @@ class CausalAttention:
     def __init__(self, mask: Tensor | None = None) -> None:
         self.mask = None if mask is None else mask[:, None]  # (B, 1, T, T), for all heads alike
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         # (B, heads, T, d): this copies each key/value head for its group, but only training comes here
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in kv)
         return causal_attention(q, k, v, self.mask)
 
 
@@ -179,8 +179,8 @@ class PrefillAttention:
             mask = torch.ones(tokens, cache.length + tokens, dtype=torch.bool, device=cache.keys.device)
             self.mask = mask.tril(cache.length)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.append(layer, k[0], v[0])
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        keys, values = self.cache.append(layer, kv[:, 0])
         return fused_prefill_attention(q, keys, values) if self.fused else prefill_attention(q, keys, values, self.mask)
 
 
@@ -191,15 +191,14 @@ class DecodeAttention:
         self.cache = cache
         self.bias: Tensor | None = None  # of the prefix, made once for all layers
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         if self.bias is None and self.cache.prefix_bias is not None:
-            self.bias = prefix_bias(self.cache.prefix_bias, q.shape[1] // k.shape[1] * q.shape[2])
+            self.bias = prefix_bias(self.cache.prefix_bias, q.shape[1] // kv.shape[2] * q.shape[2])
         prefix, own = self.cache.prefix, self.cache.layers[layer]
-        end = prefix.length  # its buffers may be longer, and hold no values from there on
-        recent = own.append(k, v)  # stored before attending: a token attends to itself
+        recent = own.append(kv)  # stored before attending: a token attends to itself
         return shared_prefix_attention(
             q,
-            (prefix.keys[layer, :, :end], prefix.values[layer, :, :end]),
+            (self.cache.prefix_keys[layer], prefix.values[layer, :, : prefix.length]),
             recent,
             self.bias,
             own.attn_mask(q.shape[2]),

@@ -10,6 +10,7 @@ Buffers are allocated once and filled from the front, so a step copies nothing b
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -62,13 +63,13 @@ class LayerCache:
     def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
         # not zeroed: what is not filled is never read, except in a static cache, which zeroes it. In memory heads come
         # before rows, as attention over a shared prefix takes them
-        self.keys = torch.empty(heads, rows, capacity, head_dim, device=device, dtype=dtype).transpose(0, 1)
-        self.values = torch.empty_like(self.keys)
+        self._both = torch.empty(2, heads, rows, capacity, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        self.keys, self.values = self._both[0], self._both[1]
         self.length = 0  # a host number: asking for it never waits for the device
         self.cache_position: CachePosition | None = None  # set while the cache is static
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [rows, heads, n, head_dim] of each and return views of all that is filled now.
+    def append(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [2, rows, heads, n, head_dim] and return views of all that is filled now.
 
         A static cache returns its whole capacity, of which `attn_mask` tells what counts. Raises ValueError when the
         capacity is exceeded.
@@ -76,19 +77,21 @@ class LayerCache:
         if self.cache_position is not None:
             # written by an index on the device, as a slice needs its bounds on the host; `advance` counts the tokens,
             # since a replayed step does not run this code
-            indices = self.cache_position.indices(keys.shape[2])
-            self.keys.index_copy_(2, indices, keys)
-            self.values.index_copy_(2, indices, values)
+            self._both.index_copy_(3, self.cache_position.indices(both.shape[3]), both)
             return self.keys, self.values
-        end = self.length + keys.shape[2]
+        end = self.length + both.shape[3]
         # a trap without this: a slice beyond the end is empty, and a single token vanishes in it without an error
         if end > self.keys.shape[2]:
             raise ValueError(f"{end} tokens exceed the cache's capacity of {self.keys.shape[2]}")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        self._both[:, :, :, self.length : end] = both
         self.length = end
         # views, (rows, heads, end, head_dim)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    @property
+    def filled(self) -> Tensor:
+        """Keys and values so far, [2, rows, heads, length, head_dim]."""
+        return self._both[:, :, :, : self.length]
 
     def attn_mask(self, tokens: int) -> Tensor | None:
         """Which keys returned by `append` each of the newest `tokens` may attend to: bool [tokens, keys].
@@ -127,8 +130,7 @@ class LayerCaches(list[LayerCache]):
         position = CachePosition(last.length, last.keys.shape[2], last.keys.device)
         for layer in self:
             layer.cache_position = position
-            for tensor in (layer.keys, layer.values):
-                tensor[:, :, layer.length :] = 0  # masked slots have weight 0, but 0 * NaN is NaN
+            layer._both[:, :, :, layer.length :] = 0  # masked slots have weight 0, but 0 * NaN is NaN
 
     def make_dynamic(self) -> None:
         """Grow with every `append` again."""
@@ -151,18 +153,17 @@ class PrefillCache:
     def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
         # all layers in one tensor, from which a segment is cut in one piece; one sequence, so there is no batch axis
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        self._both = torch.empty(2, *shape, device=device, dtype=dtype)
+        self.keys, self.values = self._both[0], self._both[1]
         self.length = 0
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one layer's new positions [kv_heads, n, head_dim] and return views of all of its filled ones.
+    def append(self, layer: int, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one layer's new keys and values [2, kv_heads, n, head_dim] and return views of all of its filled ones.
 
         The positions count as filled for the other layers once `advance` is called, after the last layer.
         """
-        end = self.length + keys.shape[1]
-        self.keys[layer, :, self.length : end] = keys
-        self.values[layer, :, self.length : end] = values
+        end = self.length + both.shape[2]
+        self._both[:, layer, :, self.length : end] = both
         # views, (kv_heads, end, head_dim)
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
@@ -207,6 +208,11 @@ class DecodeCache:
                 self.prefix_bias = bias.to(prefix.keys.device)
         self._starts = starts.to(prefix.keys.device)  # (rows,)
 
+    @functools.cached_property
+    def prefix_keys(self) -> Tensor:
+        """Keys of the prefix [layers, kv_heads, P, head_dim] in float32, in which scores are computed."""
+        return self.prefix.keys[:, :, : self.prefix.length].float()  # once: a step would convert all of them again
+
     @property
     def length(self) -> int:
         """Tokens that each row has added."""
@@ -231,10 +237,10 @@ class DecodeCache:
 
     def _copy(self, rows: list[int], capacity: int, visible: Tensor | None) -> DecodeCache:
         other = DecodeCache(self.prefix, capacity, len(rows), visible)
+        other.prefix_keys = self.prefix_keys
         index = torch.tensor(rows, device=self.prefix.keys.device)  # may name a row several times
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            # (rows, heads, length, head_dim) each; `append` also checks that they fit the new capacity
-            theirs.append(mine.keys[index, :, : mine.length], mine.values[index, :, : mine.length])
+            theirs.append(mine.filled[:, index])  # `append` also checks that they fit the new capacity
         return other
 
     def slice(self, row: int, start: int, end: int) -> KeyValues:

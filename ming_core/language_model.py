@@ -7,6 +7,7 @@ while a prompt is read, over a `DecodeCache` while rows grow token by token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -51,8 +52,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), self.eps).to(x.dtype)
 
 
+@functools.lru_cache(maxsize=64)  # a step would otherwise spend eight small kernels on it
+def rope_frequencies(theta: float, d: int, rotated: int, still: int, device: torch.device) -> Tensor:
+    """By how much a position turns the channels of each head, float32 [rotated + still, 1, d].
+
+    Negative in the first half of a head's channels; zero for the heads that carry no position, which are the last.
+    """
+    with torch.inference_mode(False):  # it is kept, and what is made in that mode cannot be trained with
+        # inv_freq_i = theta^(-2i/d): the first channels turn fast and tell neighbours apart, the last ones slowly
+        frequencies = theta ** -(torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
+        signed = torch.cat([-frequencies, frequencies])
+        return torch.cat([signed.expand(rotated, d), signed.new_zeros(still, d)])[:, None]
+
+
 class Rope(NamedTuple):
-    """Cosines and sines of the rotary positions, [B, 1, T, head_dim] each; the sines of the first half negated."""
+    """Cosines and sines for queries, keys and values, [B, heads + 2 * kv_heads, T, head_dim] each.
+
+    Sines of the first half of the channels are negated, and those of values are 0.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -60,18 +77,15 @@ class Rope(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, config: LanguageModelConfig, dtype: torch.dtype) -> Rope:
         """positions int64 [B, T]. Computed in float32, then cast, as published."""
+        rotated, still = config.num_attention_heads + config.num_key_value_heads, config.num_key_value_heads
         # theta 600000: over all 32768 positions the slowest channel turns by 0.07, so no two positions look alike
-        d = config.head_dim
-        # inv_freq_i = theta^(-2i/d): the first channels turn fast and tell neighbours apart, the last ones slowly
-        exponents = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
-        # (B, T, d/2); never in bf16, whose 8 significant bits do not tell position 1000 from 1001
-        angles = positions[..., None].float() * (config.rope_theta**-exponents)
-        cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)  # (B, 1, T, d/2), for all heads
-        # with the sign in the sines, rotating is a multiplication, a roll and one fused multiply-add
-        return cls(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+        frequencies = rope_frequencies(config.rope_theta, config.head_dim, rotated, still, positions.device)
+        # (B, heads, T, d); never in bf16, whose 8 significant bits do not tell position 1000 from 1001
+        angles = positions[:, None, :, None].float() * frequencies
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def rotate(self, x: Tensor) -> Tensor:
-        """x [B, heads, T, head_dim]; the first half of the channels is paired with the second."""
+        """x [B, heads + 2 * kv_heads, T, head_dim]; the first half of the channels is paired with the second."""
         # one roll swaps the halves, (a, b) -> (b, a), and the negated sines make it (-b, a)
         return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, dims=-1), self.sin)
 
@@ -102,10 +116,10 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         b, t, _ = x.shape
         qkv = self.query_key_value(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, heads + 2 kv, T, d)
-        # queries and keys are neighbours, so both are rotated in one go; values carry no position
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        q, k = rope.rotate(qk).split([self.heads, self.kv_heads], dim=1)
-        out = attend(self.layer, q, k, v)  # (B, heads, T, d); a cache stores the rotated keys
+        # values are turned by nothing, which leaves them what they are and beside the keys: a cache takes both at once
+        q, kv = rope.rotate(qkv).split([self.heads, 2 * self.kv_heads], dim=1)
+        kv = kv.unflatten(1, (2, -1)).transpose(0, 1)  # (2, B, kv, T, d)
+        out = attend(self.layer, q, kv)  # (B, heads, T, d); a cache stores the rotated keys
         return self.dense(out.transpose(1, 2).reshape(b, t, -1))  # (B, T, H)
 
 
@@ -220,8 +234,9 @@ class LanguageModel(OffloadableModule):
         copies = max(self._gathered_bytes(rows) * (2 if recorded else 1), self._gathered_bytes(chunk))
         # float32, once as they come and once as probabilities
         logits = 2 * rows * config.vocab_size * 4
-        # the prefix is stored once for all rows
-        return position * (prefix + rows * new) + scores + max(experts, copies) + logits
+        # the prefix is stored once for all rows; its keys, half of a position, once more in float32
+        float_keys = position // 2 * 4 // size * prefix if size < 4 else 0
+        return position * (prefix + rows * new) + float_keys + scores + max(experts, copies) + logits
 
     def _gathered_bytes(self, tokens: int) -> int:
         pairs = tokens * self.config.num_experts_per_tok

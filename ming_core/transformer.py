@@ -36,9 +36,10 @@ class Attention(nn.Module):
         """x [B, N, D]: the whole sequence, or with a cache its next N tokens."""
         b, n, dim = x.shape
         # one product for queries, keys and values of all heads, then taken apart
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # each (B, heads, N, 64)
+        qkv = self.qkv(x).view(b, n, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, 64)
+        q, k, v = qkv
         if cache is not None:  # token by token, causal by nature
-            x = cached_attention(q, cache, k, v)  # (B, heads, N, 64)
+            x = cached_attention(q, cache, qkv[1:])  # (B, heads, N, 64)
         elif causal:
             x = causal_attention(q, k, v)
         else:
