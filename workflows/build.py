@@ -13,7 +13,6 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,25 +26,13 @@ if __name__ == "__main__":  # relative imports need the package
     importlib.import_module(f"{quickstart.PACKAGE}.workflows.build").main()
     sys.exit()
 
-from ..nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402 (a script makes the package first)
+from ..nodes import NODE_CLASS_MAPPINGS  # noqa: E402 (a script makes the package first)
 from ..runner import core_nodes  # noqa: E402
 from . import chinese  # noqa: E402
+from .parts import NAMES, Column, Node, Out, Space, Template  # noqa: E402
+from .templates import TEMPLATES  # noqa: E402
 
-CORE_NAMES = {
-    "SaveImage": "Save Image",
-    "PreviewImage": "Preview Image",
-    "PreviewAny": "Preview as Text",
-    "ImageScale": "Upscale Image",
-    "ImageCrop": "Image Crop",
-    "ImagePadForOutpaint": "Pad Image for Outpainting",
-    "ImageCompositeMasked": "Image Composite Masked",
-    "SolidMask": "Create Solid Mask",
-    "FeatherMask": "Feather Mask",
-    "MaskComposite": "Combine Masks",
-    "MaskToImage": "Convert Mask to Image",
-}
 TYPES = {**core_nodes.NODE_CLASS_MAPPINGS, **NODE_CLASS_MAPPINGS}
-NAMES = {**CORE_NAMES, **NODE_DISPLAY_NAME_MAPPINGS}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 IMAGE_NODES, TEXT_NODES = {"SaveImage", "PreviewImage", "MingConversationStoryboard"}, {"PreviewAny"}
 
@@ -53,7 +40,6 @@ IMAGE_NODES, TEXT_NODES = {"SaveImage", "PreviewImage", "MingConversationStorybo
 TITLE, SOCKET, EDGE = 30, 20, 14
 WIDGET, MODERN_WIDGET, MODERN_FOOTER = 24, 28, 30  # the latter two in Nodes 2.0; a footer has the pack's name
 TEXT = 60  # a text box of several lines
-WIDTH = 290  # of a column
 BETWEEN_COLUMNS, BETWEEN_NODES, BETWEEN_ROWS = 76, 56, 16
 GROUP_EDGE, GROUP_TITLE = 14, 34
 LANE = 15  # from lane to lane
@@ -65,74 +51,6 @@ NOTE_ID = 1000
 NOTE_TITLE = "About this template"
 NOTE_COLORS = {"color": "#1d2733", "bgcolor": "#2a3847"}
 OPTIONAL, LIST = 7, 6  # shapes of sockets
-
-
-class Out(NamedTuple):
-    """An output of a node, as the value of another node's input."""
-
-    node: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node: what it is called beside its real name, how high its text box or image is, and its inputs."""
-
-    id: int
-    type: str
-    label: str = ""
-    area: int = 0
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        return f"{NAMES[self.type]}: {self.label}" if self.label else NAMES[self.type]
-
-
-@dataclass(frozen=True)
-class Note:
-    """The note of a template, as large as its text needs; it may reach under the next columns."""
-
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Space:
-    """Nothing, to bring two nodes to one height."""
-
-    height: int
-
-
-@dataclass(frozen=True)
-class Column:
-    nodes: tuple[Node | Note | Space, ...]
-    width: int = WIDTH
-
-
-@dataclass(frozen=True)
-class Group:
-    """Columns in a frame with a title; without a title, no frame."""
-
-    title: str
-    color: str
-    columns: tuple[Column, ...]
-
-
-@dataclass(frozen=True)
-class Template:
-    """`title` and `sentence` in English and Chinese; the note has two sentences: what it does, and what to try."""
-
-    name: str
-    title: tuple[str, str]
-    sentence: tuple[str, str]
-    note: tuple[str, str]
-    rows: tuple[tuple[Group, ...], ...]
-
-    @property
-    def nodes(self) -> list[Node]:
-        every = (n for row in self.rows for group in row for column in group.columns for n in column.nodes)
-        return sorted((n for n in every if isinstance(n, Node)), key=lambda n: n.id)
 
 
 class Place(NamedTuple):
@@ -532,7 +450,5 @@ def files(templates: list[Template]) -> dict[str, str]:
 
 
 def main() -> None:
-    from .templates import TEMPLATES
-
     for name, text in files(TEMPLATES).items():
         (FOLDER / name).write_text(text, encoding="utf-8")

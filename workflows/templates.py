@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..tiny_shapes.world import instruction
-from .build import Column, Group, Node, Note, Out, Space, Template
+from .parts import Column, Group, Node, Note, Out, Space, Template
 
 LOAD, READ, ROUND, RESULT = "#5f9ea8", "#78a878", "#d0a94e", "#b58ad0"  # colors of groups
 SCENE = "a large red circle at the left and a small blue star at the right on a white background"

@@ -11,12 +11,12 @@ from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 from ming_univision.runner.session import run_workflow
 from ming_univision.runner.workflow import read_workflow, with_image
-from ming_univision.workflows import build, chinese
+from ming_univision.workflows import build, chinese, parts
 from ming_univision.workflows.templates import TEMPLATES
 from PIL import Image
 
 FOLDER = host.PACK / "workflows" / "api"
-CORE_NODES = set(build.CORE_NAMES)
+CORE_NODES = set(parts.CORE_NAMES)
 TEMPLATE = {template.name: template for template in TEMPLATES}
 
 # name: encodes, decodes, semantic decoder runs (those of drawn tokens not counted)
@@ -204,14 +204,14 @@ def test_titles_begin_with_the_nodes_own_name_and_the_note_has_two_sentences(nam
         if n["type"] == "MarkdownNote":
             assert len(n["widgets_values"][0].split("\n\n")) == 2
         elif "title" in n:  # without one, the page shows its name, in its language
-            assert n["title"].partition(": ")[0] == build.NAMES[n["type"]]
+            assert n["title"].partition(": ")[0] == parts.NAMES[n["type"]]
 
 
 def test_every_word_of_the_templates_has_a_chinese_one_and_none_is_left_over():
     assert set(chinese.GROUPS) == {group.title for t in TEMPLATES for row in t.rows for group in row if group.title}
     assert set(chinese.LABELS) == {node.label for t in TEMPLATES for node in t.nodes if node.label}
     assert list(chinese.NOTES) == list(TEMPLATE)
-    assert set(build.CORE_NAMES) >= {n.type for t in TEMPLATES for n in t.nodes if n.type not in NODE_CLASS_MAPPINGS}
+    assert set(parts.CORE_NAMES) >= {n.type for t in TEMPLATES for n in t.nodes if n.type not in NODE_CLASS_MAPPINGS}
 
 
 def without(workflow: dict, bypassed: str) -> dict:
