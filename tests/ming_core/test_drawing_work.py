@@ -20,7 +20,7 @@ from ming_univision.ming_core.experts import ExpertPerRow, OneExpert, StackedLin
 from ming_univision.ming_core.flow_head import FlowHead, Modulation, Modulations, Sampler
 from ming_univision.ming_core.image_decoder import GuidanceRows, ImageDecoder
 from ming_univision.ming_core.kv_cache import DecodeCache
-from ming_univision.ming_core.language_model import PREFILL_CHUNK, Decoder, LanguageModel
+from ming_univision.ming_core.language_model import PREFILL_CHUNK, ROUNDS_ONCE, Decoder, LanguageModel
 from ming_univision.ming_core.univision import UniVision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -379,6 +379,8 @@ def published_depth() -> UniVision:
 )
 def test_an_image_token_at_the_published_depth_launches_few_kernels(operations, dtype, solver, most):
     """Of these, the flow head has 12 blocks of 7 operations in every step: 1344 in 16, 672 in 8."""
+    if dtype == torch.bfloat16 and not ROUNDS_ONCE:
+        pytest.skip("this torch has no fused RMS norm that rounds as published")
     network, tokens = published_depth().to(dtype), []
     prefix = network.language_model.new_cache(6)
     prompt = torch.randn(6, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)
