@@ -70,7 +70,7 @@ def check_images(images: Tensor, side: int, fit: str) -> None:
     too_long = max(height, width) > MAX_SIDE_RATIO * min(height, width)
     if fit == "center crop" and too_long:
         raise ValueError(
-            f"a picture of {width}x{height} is too long for a centre crop (more than {MAX_SIDE_RATIO}:1): "
+            f"a picture of {width}x{height} is too long for a center crop (more than {MAX_SIDE_RATIO}:1): "
             'set fit to "stretch" or "pad", or crop it first'
         )
 

@@ -492,10 +492,15 @@ def _clear_text(node_class: str) -> None:
         _nodes_with_text.discard((context.node_id, node_class))
 
 
+# A node class like core's PreviewImage, for images that nodes show without ComfyUI. None: they show nothing.
+preview_node: Any = None
+
+
 def preview(images: Tensor) -> dict:
-    """What an output node returns as "ui" for the page to show images [B, H, W, 3] on it; nothing without ComfyUI."""
+    """What an output node returns as "ui", so that images [B, H, W, 3] are shown on it."""
     core_nodes: Any = sys.modules.get("nodes") if comfy else None
-    return core_nodes.PreviewImage().save_images(images)["ui"] if hasattr(core_nodes, "PreviewImage") else {}
+    shows = getattr(core_nodes, "PreviewImage", None) if comfy else preview_node
+    return shows().save_images(images)["ui"] if shows else {}
 
 
 def _client() -> str | None:
@@ -567,6 +572,11 @@ def lora_files() -> dict[str, Path]:
             for path in sorted(folder.rglob("*")):
                 found.setdefault(path.relative_to(folder).as_posix(), path)
     return {name: path for name, path in found.items() if path.suffix == ".safetensors" and name == printable(name)}
+
+
+def lora_folder() -> Path:
+    """Where people put their LoRAs: the first of ComfyUI's folders for them, or the own one without ComfyUI."""
+    return Path(folder_paths.get_folder_paths(LORA_FOLDER)[0]) if folder_paths else own_lora_folder()
 
 
 def own_lora_folder() -> Path:

@@ -177,6 +177,9 @@ class PreviewImage(_ImageWriter):
         return super()._root() / TEMP_FOLDER
 
 
+host.preview_node = PreviewImage
+
+
 class PreviewAny:
     """Shows any value as text."""
 

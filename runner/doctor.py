@@ -280,9 +280,16 @@ def _expect(report: Report, name: str, network: UniVision, precision: Precision,
     floor = there.total / speed
     report.tell(f"{name}, expected at full size", f"{token:.3f} s an image token, {token / floor:.2f} of the floor")
     memory = weight_bytes(published) + published.language_model.working_memory(PREFIX, ROWS, tokens)
+    needed = f"{memory / GB:.1f} GB of memory"
     if network.device.type == "cpu":
-        memory += sum(layer.weight.nbytes for layer in large_layers(*published.read_by_a_token))  # packed
-    report.tell("", f"{tokens * token:.0f} s a picture, {memory / GB:.1f} GB of memory")
+        has, where = psutil.virtual_memory().total, "this machine"
+        packed = sum(layer.weight.nbytes for layer in large_layers(*published.read_by_a_token))
+        needed += f", and {packed / GB:.1f} GB for packed weights if twice that is free"
+    else:
+        has, where = torch.cuda.mem_get_info(network.device)[1], "this GPU"
+    if memory > has:
+        needed += f": more than {where} has" + (", so part of the model waits in RAM" if where == "this GPU" else "")
+    report.tell("", f"{tokens * token:.0f} s a picture, {needed}")
 
 
 def layer_network(divisor: int = 1) -> UniVision:

@@ -294,7 +294,8 @@ TEMPLATES = [
                 group(
                     "Encode once",
                     READ,
-                    column(236, encode(6, mask=Out(5, "MASK"))),
+                    # the whole picture, whatever its shape: the last node stretches the result back over it
+                    column(236, encode(6, mask=Out(5, "MASK"), fit="stretch")),
                     column(258, expand(7, Out(6, "latent"))),
                 ),
             ),

@@ -133,7 +133,7 @@ class Progress:
 
     def start(self, rows: int, done: int, place: str) -> None:
         already = f", of which {done} are done already" if done else ""
-        self.say(f"{rows} rows{already}. Results go to {place}")
+        self.say(f"{_counted(rows)}{already}. Results go to {place}")
         self._bar = tqdm(
             total=rows,
             initial=done,
@@ -159,8 +159,12 @@ class Progress:
             self._bar.close()
         done = sum(record["status"] == "done" for record in records)
         failed = sum(record["status"] == "failed" for record in records)
-        words = f"{done} of {rows} rows are done" + (f", {failed} failed" if failed else "")
-        if done < rows:
+        words = f"{done} of {_counted(rows)} {'is' if rows == 1 else 'are'} done" + (
+            f", {failed} failed" if failed else ""
+        )
+        if failed and not interrupted:
+            words += "; mend what the messages name, and run the same command again for these"
+        elif done < rows:
             words += "; run the same command again for the others"
         self.say(("Interrupted: " if interrupted else "") + f"{words}.")
         if interrupted:
@@ -171,6 +175,10 @@ class Progress:
         if self._bar is not None and self._redraws:
             self._bar.clear()
         print(text, file=self._stream, flush=True)
+
+
+def _counted(rows: int) -> str:
+    return f"{rows} row" + "s" * (rows != 1)
 
 
 def rate_and_time_left(bar: tqdm) -> str:

@@ -1,4 +1,4 @@
-"""Tables: CSV, tab-separated, JSON lines, Parquet, or the pictures of a folder.
+"""Tables: CSV (by commas or semicolons), tab-separated, JSON lines, Parquet, or the pictures of a folder.
 
 A column is `NODE.INPUT` (a node's id and an input of it), `image` (the picture to start from), `id` (a name for the
 row), or begins with # (a remark). An empty cell, or null, leaves what the workflow has.
@@ -125,8 +125,12 @@ def _bad_column(column: str) -> str | None:
     )
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path, delimiter: str = "") -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        if not delimiter:  # spreadsheets separate by semicolons where a comma is in numbers
+            header = file.readline()
+            delimiter = ";" if header.count(";") > header.count(",") else ","
+            file.seek(0)
         lines = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = next(lines, [])
@@ -136,13 +140,16 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict[str, Any]]:
                 if len(cells) > len(header):
                     raise TableError(
                         f"row {number} has {len(cells)} cells, and the table {len(header)} columns: put a text with a "
-                        f"{'comma' if delimiter == ',' else 'tab'} into double quotes"
+                        f"{_SEPARATORS[delimiter]} into double quotes"
                     )
                 if len(cells) < len(header):
                     raise TableError(f"row {number}, column {header[len(cells)]}: it is missing")
                 yield {name: cell or None for name, cell in zip(header, cells, strict=False)}
         except csv.Error as error:
             raise TableError(f"{path}, line {lines.line_num}: {error}") from None
+
+
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
 def _read_tsv(path: Path) -> Iterator[dict[str, Any]]:

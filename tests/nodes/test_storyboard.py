@@ -6,7 +6,15 @@ import torch
 from ming_univision.ming_core import Conversation
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, storyboard
 from ming_univision.nodes.typesetting import length, wrap
+from ming_univision.runner.core_nodes import PreviewImage
 from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    """Where previews go."""
+    with host.folders(output=tmp_path, input=tmp_path):
+        yield tmp_path
 
 
 @pytest.fixture
@@ -40,6 +48,14 @@ def test_pictures_of_both_sides_are_shown_as_they_are_decoded(model, picture, lo
         column = (sheet[:, storyboard.MARGIN + left :][:, : expected.shape[1]] * 255).round().byte().numpy()
         places = range(len(column) - len(expected) + 1)
         assert any(np.array_equal(column[top : top + len(expected)], expected) for top in places)
+
+
+def test_without_comfyui_it_is_shown_as_a_preview(model, loaded, folder, monkeypatch):
+    monkeypatch.setattr(host, "preview_node", PreviewImage)
+    said = answer(model, Conversation(), "Hello.")
+    (file,) = NODE_CLASS_MAPPINGS["MingConversationStoryboard"]().show(loaded, said)["ui"]["images"]
+    with Image.open(folder / "temp" / file["filename"]) as shown:
+        assert shown.width == 1024
 
 
 def test_characters_that_no_font_has_are_drawn_as_boxes(model, loaded):

@@ -7,13 +7,14 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 from ming_univision.runner.session import run_workflow
 from ming_univision.runner.workflow import read_workflow, with_image
 from ming_univision.workflows import build, chinese, parts
 from ming_univision.workflows.templates import TEMPLATES
-from PIL import Image
+from PIL import Image, ImageDraw
 
 FOLDER = host.PACK / "workflows" / "api"
 CORE_NODES = set(parts.CORE_NAMES)
@@ -253,6 +254,18 @@ def test_pixels_outside_the_mask_are_untouched_to_the_bit(tmp_path):
     (before,), (after,), (mask,) = results["2"].outputs[0], results["10"].outputs[0], results["5"].outputs[0]
     assert 0 < mask.mean() < 0.5
     assert torch.equal(after[mask == 0], before[mask == 0]) and not torch.equal(after[mask == 1], before[mask == 1])
+
+
+def test_an_edit_inside_a_mask_fits_a_picture_of_any_shape(tmp_path):
+    canvas = Image.new("RGB", (512, 256), "white")
+    ImageDraw.Draw(canvas).ellipse((48, 104, 160, 160), fill="red")
+    canvas.save(tmp_path / "wide.png")
+    workflow = with_image(read_workflow(FOLDER / "edit_inside_mask.json"), tmp_path / "wide.png")
+    workflow["9"]["inputs"]["features"] = ["7", 0]  # nothing is changed: what comes back must lie where it was
+    results = run_workflow(workflow, output_dir=tmp_path)
+    (before,), (after,), (mask,) = results["2"].outputs[0], results["10"].outputs[0], results["5"].outputs[0]
+    inside = F.interpolate(mask[None], before.shape[1:3])[0] == 1
+    assert (after - before)[inside].abs().mean() < 0.15  # cropped instead of stretched: 0.3
 
 
 def test_every_run_of_the_chat_adds_a_round(tmp_path):

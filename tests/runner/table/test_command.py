@@ -152,7 +152,9 @@ def test_a_failing_row_is_reported_and_the_others_go_on(folder):
     code, said = run(folder, "a", "fail", "b")
     assert code == 1 and ran(folder) == ["a", "fail", "b"]
     assert "Row r1 failed: node 2" in said and "it rained" in said
-    assert "2 of 3 rows are done, 1 failed; run the same command again for the others." in said
+    assert (
+        "2 of 3 rows are done, 1 failed; mend what the messages name, and run the same command again for these." in said
+    )
     failure = records(folder)[1]
     assert failure["status"] == "failed" and "it rained" in failure["error"] and failure["files"] == []
     (folder / "mended").touch()

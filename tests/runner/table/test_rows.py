@@ -34,6 +34,11 @@ def test_tabs_separate_the_cells_of_a_tsv_file(table):
     assert row.cells == {"3.seed": "7", "5.prompt": "a, b"} and row.id == "1"
 
 
+def test_a_csv_file_of_a_spreadsheet_may_be_separated_by_semicolons(table):
+    (row,) = table("id;3.seed;5.prompt\na;7;a, b; c\n".replace("a, b; c", '"a, b; c"'))
+    assert row.cells == {"3.seed": "7", "5.prompt": "a, b; c"} and row.id == "a"
+
+
 def test_json_lines_keep_types_and_an_empty_text_is_a_text(table):
     rows = table('{"3.seed": 7, "5.prompt": ""}\n\n{"3.seed": null, "5.prompt": "x"}\n', "t.jsonl")
     assert [row.cells for row in rows] == [{"3.seed": 7, "5.prompt": ""}, {"5.prompt": "x"}]
