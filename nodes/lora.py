@@ -72,8 +72,8 @@ def missing_message(name: object) -> str:
     if not isinstance(name, str):
         return f"lora_name is {described(name)}: choose a LoRA of the folder models/loras from the list"
     return (
-        f'the LoRA "{printable(name[:200])}" was not found: put its .safetensors file in the folder '
-        f"{host.lora_folder()}, and choose it (in ComfyUI, press R first)"
+        f'the LoRA "{printable(name[:200])}" was not found: put its .safetensors file in models/loras '
+        f"({host.lora_folder()}), in ComfyUI press R, and choose it"
     )
 
 

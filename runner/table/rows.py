@@ -128,8 +128,8 @@ def _bad_column(column: str) -> str | None:
 def _read_csv(path: Path, delimiter: str = "") -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if not delimiter:  # spreadsheets separate by semicolons where a comma is in numbers
-            header = file.readline()
-            delimiter = ";" if header.count(";") > header.count(",") else ","
+            first = file.readline()
+            delimiter = ";" if first.count(";") > first.count(",") else ","
             file.seek(0)
         lines = csv.reader(file, delimiter=delimiter, strict=True)
         try:
