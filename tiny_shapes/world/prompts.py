@@ -126,7 +126,7 @@ def completion_words(rng: np.random.Generator, scene: Scene, part: np.ndarray, s
     All of the scene is named, or what cannot be seen wholly, or nothing if everything can.
     """
     asked = pick(rng, _COMPLETE)
-    if side and rng.random() < 0.4:
+    if side and rng.random() < 0.6:
         asked += f" {'to' if side in ('left', 'right') else 'at'} the {side}"
     missing = [obj for obj in scene.objects if not wholly_visible(obj, part)]
     if rng.random() < 0.4:
