@@ -29,8 +29,8 @@ from .report import write_report
 
 log = logging.getLogger(__name__)
 
-STEPS = 1200
-EVALUATIONS = 12  # of a run
+STEPS = 600
+EVALUATIONS = 6  # of a run
 SEEDS = (1, 2, 3)  # of what the conclusion rests on
 DRAWING = {"generate": 5.0, "edit": 3.0}
 EVERYTHING = {**DRAWING, "question": 5.0, "describe": 1.5, "identify region": 0.5}
