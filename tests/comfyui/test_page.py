@@ -6,9 +6,14 @@ from ming_univision.tests.comfyui.browser import OPEN_DIALOGS, open_workflow
 from ming_univision.tests.comfyui.finding import PACK
 
 
-def without_cores_own_display(prompt: dict) -> dict:
-    """Drop what PreviewAny shows: some versions export it as an input, which no version reads."""
+def comparable(prompt: dict) -> dict:
+    """Drop what depends on the version of ComfyUI: titles that are names of node types, and what PreviewAny shows.
+
+    Some versions export the latter as an input, which none reads.
+    """
     for node in prompt.values():
+        if ": " not in node["_meta"]["title"]:
+            del node["_meta"]
         if node["class_type"] == "PreviewAny":
             node["inputs"] = {"source": node["inputs"]["source"]}
     return prompt
@@ -23,7 +28,7 @@ def test_the_workflow_opens_whole_and_exports_the_one_for_the_queue(page, render
     if rendering == "Nodes 2.0":
         page.wait_for("document.querySelectorAll('[data-node-id]').length === count", count=len(saved["nodes"]))
     exported = page.evaluate("return (await app.graphToPrompt()).output")
-    assert without_cores_own_display(exported) == without_cores_own_display(workflow(name))
+    assert comparable(exported) == comparable(workflow(name))
     assert page.evaluate(f"return {OPEN_DIALOGS}.map(d => d.innerText)") == []
     assert page.errors == []
 
