@@ -57,14 +57,15 @@ class CachePosition:
 class LayerCache:
     """Preallocated keys and values of one attention layer, for `rows` sequences that grow together.
 
-    keys, values: [rows, heads, capacity, head_dim]; the first `length` positions are filled.
+    keys, values: [rows, heads, capacity, head_dim]; the first `length` positions are filled. `both` holds the two,
+    [2, rows, heads, capacity, head_dim], so that a step stores what it adds with one copy.
     """
 
     def __init__(self, rows: int, heads: int, capacity: int, head_dim: int, *, device: Any, dtype: torch.dtype) -> None:
         # not zeroed: what is not filled is never read, except in a static cache, which zeroes it. In memory heads come
         # before rows, as attention over a shared prefix takes them
-        self._both = torch.empty(2, heads, rows, capacity, head_dim, device=device, dtype=dtype).transpose(1, 2)
-        self.keys, self.values = self._both[0], self._both[1]
+        self.both = torch.empty(2, heads, rows, capacity, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        self.keys, self.values = self.both[0], self.both[1]
         self.length = 0  # a host number: asking for it never waits for the device
         self.cache_position: CachePosition | None = None  # set while the cache is static
 
@@ -77,13 +78,13 @@ class LayerCache:
         if self.cache_position is not None:
             # written by an index on the device, as a slice needs its bounds on the host; `advance` counts the tokens,
             # since a replayed step does not run this code
-            self._both.index_copy_(3, self.cache_position.indices(both.shape[3]), both)
+            self.both.index_copy_(3, self.cache_position.indices(both.shape[3]), both)
             return self.keys, self.values
         end = self.length + both.shape[3]
         # a trap without this: a slice beyond the end is empty, and a single token vanishes in it without an error
         if end > self.keys.shape[2]:
             raise ValueError(f"{end} tokens exceed the cache's capacity of {self.keys.shape[2]}")
-        self._both[:, :, :, self.length : end] = both
+        self.both[:, :, :, self.length : end] = both
         self.length = end
         # views, (rows, heads, end, head_dim)
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -91,7 +92,7 @@ class LayerCache:
     @property
     def filled(self) -> Tensor:
         """Keys and values so far, [2, rows, heads, length, head_dim]."""
-        return self._both[:, :, :, : self.length]
+        return self.both[:, :, :, : self.length]
 
     def attn_mask(self, tokens: int) -> Tensor | None:
         """Which keys returned by `append` each of the newest `tokens` may attend to: bool [tokens, keys].
@@ -130,7 +131,7 @@ class LayerCaches(list[LayerCache]):
         position = CachePosition(last.length, last.keys.shape[2], last.keys.device)
         for layer in self:
             layer.cache_position = position
-            layer._both[:, :, :, layer.length :] = 0  # masked slots have weight 0, but 0 * NaN is NaN
+            layer.both[:, :, :, layer.length :] = 0  # masked slots have weight 0, but 0 * NaN is NaN
 
     def make_dynamic(self) -> None:
         """Grow with every `append` again."""
@@ -153,8 +154,8 @@ class PrefillCache:
     def __init__(self, config: LanguageModelConfig, capacity: int, *, device: Any, dtype: torch.dtype) -> None:
         # all layers in one tensor, from which a segment is cut in one piece; one sequence, so there is no batch axis
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
-        self._both = torch.empty(2, *shape, device=device, dtype=dtype)
-        self.keys, self.values = self._both[0], self._both[1]
+        self.both = torch.empty(2, *shape, device=device, dtype=dtype)
+        self.keys, self.values = self.both[0], self.both[1]
         self.length = 0
 
     def append(self, layer: int, both: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +164,7 @@ class PrefillCache:
         The positions count as filled for the other layers once `advance` is called, after the last layer.
         """
         end = self.length + both.shape[2]
-        self._both[:, layer, :, self.length : end] = both
+        self.both[:, layer, :, self.length : end] = both
         # views, (kv_heads, end, head_dim)
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 

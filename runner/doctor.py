@@ -282,13 +282,14 @@ def _expect(report: Report, name: str, network: UniVision, precision: Precision,
     memory = weight_bytes(published) + published.language_model.working_memory(PREFIX, ROWS, tokens)
     needed = f"{memory / GB:.1f} GB of memory"
     if network.device.type == "cpu":
-        has, where = psutil.virtual_memory().total, "this machine"
+        has, too_much = psutil.virtual_memory().total, "more than this machine has"
         packed = sum(layer.weight.nbytes for layer in large_layers(*published.read_by_a_token))
         needed += f", and {packed / GB:.1f} GB for packed weights if twice that is free"
     else:
-        has, where = torch.cuda.mem_get_info(network.device)[1], "this GPU"
+        has = torch.cuda.mem_get_info(network.device)[1]
+        too_much = "more than this GPU has, so part of the model waits in RAM"
     if memory > has:
-        needed += f": more than {where} has" + (", so part of the model waits in RAM" if where == "this GPU" else "")
+        needed += f": {too_much}"
     report.tell("", f"{tokens * token:.0f} s a picture, {needed}")
 
 
