@@ -27,6 +27,7 @@ from .rounds import MingEdit, MingGenerate, MingUnderstand
 from .storyboard import MingConversationStoryboard
 
 host.register_model_folders()
+host.follow_page_languages()
 
 DISPLAY_NAMES = {
     MingTokLoader: "Load MingTok",

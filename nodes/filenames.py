@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..ming_core.checks import described
 from ..ming_core.files import move
+from .translation import in_page_language
 
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 LONGEST_NAME = 255  # bytes, on almost every disk
@@ -166,5 +167,5 @@ def validate_prefix(prefix: str | None, folder: Path) -> bool | str:
         if prefix is not None:
             check_prefix(prefix, folder)
     except ValueError as error:
-        return str(error)
+        return in_page_language(str(error))
     return True

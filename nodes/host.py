@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -501,6 +502,51 @@ def preview(images: Tensor) -> dict:
     core_nodes: Any = sys.modules.get("nodes") if comfy else None
     shows = getattr(core_nodes, "PreviewImage", None) if comfy else preview_node
     return shows().save_images(images)["ui"] if shows else {}
+
+
+LANGUAGE_ROUTE = "/ming_univision/language"  # web/page_language.js posts to it
+MAX_PAGES = 1000  # whose languages are kept
+
+_page_languages: OrderedDict[str, str] = OrderedDict()  # client id -> code, such as zh
+_prompting_client: ContextVar[str | None] = ContextVar("ming_prompting_client", default=None)
+
+
+def follow_page_languages() -> None:
+    """Learn the language of every page, which tells it when it connects, and which page a prompt comes from."""
+    server = _server()
+    if server is None:
+        return
+    server.routes.post(LANGUAGE_ROUTE)(_note_page_language)
+    server.add_on_prompt_handler(_note_prompting_client)
+
+
+def page_language() -> str:
+    """The language of the page whose prompt is checked or runs; "" for programs that use the API."""
+    client = _prompting_client.get() or _client()
+    return _page_languages.get(client, "") if client else ""
+
+
+async def _note_page_language(request: Any) -> Any:
+    from aiohttp import web  # comes with ComfyUI
+
+    try:
+        told = await request.json()
+        client, language = told["client"], told["language"]
+    except (ValueError, TypeError, KeyError):
+        return web.Response(status=400, text='post {"client": id of the page, "language": its code}')
+    if isinstance(client, str) and isinstance(language, str) and len(client) <= 100 and len(language) <= 20:
+        _page_languages[client] = language
+        _page_languages.move_to_end(client)
+        while len(_page_languages) > MAX_PAGES:
+            _page_languages.popitem(last=False)
+    return web.Response(status=204)
+
+
+def _note_prompting_client(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a prompt are checked in the task that receives it, before it becomes the server's current one."""
+    client = prompt.get("client_id")
+    _prompting_client.set(client if isinstance(client, str) else None)
+    return prompt
 
 
 def _client() -> str | None:

@@ -1,4 +1,5 @@
-"""What every node's inputs go through: each is what its INPUT_TYPES declare, or an error names the input.
+"""What every node's inputs go through: each is what its INPUT_TYPES declare, or an error names the input; and what its
+errors go through: they are in the language of the page.
 
 ComfyUI checks the widgets of a prompt, but nothing that comes through a link: a number can be beyond its widget's
 range, and a node of another pack can return anything under the name of a type.
@@ -18,6 +19,7 @@ from ..ming_core import Conversation, Engine, Features
 from ..ming_core.checks import check_features, check_tensor, described, real_number, whole_number
 from ..ming_core.images import check_image
 from .host import Loaded
+from .translation import translate_error
 from .widgets import MAX_SEED
 
 SOURCES = {  # what to connect to a socket of each type that this pack takes
@@ -33,7 +35,10 @@ SOURCES = {  # what to connect to a socket of each type that this pack takes
 
 
 def checked(node: Any) -> Any:
-    """Make a node class check its inputs whenever it is run. Returns the class."""
+    """Make a node class check its inputs whenever it is run, and say in the page's language what is wrong.
+
+    Returns the class.
+    """
     function: str = node.FUNCTION
     run = getattr(node, function)
     names = list(inspect.signature(run).parameters)[1:]
@@ -41,7 +46,11 @@ def checked(node: Any) -> Any:
     @functools.wraps(run)
     def checked_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(names, args, strict=False)) | kwargs  # ComfyUI passes all of them by name
-        return run(self, **check_inputs(node, inputs))
+        try:
+            return run(self, **check_inputs(node, inputs))
+        except Exception as error:
+            translate_error(error)
+            raise
 
     setattr(node, function, checked_run)
     return node

@@ -8,6 +8,7 @@ from ..ming_core import Features
 from ..ming_core.regions import MARKED, region_mask
 from . import host
 from .features import enlarge
+from .translation import in_page_language
 from .widgets import FEATURES, integer, number, socket
 
 
@@ -35,7 +36,7 @@ class MingRegionMask:
 
     def read(self, features: Features, region: Features, threshold: float, grow: int) -> tuple[torch.Tensor]:
         mask = region_mask(features, region, threshold, grow)
-        host.show_text(_found(mask))
+        host.show_text(in_page_language(_found(mask)))
         return (enlarge(mask[:, None])[:, 0].to(host.images_device()),)
 
 

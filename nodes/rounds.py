@@ -25,6 +25,7 @@ from ..ming_core.options import STARTS
 from ..ming_core.solver import METHODS
 from . import host
 from .progress import DrawingProgress, WritingProgress
+from .translation import in_page_language
 from .widgets import CATEGORY, combo, integer, number, prompt, seed, socket
 
 ADVANCED = {"advanced": True}
@@ -35,7 +36,7 @@ CONVERSATION = socket("MING_CONVERSATION", "Earlier rounds to continue from.")
 
 def _validate_prompt(text: str | None) -> bool | str:
     """For VALIDATE_INPUTS. None means that the prompt is linked; it is checked when the node runs."""
-    return EMPTY_PROMPT if isinstance(text, str) and not text.strip() else True
+    return in_page_language(EMPTY_PROMPT) if isinstance(text, str) and not text.strip() else True
 
 
 def _with_notes(result: RoundResult, features: Features | None) -> str:
@@ -49,7 +50,7 @@ def _with_notes(result: RoundResult, features: Features | None) -> str:
         )
     if result.truncated and result.text:
         notes.append("The text was cut off at max_new_tokens.")
-    return "\n\n".join(filter(None, (result.text, *(f"({note})" for note in notes))))
+    return "\n\n".join(filter(None, (result.text, *(in_page_language(f"({note})") for note in notes))))
 
 
 class MingUnderstand:

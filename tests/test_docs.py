@@ -53,14 +53,18 @@ def test_a_help_page_says_what_the_node_does_its_inputs_an_example_and_mistakes(
 
 
 @pytest.mark.parametrize("node_id", NODE_CLASS_MAPPINGS)
-def test_both_languages_name_the_same_mistakes(node_id):
+def test_both_languages_name_the_same_mistakes_each_in_its_own_words(node_id):
     quoted, counts = [], []
     for language, head in (("en", "## Common mistakes"), ("zh", "## 常见错误")):
         page = (PACK / "web" / "docs" / node_id / f"{language}.md").read_text(encoding="utf-8")
         mistakes = page.partition(head)[2]
         quoted.append(re.findall(r'\*"(.+?)"\*', mistakes))
         counts.append(len(re.findall(r"^- ", mistakes, re.MULTILINE)))
-    assert quoted[0] == quoted[1] and counts[0] == counts[1] > 0
+    assert len(quoted[0]) == len(quoted[1]) and counts[0] == counts[1] > 0
+    translations = json.loads((PACK / "locales" / "zh" / "messages.json").read_text(encoding="utf-8"))
+    for ours, theirs in zip(*quoted, strict=True):
+        pairs = [chinese for english, chinese in translations.items() if ours.strip(". ") in english]
+        assert any(theirs.strip("…") in chinese for chinese in pairs), (ours, theirs)
 
 
 def messages() -> list[str]:

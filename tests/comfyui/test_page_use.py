@@ -245,3 +245,30 @@ def test_on_a_chinese_page_the_templates_speak_chinese(chinese_page, rendering, 
     )
     assert in_english(texts) == set()
     assert chinese_page.errors == []
+
+
+def errors_of(page, server) -> tuple[str, str]:
+    """Queue a round whose prompt is empty, which is found before the run, and then one with nothing to edit."""
+    open_workflow(page, "text_to_image")
+    set_widget(page, DRAW, "prompt", " ")
+    page.evaluate("await app.queuePrompt(0, 1)")
+    found = page.evaluate("return JSON.stringify(app.lastNodeErrors)")
+    open_workflow(page, CHAIN)
+    set_mode(page, edits(page)[0], MUTE)
+    run = queued(page, server)
+    return found, dict(run["status"]["messages"])["execution_error"]["exception_message"]
+
+
+def test_errors_come_in_the_language_of_the_page_also_after_it_has_changed(chinese_page, rendering, server):
+    checked, run = errors_of(chinese_page, server)
+    assert "提示词是空的：请写上要模型做什么" in checked
+    assert run.startswith("features：没有可编辑的图像；请连接「MingTok 语义特征」")
+    answer = server.post("/prompt", {"prompt": exported(chinese_page)})[1]  # of a program, which has no language
+    failed = dict(server.finished(answer["prompt_id"])["status"]["messages"])["execution_error"]
+    assert failed["exception_message"].startswith("features: there is no picture to edit")
+    chinese_page.evaluate("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    chinese_page.wait_until_quiet()
+    checked, run = errors_of(chinese_page, server)
+    assert "the prompt is empty" in checked
+    assert run.startswith("features: there is no picture to edit")
+    open_in(chinese_page, server, "zh")
