@@ -107,6 +107,16 @@ def to_images(pixels: Tensor) -> Tensor:
     return (pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
+def enlarged(images: Tensor, side: int) -> Tensor:
+    """IMAGE [B, H, W, 3], bicubically enlarged until the longer side has `side` pixels; as it is if it has them."""
+    longer = max(images.shape[1:3])
+    if longer >= side:
+        return images
+    size = [round(n * side / longer) for n in images.shape[1:3]]
+    channels_first = F.interpolate(images.movedim(-1, 1), size, mode="bicubic")
+    return channels_first.clamp(0, 1).movedim(1, -1).contiguous()
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """One picture, float [H, W, C] in 0..1 -> uint8, rounded to the nearest level."""
     return (image.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()

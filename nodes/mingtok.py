@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..ming_core import Features, MingTok
-from ..ming_core.images import FITS, check_images, check_mask, fit_mask, to_images, to_pixels
+from ..ming_core.images import FITS, check_images, check_mask, enlarged, fit_mask, to_images, to_pixels
 from . import host
 from .latents import from_latent, to_latent
-from .widgets import CATEGORY, combo, socket
+from .widgets import CATEGORY, combo, integer, socket
 
 DETAILS = {"standard": 1, "high": 2}  # multiples of the native side
 AT_ONCE = 8  # images computed together
@@ -130,10 +130,19 @@ class MingTokDecode:
             "required": {
                 "mingtok": socket("MINGTOK", "The MingTok of the model that made the features."),
                 "features": socket("MING_FEATURES", "Features of encoded or drawn pictures."),
-            }
+            },
+            "optional": {
+                "enlarge_to": integer(
+                    0,
+                    0,
+                    2048,
+                    "Enlarge smaller pictures, such as the built-in model's, until their longer side has this many "
+                    "pixels. 0: never.",
+                )
+            },
         }
 
-    def decode(self, mingtok: host.Loaded[MingTok], features: Features) -> tuple[torch.Tensor]:
+    def decode(self, mingtok: host.Loaded[MingTok], features: Features, enlarge_to: int = 0) -> tuple[torch.Tensor]:
         tokenizer = mingtok.model
         tokenizer.check_features(features)
         h, w = features.grid
@@ -141,6 +150,6 @@ class MingTokDecode:
 
         def decode_batch(few: slice) -> torch.Tensor:
             batch = features._replace(tokens=features.tokens[few], latents=features.latents[few])
-            return to_images(tokenizer.decode(batch))
+            return enlarged(to_images(tokenizer.decode(batch)), enlarge_to)
 
         return (torch.cat(in_batches(features.batch, decode_batch)).to(host.images_device()),)

@@ -18,7 +18,7 @@ SCENE = "a large red circle at the left and a small blue star at the right on a 
 MODEL, MINGTOK, IMAGE, FEATURES = Out(1, "model"), Out(1, "mingtok"), Out(2, "image"), Out(4, "features")
 LATENT = Out(3, "latent")
 SWAP = "or Load Image"
-DECODE_COLUMN = 84 + 56  # height of MingTok Decode and the space below it
+DECODE_COLUMN = 112 + 56  # height of MingTok Decode and the space below it
 SEED = 7
 
 
@@ -78,8 +78,8 @@ def drawn(number: int) -> tuple[Out, Out]:
     return Out(number, "features"), Out(number, "conversation")
 
 
-def decode(number: int, features: Out, label: str = "") -> Node:
-    return node(number, "MingTokDecode", label, mingtok=MINGTOK, features=features)
+def decode(number: int, features: Out, label: str = "", enlarge_to: int = 512) -> Node:
+    return node(number, "MingTokDecode", label, mingtok=MINGTOK, features=features, enlarge_to=enlarge_to)
 
 
 def before(number: int, image: Out = IMAGE, area: int = 324, label: str = "before") -> Node:
@@ -317,7 +317,7 @@ TEMPLATES = [
                 group(
                     "Lay it over the picture",
                     READ,
-                    column(220, decode(9, Out(8, "features")), Space(72), Note(550, 170)),
+                    column(220, decode(9, Out(8, "features"), enlarge_to=0), Space(44), Note(550, 170)),
                     column(
                         260,
                         node(
@@ -499,7 +499,7 @@ TEMPLATES = [
                     READ,
                     column(
                         230,
-                        decode(7, Out(6, "features")),
+                        decode(7, Out(6, "features"), enlarge_to=0),
                         node(9, "SolidMask", "the part", value=1.0, width=768, height=768),
                     ),
                     column(
@@ -631,8 +631,8 @@ TEMPLATES = [
                 group("4. Refine", ROUND, column(270, edit(13, "4, refine", instruction("refine"), *drawn(11)))),
                 before_and_after(
                     decode(14, Out(13, "features"), "once"),
-                    before(16, area=264),
-                    save(15, Out(14, "image"), "multi_round_edit", 240),
+                    before(16, area=240),
+                    save(15, Out(14, "image"), "multi_round_edit", 216),
                     280,
                 ),
             ),
@@ -695,8 +695,8 @@ TEMPLATES = [
                 group("3. Clean", ROUND, column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10)))),
                 before_and_after(
                     decode(13, Out(12, "features"), "once"),
-                    before(15, Out(4, "IMAGE"), 264),
-                    save(14, Out(13, "image"), "enhance_chain", 240),
+                    before(15, Out(4, "IMAGE"), 250),
+                    save(14, Out(13, "image"), "enhance_chain", 226),
                 ),
             ),
         ),
@@ -977,7 +977,7 @@ TEMPLATES = [
                     READ,
                     column(236, encode(), Note(570, 140)),
                     column(258, expand()),
-                    column(220, decode(5, FEATURES)),
+                    column(220, decode(5, FEATURES, enlarge_to=0)),
                 ),
             ),
             (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ming_univision.ming_core.images import to_images, to_pixels
+from ming_univision.ming_core.images import enlarged, to_images, to_pixels
 
 SIDE = 32
 
@@ -25,3 +25,16 @@ def test_a_center_crop_takes_the_published_columns_and_rows(width, first, uprigh
         image, expected = image.transpose(1, 2), expected.transpose(1, 2)
     found = to_images(to_pixels(image, SIDE, "center crop"))
     assert torch.equal((found * 255).round(), (expected * 255).round())
+
+
+def test_a_smaller_image_is_enlarged_in_its_proportions_and_a_larger_one_stays():
+    flat = torch.full((2, 16, 8, 3), 0.25)
+    assert enlarged(flat, 64).shape == (2, 64, 32, 3)
+    torch.testing.assert_close(enlarged(flat, 64), torch.full((2, 64, 32, 3), 0.25))
+    for side in (0, 8, 16):
+        assert enlarged(flat, side) is flat
+    edge = torch.zeros(1, 8, 8, 3)
+    edge[:, :, 4:] = 1
+    large = enlarged(edge, 32)
+    assert (large[:, :, :12] < 0.2).all() and (large[:, :, 20:] > 0.8).all()
+    assert large.min() == 0 and large.max() == 1, "a bicubic curve overshoots, an image does not"

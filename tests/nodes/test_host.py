@@ -193,6 +193,8 @@ def test_a_batch_is_computed_a_few_pictures_at_a_time_and_is_what_it_would_be_on
         torch.testing.assert_close(features.split()[i].latents, one.latents, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(features.split()[i].tokens, one.tokens, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(images[i : i + 1], run("MingTokDecode", mingtok=mingtok, features=one)[0])
+    (large,) = run("MingTokDecode", mingtok=mingtok, features=features, enlarge_to=128)
+    assert large.shape == (20, 128, 128, 3) and images.shape[1] < 128
 
 
 @pytest.mark.parametrize("node", ["MingTokEncode", "MingTokSemanticFeatures", "MingTokDecode"])

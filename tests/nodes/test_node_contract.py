@@ -76,7 +76,7 @@ NODES = {
     "MingTokDecode": (
         "MingTok Decode",
         {"mingtok": "MINGTOK", "features": "MING_FEATURES"},
-        {},
+        {"enlarge_to": "INT"},
         {"image": "IMAGE"},
     ),
     "MingUnderstand": (
