@@ -20,6 +20,7 @@ LATENT = Out(3, "latent")
 SWAP = "or Load Image"
 DECODE_COLUMN = 112 + 56  # height of MingTok Decode and the space below it
 SEED = 7
+COLORING_SEED = 8  # with 7, the built-in model sharpens the gray circle to a green one, and cannot make that red
 
 
 def node(number: int, kind: str, label: str = "", area: int = 0, **inputs: Any) -> Node:
@@ -65,12 +66,13 @@ def edit(
     features: Out,
     conversation: Out | None = None,
     area: int = 0,
+    seed: int = SEED,
     **more: Out,
 ) -> Node:
     """Both the features and the conversation are linked: a chain still runs when any Ming Edit of it is bypassed."""
     if conversation:
         more["conversation"] = conversation
-    return node(number, "MingEdit", label, area, model=MODEL, instruction=words, seed=SEED, features=features, **more)
+    return node(number, "MingEdit", label, area, model=MODEL, instruction=words, seed=seed, features=features, **more)
 
 
 def drawn(number: int) -> tuple[Out, Out]:
@@ -655,10 +657,21 @@ TEMPLATES = [
                 group(
                     "1. Sharpen",
                     ROUND,
-                    column(290, edit(8, "1, super-resolution", instruction("super-resolution"), Out(6, "features"))),
+                    column(
+                        290,
+                        edit(
+                            8,
+                            "1, super-resolution",
+                            instruction("super-resolution"),
+                            Out(6, "features"),
+                            seed=COLORING_SEED,
+                        ),
+                    ),
                 ),
                 group(
-                    "2. Color", ROUND, column(290, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8)))
+                    "2. Color",
+                    ROUND,
+                    column(290, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8), seed=COLORING_SEED)),
                 ),
                 group(
                     "Before and after",
@@ -687,12 +700,27 @@ TEMPLATES = [
                 group(
                     "1. Sharpen",
                     ROUND,
-                    column(270, edit(8, "1, super-resolution", instruction("super-resolution"), Out(6, "features"))),
+                    column(
+                        270,
+                        edit(
+                            8,
+                            "1, super-resolution",
+                            instruction("super-resolution"),
+                            Out(6, "features"),
+                            seed=COLORING_SEED,
+                        ),
+                    ),
                 ),
                 group(
-                    "2. Color", ROUND, column(270, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8)))
+                    "2. Color",
+                    ROUND,
+                    column(270, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8), seed=COLORING_SEED)),
                 ),
-                group("3. Clean", ROUND, column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10)))),
+                group(
+                    "3. Clean",
+                    ROUND,
+                    column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10), seed=COLORING_SEED)),
+                ),
                 before_and_after(
                     decode(13, Out(12, "features"), "once"),
                     before(15, Out(4, "IMAGE"), 250),

@@ -12,8 +12,9 @@ from ming_univision.ming_core import MingTok
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
 from ming_univision.runner.session import run_workflow
 from ming_univision.runner.workflow import read_workflow, with_image
+from ming_univision.tiny_shapes.world import compare, parse_scene, read_scene
 from ming_univision.workflows import build, chinese, parts
-from ming_univision.workflows.templates import TEMPLATES
+from ming_univision.workflows.templates import SCENE, TEMPLATES
 from PIL import Image, ImageDraw
 
 FOLDER = host.PACK / "workflows" / "api"
@@ -273,6 +274,54 @@ def test_every_run_of_the_chat_adds_a_round(tmp_path):
         workflow = shortened(read_workflow(FOLDER / "chat.json"))
         (conversation,) = run_workflow(workflow, output_dir=tmp_path)["3"].outputs[1]
         assert len(conversation.images) == rounds
+
+
+# What a template shows and says with the built-in model, as it opens: name -> id of a node, and the scene or the words.
+SHOWN = [
+    ("text_to_image", "4", "a large red circle at the left on a white background"),
+    ("draw_then_ask", "7", "a small yellow star at the top right on a navy background"),
+    ("draw_then_ask", "5", "a small yellow star at the top right on a navy background"),
+    ("describe", "6", SCENE),
+    ("multi_round_edit", "6", SCENE),
+    ("multi_round_edit", "14", SCENE.replace("white", "navy")),
+    ("segment_then_edit", "11", SCENE.replace("the left", "the top")),
+    ("edit_inside_mask", "10", SCENE.replace("red", "green")),
+    ("region_then_edit_inside", "8", SCENE.replace("red", "green")),
+    ("extend_picture", "8", SCENE),
+    ("edit_photograph", "11", SCENE.replace("large red", "small green")),
+    ("super_resolution_then_colorize", "11", SCENE),
+    ("enhance_chain", "13", SCENE),
+    ("branch_edits", "9", SCENE.replace("the right", "the top right")),
+    ("branch_edits", "11", SCENE.replace("white", "navy")),
+    ("save_and_continue", "12", "a large red circle at the left on a white background"),
+    ("compare_two_pictures", "9", "the second"),
+]
+
+
+@pytest.fixture(scope="module")
+def as_it_opens(tmp_path_factory):
+    """The results of a template, run once with all of its steps."""
+    results = {}
+
+    def run(name):
+        if name not in results:
+            results[name] = run_workflow(
+                read_workflow(FOLDER / f"{name}.json"), output_dir=tmp_path_factory.mktemp(name)
+            )
+        return results[name]
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "node", "shown"), SHOWN)
+def test_a_template_shows_and_says_what_its_words_ask_for(name, node, shown, as_it_opens):
+    (first,) = as_it_opens(name)[node].outputs[0]
+    if isinstance(first, str):
+        assert first.strip().rstrip(".") == shown
+        return
+    assert max(first.shape[-3:]) >= 512, "large also where a page does not enlarge"
+    reading = read_scene(first.reshape(first.shape[-3:]).numpy())
+    assert compare(reading, parse_scene(shown)).all_right, reading
 
 
 @pytest.mark.parametrize("name", [name for name, (encodes, *_) in CALLS.items() if encodes])
