@@ -138,6 +138,17 @@ def read_coarse_picture() -> tuple[Group, ...]:
     )
 
 
+def sharpen_and_color(width: int) -> tuple[Group, Group]:
+    """The first two rounds with a coarse gray scene."""
+    words = instruction("super-resolution"), instruction("colorize", SCENE)
+    sharpened = edit(8, "1, super-resolution", words[0], Out(6, "features"), seed=COLORING_SEED)
+    colored = edit(10, "2, colorize", words[1], *drawn(8), seed=COLORING_SEED)
+    return (
+        group("1. Sharpen", ROUND, column(width, sharpened)),
+        group("2. Color", ROUND, column(width, colored)),
+    )
+
+
 def read_picture(*below: Node | Note | Space) -> tuple[Group, Group]:
     """Load the model and the scene, and encode it; what else goes below the encoder."""
     return (
@@ -654,25 +665,7 @@ TEMPLATES = [
         (
             read_coarse_picture(),
             (
-                group(
-                    "1. Sharpen",
-                    ROUND,
-                    column(
-                        290,
-                        edit(
-                            8,
-                            "1, super-resolution",
-                            instruction("super-resolution"),
-                            Out(6, "features"),
-                            seed=COLORING_SEED,
-                        ),
-                    ),
-                ),
-                group(
-                    "2. Color",
-                    ROUND,
-                    column(290, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8), seed=COLORING_SEED)),
-                ),
+                *sharpen_and_color(290),
                 group(
                     "Before and after",
                     RESULT,
@@ -697,25 +690,7 @@ TEMPLATES = [
         (
             read_coarse_picture(),
             (
-                group(
-                    "1. Sharpen",
-                    ROUND,
-                    column(
-                        270,
-                        edit(
-                            8,
-                            "1, super-resolution",
-                            instruction("super-resolution"),
-                            Out(6, "features"),
-                            seed=COLORING_SEED,
-                        ),
-                    ),
-                ),
-                group(
-                    "2. Color",
-                    ROUND,
-                    column(270, edit(10, "2, colorize", instruction("colorize", SCENE), *drawn(8), seed=COLORING_SEED)),
-                ),
+                *sharpen_and_color(270),
                 group(
                     "3. Clean",
                     ROUND,
