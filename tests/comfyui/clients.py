@@ -25,8 +25,14 @@ from PIL import Image
 from .finding import NotFound, add_options, found
 from .server import Server, ServerError, read_workflow
 
+DRAWN = 200  # the side of what is drawn, which tells it from other pictures
 WORKFLOWS = {
-    "text_to_image": {"3.prompt": "a small yellow star at the top on a navy background", "3.seed": 5, "3.steps": 4},
+    "text_to_image": {
+        "3.prompt": "a small yellow star at the top on a navy background",
+        "3.seed": 5,
+        "3.steps": 4,
+        "4.enlarge_to": DRAWN,
+    },
     "multi_round_edit": {
         "2.scene": "a large green square at the left on a white background",
         "9.instruction": "Show the region to edit: Change the background to mint.",
@@ -34,6 +40,7 @@ WORKFLOWS = {
         "9.steps": 2,
         "11.steps": 2,
         "13.steps": 2,
+        "14.enlarge_to": DRAWN,
         "11.seed": 7,
     },
 }
@@ -145,7 +152,7 @@ def drive(server: Server, python: Path, script: str, name: str, folder: Path) ->
     said = f"{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
     assert done.returncode == 0, said
     sizes = [Image.open(picture).size for picture in folder.glob("*.png")]
-    assert (128, 128) in sizes, f"no drawing among pictures of {sizes}: {said}"
+    assert (DRAWN, DRAWN) in sizes, f"no drawing among pictures of {sizes}: {said}"
     if name == "multi_round_edit":
         assert "green square" in (folder / "answer.txt").read_text(encoding="utf-8"), said
     return re.findall("VERSION (.+)", done.stdout)[-1]

@@ -277,4 +277,4 @@ def test_the_readmes_example_edits_an_uploaded_picture_with_the_standard_library
     (answer,) = history[prompt_id]["outputs"]["7"]["text"]
     assert answer in done.stdout
     with Image.open(tmp_path / "edited.png") as image:
-        assert image.format == "PNG" and image.size == (128, 128)
+        assert image.format == "PNG" and image.size == (512, 512)
