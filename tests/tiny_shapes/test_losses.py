@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ming_core import Conversation
+from ming_core import Conversation, Guidance, Solver
 from ming_core.conversation import Image, guidance_masks
 from ming_core.features import to_grid
 from ming_core.kv_cache import DecodeCache
 from tiny_shapes.training import images
-from tiny_shapes.training.joint_loss import JointLoss, JointWeights, recorded_routing
+from tiny_shapes.training.joint_loss import OWN_ERROR, OWN_STEPS, JointLoss, JointWeights, recorded_routing
 from tiny_shapes.training.packing import ATTRIBUTES, pack
 from tiny_shapes.training.sequences import IGNORE, TEXT_UNCONDITIONAL, UNCONDITIONAL, tokenize_dialogue
 from tiny_shapes.world import Dialogue, random_dialogue
@@ -144,22 +144,60 @@ def test_kept_tokens_are_fed_as_inference_feeds_them(engine, chat):
     assert not torch.allclose(features[1, 12:], source.tokens[0, 12:], atol=1e-3), "the rest is that of the target"
 
 
-def test_what_a_masked_round_keeps_is_its_source_with_the_noise_that_it_was_fed_with(make_objective, chat):
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_what_a_masked_round_keeps_is_its_source_with_the_errors_that_it_was_fed_with(own, make_objective, chat):
     loss = make_objective("joint").module
+    loss.weights = JointWeights(own=own)
     dialogue = dialogue_of({"edit": 1.0, "masked edit": 5.0}, 6, rounds=3)
     assert sum(task.mask is not None for task in dialogue.tasks) > 1
     batch = pack([tokenize_dialogue(dialogue, chat, GRID)], 0, GRID)
     fed = []
     loss.network.mingtok.semantic_decoder.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
     latents, _ = loss.images(batch, seeded())
-    (fed,) = fed
-    fed = (fed - loss.network.mingtok.config.mean) / loss.network.mingtok.config.scaling_factor
+    fed = (fed[-1] - loss.network.mingtok.config.mean) / loss.network.mingtok.config.scaling_factor
     for i, source in enumerate(batch.sources.tolist()):
         kept = ~batch.opened[i]
         if source >= 0:
             torch.testing.assert_close(fed[i][kept], fed[source][kept])
         if batch.drawn[i]:
             assert not torch.allclose(fed[i][~kept], latents[i][~kept], atol=1e-3), "drawn tokens are fed with noise"
+
+
+def test_its_own_drawings_are_what_the_model_draws_after_the_true_tokens(engine, chat):
+    (task,) = dialogue_of("generate", 3).tasks
+    batch = pack([tokenize_dialogue(Dialogue((task,)), chat, GRID)], 0, GRID)
+    loss = JointLoss(engine.network)
+    with torch.no_grad():
+        latents = loss.latents(batch)
+        own = loss.own_drawings(latents, loss.features(latents, batch), batch, seeded(5))
+    drawn = engine.generate_image(
+        Conversation(),
+        task.prompt,
+        noise=torch.randn(latents.shape, generator=seeded(5))[0],
+        guidance=Guidance(1, 1),
+        solver=Solver(OWN_STEPS),
+        max_new_tokens=1,
+    ).features
+    first = engine.mingtok.normalise(drawn.latents[0, :, 0, 0])  # only before the first one are all tokens true
+    torch.testing.assert_close(own[0, 0], first, rtol=0, atol=1e-4)
+
+
+def test_a_token_that_belongs_to_another_drawing_is_fed_with_noise_instead(make_objective, chat):
+    loss = make_objective("joint").module
+    batch = pack([tokenize_dialogue(dialogue_of("edit", 3), chat, GRID)], 0, GRID)
+    latents = loss.latents(batch)
+    wrong = torch.zeros_like(latents)
+    wrong[:, :8], wrong[:, 8:] = 0.9 * OWN_ERROR, 1.1 * OWN_ERROR
+    loss.own_drawings = lambda latents, *_: latents + wrong
+    fed = []
+    loss.features = lambda latents, batch: fed.append(latents.clone())
+    loss.weights = JointWeights(own=1.0)
+    loss.images(batch, seeded())
+    noisy, own = fed
+    assert batch.drawn.tolist() == [False, True]
+    torch.testing.assert_close(own[1, :8], (latents + wrong)[1, :8])
+    torch.testing.assert_close(own[1, 8:], noisy[1, 8:])
+    torch.testing.assert_close(own[0], latents[0])  # what is seen is fed as it is
 
 
 def test_kept_tokens_are_not_learned(make_objective, chat):

@@ -71,6 +71,13 @@ def test_tokens_of_objects_weigh_more_than_the_plain_background():
     assert not flow_weights(None, GRID).any()
 
 
+def test_what_is_completed_weighs_alike_whether_an_object_comes_or_not():
+    (task,) = dialogue_of("complete", 4).tasks
+    opened = opened_tokens(task, (8, 8)).reshape(8, 8)
+    weights = weights_but_for_first_tokens(task)
+    assert (weights[opened] == OBJECT_WEIGHT).all() and (weights[~opened] == 0).all() and not opened.all()
+
+
 def test_an_edit_weighs_what_it_changes_and_the_objects_that_it_must_not_change_alike():
     (task,) = dialogue_of("edit/move", 4, objects=(2, 3)).tasks
     background = np.array(BACKGROUNDS[task.source_scene.background])

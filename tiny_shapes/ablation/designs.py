@@ -87,14 +87,11 @@ class SeparateUniVision(UniVision):
 
 
 class SeparateLoss(JointLoss):
-    """The loss with drawn images fed as latents: noisy ones, as they are made features of in the unified design."""
+    """The loss with drawn images fed as latents: the noisy ones that become features in the unified design."""
 
-    @torch.no_grad()
-    def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        latents, fed = self.latents(batch, generator)
-        tok = self.network.mingtok
-        features = tok.semantic_decoder(tok.denormalise(fed))
-        return latents, torch.where(batch.drawn[:, None, None], tagged(fed, features.shape[-1]), features)
+    def features(self, latents: Tensor, batch: Batch) -> Tensor:
+        features = super().features(latents, batch)
+        return torch.where(batch.drawn[:, None, None], tagged(latents, features.shape[-1]), features)
 
 
 class SeenAgain(DialogueData):

@@ -1,9 +1,10 @@
 """What the language model, the flow head and the projection are trained to do, around a frozen MingTok.
 
 They predict the next token of answers and, at image positions, the velocity from noise to the next latent (rectified
-flow). The images to draw are fed with noise on their latents, because the model's own drawings have errors, which would
-otherwise add up over the tokens. The flow loss alone teaches only slowly what belongs where, so two linear heads, which
-are thrown away afterwards, read auxiliary targets from the hidden states:
+flow). The images to draw are fed with noise on their latents, or as the model itself draws them, because its own
+drawings have errors, which would otherwise add up over the tokens and over the rounds. The flow loss alone teaches only
+slowly what belongs where, so two linear heads, which are thrown away afterwards, read auxiliary targets from the hidden
+states:
 
 - the patch head, what the next image token shows: the labels that MingTok's features were aligned with, and whether an
   edit changes it;
@@ -34,6 +35,9 @@ from .sequences import IGNORE
 
 TERMS = ("text", "flow", "patches", "objects", "balance")
 
+OWN_STEPS = 3  # of Euler's rule, in which the model's own drawings are made
+OWN_ERROR = 0.5  # root mean square by which a token of its own may be wrong; with more it is one of another drawing
+
 
 @dataclass(frozen=True)
 class JointWeights:
@@ -43,6 +47,7 @@ class JointWeights:
     patches, objects  auxiliary targets
     balance           how unevenly experts are used
     noise             on the normalised latents of drawn images; drawn from 0 to this for each image
+    own               share of the batches in which drawn images are fed as the model itself draws them
     times             (time, noise) pairs for each token: each costs about as much as the token in the language model
     """
 
@@ -52,6 +57,7 @@ class JointWeights:
     objects: float = 0.4
     balance: float = 0.01
     noise: float = 0.4
+    own: float = 0.0
     times: int = 2
 
 
@@ -72,10 +78,8 @@ class JointLoss(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns "loss" and its `TERMS`; "balance" is 1 if all experts are used alike."""
         weights = self.weights
-        with torch.autocast(batch.ids.device.type, enabled=False):  # what is to be learned is exact
-            latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
-        # the index of each image token in the flattened rows
-        places = batch.image_starts[:, None] + torch.arange(features.shape[1], device=features.device)  # (P, N)
+        latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
+        places = _places(batch)
         with recorded_routing(self.network) as balance:
             hidden = self.hidden(batch, features, places)  # (R * L, H)
         # the tokens to learn: those that are drawn, not kept
@@ -134,28 +138,64 @@ class JointLoss(nn.Module):
 
     @torch.no_grad()
     def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Normalised latents [P, N, C] and the features to feed [P, N, D]: those of noisy latents for drawn images."""
-        latents, fed = self.latents(batch, generator)
-        tok = self.network.mingtok
-        return latents, tok.semantic_decoder(tok.denormalise(fed))
+        """Normalised latents [P, N, C] and the features to feed [P, N, D].
 
-    def latents(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Normalised latents of the placed images, and those to feed: noisy ones for drawn images. Both [P, N, C].
-
-        Tokens that a mask keeps are fed as those of their source are, noise included: so it is when the model edits.
+        Drawn images are fed with noise on their latents, or as the model itself draws them.
         """
-        tok, placed = self.network.mingtok, len(batch.drawn)
-        if len(batch.images):
-            latents = to_tokens(tok.encode(from_uint8(batch.images)))
-        else:
-            latents = batch.flow_weights.new_empty(*batch.flow_weights.shape, tok.config.semantic_decoder.in_dim)
+        placed = len(batch.drawn)
+        latents = self.latents(batch)  # (P + E, N, C)
         strength = torch.rand(placed, 1, 1, generator=generator) * self.weights.noise
         noise = strength * torch.randn(placed, *latents.shape[1:], generator=generator)
         fed = latents.clone()
         fed[:placed] += noise.to(latents) * batch.drawn[:, None, None]
-        for i in (batch.sources >= 0).nonzero().flatten().tolist():  # in order: a source may have one itself
-            fed[i] = torch.where(batch.opened[i, :, None], fed[i], fed[batch.sources[i]])
-        return latents[:placed], fed[:placed]
+        features = self.features(_kept(fed, batch), batch)
+        if placed and self.weights.own and float(torch.rand((), generator=generator)) < self.weights.own:
+            own = self.own_drawings(latents[:placed], features, batch, generator)
+            near = (own - latents[:placed]).square().mean(-1, keepdim=True).sqrt() <= OWN_ERROR
+            fed[:placed] = torch.where(near & batch.drawn[:, None, None], own, fed[:placed])
+            features = self.features(_kept(fed, batch), batch)
+        return latents[:placed], features
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Normalised latents of all images of a batch, [P + E, N, C]."""
+        tok = self.network.mingtok
+        if not len(batch.images):
+            return batch.flow_weights.new_empty(*batch.flow_weights.shape, tok.config.semantic_decoder.in_dim)
+        with torch.autocast(batch.images.device.type, enabled=False):  # what is to be learned is exact
+            return to_tokens(tok.encode(from_uint8(batch.images)))
+
+    def features(self, latents: Tensor, batch: Batch) -> Tensor:
+        """What is fed of the placed images: the features of their latents, [P, N, C] -> [P, N, D]."""
+        tok = self.network.mingtok
+        with torch.autocast(latents.device.type, enabled=False):
+            return tok.semantic_decoder(tok.denormalise(latents))
+
+    def own_drawings(self, latents: Tensor, features: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """What the model draws for each token after the true ones, with the noise that is fed: [P, N, C]."""
+        head = self.network.flow_head
+        z = head.vis_head(self.hidden(batch, features, _places(batch))[_places(batch) - 1])  # (P, N, H)
+        x = torch.randn(latents.shape, generator=generator).to(latents)
+        for step in range(OWN_STEPS):
+            t = torch.full(x.shape[:-1], 1 - step / OWN_STEPS, device=x.device)
+            x = x + head.net(x, t, z).to(x) / OWN_STEPS
+        return x
+
+
+def _kept(latents: Tensor, batch: Batch) -> Tensor:
+    """The latents of the placed images, [P + E, N, C] -> [P, N, C], with those that a mask keeps from their source.
+
+    They have the errors that their source was fed with: so it is when the model edits.
+    """
+    latents = latents.clone()
+    for i in (batch.sources >= 0).nonzero().flatten().tolist():  # in order: a source may have one itself
+        latents[i] = torch.where(batch.opened[i, :, None], latents[i], latents[batch.sources[i]])
+    return latents[: len(batch.drawn)]
+
+
+def _places(batch: Batch) -> Tensor:
+    """The index of each image token in the flattened rows: [P, N]."""
+    starts = batch.image_starts
+    return starts[:, None] + torch.arange(batch.flow_weights.shape[1], device=starts.device)
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

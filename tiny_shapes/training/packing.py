@@ -219,6 +219,8 @@ def flow_weights(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
         before = _differ(draw(require(task.source_scene)), background, grid)
         if not before.all():  # unless the background is new
             weights[occupied | before] = EDIT_WEIGHT
+    elif task.family == "complete":
+        weights[:] = OBJECT_WEIGHT  # what is not asked for must stay away as surely as what is asked for must come
     weights[_first_tokens(grid)] *= FIRST_WEIGHT
     return (weights * opened_tokens(task, grid)).astype(np.float32)
 

@@ -73,6 +73,7 @@ class Stage:
     several         share of the other dialogues whose scenes have two objects or more
     chains          share of the dialogues that are three to five edits
     cluttered       share of the prompts with additions that mean nothing
+    own             share of the batches in which drawn images are fed as the model itself draws them
     checkpoint_minutes, checkpoint_steps  between two checkpoints; the minutes count where the steps are 0
     """
 
@@ -92,6 +93,7 @@ class Stage:
     several: float = 0.0
     chains: float = 0.0
     cluttered: float = 0.0
+    own: float = 0.0
     checkpoint_minutes: float = 20.0
     checkpoint_steps: int = 0
     seed: int = 0
@@ -359,6 +361,35 @@ RECIPE = (
         quizzes=0.25,
         chains=0.08,
         seed=10,
+    ),
+    # With its own drawings fed, which is what a chain of edits copies; above all what is completed, which is to show
+    # what was asked for and nothing else, regions, and moves.
+    replace(
+        PAIRS,
+        name="its own drawings",
+        hours=1.7,
+        lr=8e-4,
+        decay_fraction=0.85,
+        tasks={
+            **PAIRS.tasks,
+            "generate": 12.0,
+            "question": 0.8,
+            "describe": 1.6,
+            "edit/recolor": 2.8,
+            "edit/move": 2.5,
+            "masked edit": 3.5,
+            "complete": 14.0,
+            "pair/which": 5.0,
+            "pair/one": 1.0,
+            "identify region": 8.0,
+            "super-resolution": 0.4,
+            "denoise": 0.3,
+        },
+        several=0.6,
+        quizzes=0.2,
+        chains=0.15,
+        own=0.5,
+        seed=11,
     ),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )

@@ -25,7 +25,7 @@ from ..evaluation.quick import quick_evaluation
 from .data import DialogueData, ImageData
 from .images import image_batch
 from .initialization import initialize
-from .joint_loss import JointLoss
+from .joint_loss import JointLoss, JointWeights
 from .mingtok_loss import MingTokLoss, MingTokWeights
 from .packing import Batch
 from .recipe import MINGTOK, VOCABULARY, Stage, univision_config
@@ -182,7 +182,7 @@ class JointStage:
             stage.chains,
             stage.cluttered,
         )
-        self.module: JointLoss = JointLoss(engine.network).to(device)
+        self.module: JointLoss = JointLoss(engine.network, JointWeights(own=stage.own)).to(device)
         self.parallel: nn.Module = self.module
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
