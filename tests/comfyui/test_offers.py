@@ -84,4 +84,4 @@ def expected_size(prompt: dict, node_id: str) -> tuple[int, int]:
     if kind == "MaskToImage":  # of a region: every token is shown as a square
         return 512, 512
     assert kind == "MingTokDecode"
-    return SIDE, SIDE
+    return (max(SIDE, given["enlarge_to"]),) * 2
