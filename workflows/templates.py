@@ -19,6 +19,7 @@ MODEL, MINGTOK, IMAGE, FEATURES = Out(1, "model"), Out(1, "mingtok"), Out(2, "im
 LATENT = Out(3, "latent")
 SWAP = "or Load Image"
 DECODE_COLUMN = 112 + 56  # height of MingTok Decode and the space below it
+FILE_NAME = 28  # height of the file name above the image of Save Image
 SEED = 7
 COLORING_SEED = 8  # with 7, the built-in model sharpens the gray circle to a green one, and cannot make that red
 
@@ -94,7 +95,8 @@ def save(number: int, image: Out, file: str, area: int = 300, label: str = "afte
 
 def before_and_after(decoder: Node, first: Node, last: Node, width: int = 300) -> Group:
     """The picture that was edited and the result side by side, the decoder above the first to save width."""
-    return group("Before and after", RESULT, column(width, decoder, first), column(width, Space(DECODE_COLUMN), last))
+    above = Space(DECODE_COLUMN - FILE_NAME)
+    return group("Before and after", RESULT, column(width, decoder, first), column(width, above, last))
 
 
 def read_coarse_picture() -> tuple[Group, ...]:
@@ -645,7 +647,7 @@ TEMPLATES = [
                 before_and_after(
                     decode(14, Out(13, "features"), "once"),
                     before(16, area=240),
-                    save(15, Out(14, "image"), "multi_round_edit", 216),
+                    save(15, Out(14, "image"), "multi_round_edit", 240),
                     280,
                 ),
             ),
@@ -699,7 +701,7 @@ TEMPLATES = [
                 before_and_after(
                     decode(13, Out(12, "features"), "once"),
                     before(15, Out(4, "IMAGE"), 250),
-                    save(14, Out(13, "image"), "enhance_chain", 226),
+                    save(14, Out(13, "image"), "enhance_chain", 250),
                 ),
             ),
         ),
