@@ -508,7 +508,7 @@ LANGUAGE_ROUTE = "/ming_univision/language"  # web/page_language.js posts to it
 MAX_PAGES = 1000  # whose languages are kept
 
 _page_languages: OrderedDict[str, str] = OrderedDict()  # client id -> code, such as zh
-_prompting_client: ContextVar[str | None] = ContextVar("ming_prompting_client", default=None)
+_prompting_client: ContextVar[str | None] = ContextVar("ming_prompting_client")  # set where a prompt is received
 
 
 def follow_page_languages() -> None:
@@ -522,7 +522,7 @@ def follow_page_languages() -> None:
 
 def page_language() -> str:
     """The language of the page whose prompt is checked or runs; "" for programs that use the API."""
-    client = _prompting_client.get() or _client()
+    client = _prompting_client.get(_client())
     return _page_languages.get(client, "") if client else ""
 
 

@@ -165,15 +165,12 @@ def test_a_check_before_the_run_speaks_to_the_page_that_posts_the_prompt(server)
             assert handler({"client_id": client, "prompt": {}}) == {"client_id": client, "prompt": {}}
         said[client] = check(prompt=" ")
 
-    async def both():
-        await asyncio.gather(asyncio.create_task(post("page")), asyncio.create_task(post("other")))
+    async def all_at_once():
+        await asyncio.gather(*(asyncio.create_task(post(client)) for client in ("page", "other", None)))
 
-    server.client_id = None
-    asyncio.run(both())
-    assert said == {
-        "page": "提示词是空的：请写上要模型做什么",
-        "other": "the prompt is empty: write what the model is to do",
-    }
+    asyncio.run(all_at_once())  # that of the page is running
+    english = "the prompt is empty: write what the model is to do"
+    assert said == {"page": "提示词是空的：请写上要模型做什么", "other": english, None: english}
 
 
 def test_an_error_keeps_its_type_and_what_it_carries(server):
