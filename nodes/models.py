@@ -99,6 +99,10 @@ def _add(named: dict[str, Path], folder: Path, parts: int) -> None:
             break
 
 
+# PowerShell takes a quoted first word for a string; ComfyUI portable's Python cannot create virtual environments.
+POWERSHELL = " (in PowerShell, put & before it; with ComfyUI portable, use a full Python such as py instead)"
+
+
 def missing_message(name: Any, kind: str) -> str:
     """What to do about a model that was not found."""
     if not isinstance(name, str):
@@ -113,9 +117,7 @@ def missing_message(name: Any, kind: str) -> str:
     repository, size = PUBLISHED[kind]
     published = repository.split("/")[1]
     places = host.model_folders()
-    # PowerShell takes a quoted first word for a string; ComfyUI portable's Python cannot create virtual environments.
-    windows = " (in PowerShell, put & before it; with ComfyUI portable, use a full Python such as py instead)"
-    hint = windows if os.name == "nt" else ""
+    hint = POWERSHELL if os.name == "nt" else ""
     close = difflib.get_close_matches(name, found, n=1)
     meant = f'did you mean "{close[0]}"? ' if close else ""
     return (

@@ -180,7 +180,7 @@ def saved_path(name: str | None) -> Path:
         check_regular(path)
     except FileError:
         raise FileError(
-            f"there is no file {shown} in {root}: save it first, or choose another one from the list"
+            f"there is no file {shown!r} in {root}: save it first, or choose another one from the list"
         ) from None
     return path
 

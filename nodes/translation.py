@@ -2,7 +2,7 @@
 
 All code writes English. locales/<language>/messages.json has its messages with {} for what is filled in, and their
 translations, where {0}, {1} stand in another order. What is filled in may be a message or a part of one, and is
-translated as well; what is not known stays as it is, and so do logs.
+translated as well; what is not known stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from . import host
 MAX_LENGTH = 4000  # characters; longer messages stay as they are
 MAX_DEPTH = 6  # of messages in messages
 FEW_LETTERS = 4  # a message with fewer, such as "{}: {}", only joins others
+# What somebody wrote, as Python quotes it, with the name of an input before it: it may look like any part of a message.
+QUOTED = re.compile(r"""(?:\w+ )?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 
 
 class _Message(NamedTuple):
@@ -41,7 +43,8 @@ class _Message(NamedTuple):
         start, end = len(first), len(message) - len(last)
         parts = []
         for words in between:
-            at = message.find(words, start + 1, end)
+            quoted = QUOTED.match(message, start)
+            at = message.find(words, quoted.end() if quoted else start + 1, end)
             if at < 0:
                 return None
             parts.append(message[start:at])
@@ -76,7 +79,7 @@ def translated(message: str, language: str, depth: int = 0) -> str:
         found = known.parts(message)
         if found is not None:
             parts = [
-                part if before.endswith('"') or part[:1] in ("'", '"') else translated(part, language, depth + 1)
+                part if before.endswith('"') or QUOTED.fullmatch(part) else translated(part, language, depth + 1)
                 for before, part in zip(known.words, found, strict=False)  # what is in quotes, somebody wrote
             ]
             if not known.joins or parts != found:
@@ -91,7 +94,8 @@ def _messages(language: str) -> tuple[_Message, ...]:
     if not re.fullmatch("[a-z]{2}", language) or not path.is_file():
         return ()
     messages = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(_message(english, messages[english]) for english in sorted(messages, key=_letters, reverse=True))
+    known = [_message(english, translation) for english, translation in messages.items()]
+    return tuple(sorted(known, key=lambda message: 0 if message.joins else -_letters("".join(message.words))))
 
 
 def _message(english: str, translation: str) -> _Message:

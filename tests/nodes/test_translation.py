@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ from ming_univision.ming_core import Conversation
 from ming_univision.ming_core.engine import EMPTY_PROMPT
 from ming_univision.ming_core.offload import NonfiniteError, nonfinite_error
 from ming_univision.ming_core.text_tokenizer import FETCH
-from ming_univision.nodes import NODE_CLASS_MAPPINGS, host
+from ming_univision.nodes import NODE_CLASS_MAPPINGS, host, lora, models
 from ming_univision.nodes.inputs import SOURCES
 from ming_univision.nodes.rounds import NO_PICTURE
-from ming_univision.nodes.translation import translate_error, translated
+from ming_univision.nodes.translation import MAX_LENGTH, translate_error, translated
 from ming_univision.tests.conftest import ROOT
 
 RAISED = ("_HeaderFault", "_Damaged", "_CutOff", "_require")  # what raises messages, beside classes called ...Error
@@ -27,10 +28,17 @@ WHOLE = {
     "{}the weights are damaged, download them again": "the weights are damaged, download them again",
     "{} is {}: it must be{}": "Q is Q: it must be from 0 to 1",
     "{} is not valid JSON: {} at {}; {}": "Q is not valid JSON: Q at line Q, column Q; Q",
-    "{}: {}{}; {}": "Q: the tokenizer has no special token Q: it belongs to another model (Q is missing); Q",
     "{}: {}": "Q is missing: download this file again",
+    "{}: {}; correct it, or {}": "Q: Q is Q: it must be at least 1; correct it, or download this file again",
+    "{}: according to the weights, {}: {}": "Q: according to the weights, Q: download the checkpoint again",
+    "{}: {}{}; {}": "Q: the tokenizer has no special token Q: it belongs to another model (Q is missing); Q",
     "{} are {} {}": "tokens are Q Q",
     "{} {}": "filename_prefix 'a' contains a line break: remove it",
+    "these features have different grids ({} tokens): encode both pictures with one detail; drawn pictures have that "
+    "of detail `standard`": "these features have different grids (Q and Q tokens): encode both pictures with one "
+    "detail; drawn pictures have that of detail `standard`",
+    "an object cannot be at the {}: name one place for each object": "an object cannot be at the Q and the Q: name one "
+    "place for each object",
 }
 
 
@@ -71,14 +79,65 @@ def test_every_message_of_the_code_is_translated_with_all_that_is_filled_in(mess
     assert chinese.count("Q") == shown.count("Q")
 
 
+COMPOSED = [
+    "/m/config.json: llm_config: hidden_size is 0: it must be at least 1; correct it, or download this file again",
+    "/m/tokenizer.json: the tokenizer has no special token <x>: it belongs to another model; " + FETCH,
+    "/m: according to the weights, width is 0: it must be at least 1: download the checkpoint again",
+    "/m/a.safetensors is cut off in tensor a.b: 100 bytes of 5; download this file again",
+    "/m/x.json is a folder, not a file: put the file in its place",
+    "the folder's name 'a' contains half a character (a lone surrogate): type it again",
+    "No region was found. Lower the threshold, or look at the drawn region with MingTok Decode.",
+    "The region takes 25 % of the picture.",
+    "(No picture is in view: this round is about the text alone.)",
+    "(One message about all 2 pictures. A list instead of a batch makes a round of each.)",
+    "the model computed NaN or infinite values in bfloat16: lower the strength of the LoRA a.safetensors, or leave it "
+    "out; if that does not help, lower guidance and temperature if they are extreme; else the weights are damaged, "
+    "download them again",
+]
+
+
+@pytest.mark.parametrize("message", COMPOSED)
+def test_messages_in_messages_are_translated_to_their_last_word(message):
+    assert not SENTENCE.search(translated(message, "zh"))
+
+
+@pytest.mark.parametrize("system", ["posix", "nt"])
+@pytest.mark.parametrize("kind", ["univision", "mingtok"])
+def test_a_missing_model_is_explained_in_the_language_of_the_page(system, kind, monkeypatch):
+    message = models.missing_message("Ming 2", kind)
+    if system == "nt" and os.name != "nt":
+        message = message.replace('". Nothing', f'"{models.POWERSHELL}. Nothing')
+    chinese = translated(message, "zh")
+    assert chinese.startswith('没有找到模型 "Ming 2"') and not SENTENCE.search(chinese)
+    assert chinese.count("https://") == 2 and "quickstart.py" in chinese
+    assert not SENTENCE.search(translated(lora.missing_message("x"), "zh"))
+
+
 @pytest.mark.parametrize(
     ("english", "chinese"),
     [
+        # what somebody wrote may look like any part of a message
+        (
+            "'foo' was not understood in 'a red circle. a foo star? x'. Known shapes: circle; colors: red; sizes: "
+            "small; positions: top; backgrounds: white. Example: a star.",
+            "没有看懂 'a red circle. a foo star? x' 里的 'foo'。可用的形状：circle；颜色：red；大小：small；"
+            "位置：top；背景：white。例如：a star.",
+        ),
+        (
+            "filename_prefix 'cats and grid leads out of x' leads out of /out or is not a file name: use a name such "
+            'as "cats" or "cats/first"',
+            "filename_prefix 'cats and grid leads out of x' 指向 /out 之外，或者不是文件名："
+            '请用 "cats" 或 "cats/first" 这样的名称',
+        ),
+        (
+            "there is no file 'ming/cats in hats' in /out: save it first, or choose another one from the list",
+            "/out 里没有文件 'ming/cats in hats'：请先保存，或从列表中选择另一个",
+        ),
         ("seed is 'x': it must be a whole number from 0 to 9", "seed 是 'x'：它必须是 0 到 9 的整数"),
         (
             "features takes MING_FEATURES, and a list came: connect MingTok Semantic Features, Ming Generate or Ming "
             "Edit",
-            "features 需要 MING_FEATURES，而接来的是a list：请连接「MingTok 语义特征」「Ming 生成」或「Ming 编辑」",
+            "features 需要 MING_FEATURES，而接入的是 列表：请连接「MingTok 语义特征」「Ming 生成」或「Ming 编辑」",
         ),
         # a file is called as a message is: what somebody named stays
         ("cats and dogs.safetensors: no such file", "cats and dogs.safetensors：没有这个文件"),
@@ -101,9 +160,10 @@ def test_in_other_languages_messages_stay_english(language):
 
 
 def test_unknown_and_very_long_messages_stay_as_they_are_in_little_time():
-    assert translated("CUDA out of memory. Tried to allocate 20 MiB", "zh").startswith("CUDA out")
-    long = "is: " * 900 + "x and y"
-    assert translated(long, "zh") == long
+    unknown = "CUDA out of memory. Tried to allocate 20 MiB"
+    assert translated(unknown, "zh") == unknown
+    for long in ("is: " * 900 + "x and y", "get it again" + " " * MAX_LENGTH):
+        assert translated(long, "zh") == long
 
 
 @pytest.fixture

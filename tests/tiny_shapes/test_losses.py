@@ -148,6 +148,7 @@ def test_kept_tokens_are_fed_as_inference_feeds_them(engine, chat):
 def test_what_a_masked_round_keeps_is_its_source_with_the_errors_that_it_was_fed_with(own, make_objective, chat):
     loss = make_objective("joint").module
     loss.weights = JointWeights(own=own)
+    loss.own_drawings = lambda latents, *_: latents + 0.3
     dialogue = dialogue_of({"edit": 1.0, "masked edit": 5.0}, 6, rounds=3)
     assert sum(task.mask is not None for task in dialogue.tasks) > 1
     batch = pack([tokenize_dialogue(dialogue, chat, GRID)], 0, GRID)
@@ -159,7 +160,9 @@ def test_what_a_masked_round_keeps_is_its_source_with_the_errors_that_it_was_fed
         kept = ~batch.opened[i]
         if source >= 0:
             torch.testing.assert_close(fed[i][kept], fed[source][kept])
-        if batch.drawn[i]:
+        if batch.drawn[i] and own:
+            torch.testing.assert_close(fed[i][~kept], latents[i][~kept] + 0.3)
+        elif batch.drawn[i]:
             assert not torch.allclose(fed[i][~kept], latents[i][~kept], atol=1e-3), "drawn tokens are fed with noise"
 
 

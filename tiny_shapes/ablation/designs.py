@@ -87,7 +87,7 @@ class SeparateUniVision(UniVision):
 
 
 class SeparateLoss(JointLoss):
-    """The loss with drawn images fed as latents: the noisy ones that become features in the unified design."""
+    """The loss with drawn images fed as latents: those, errors included, that become features in the unified design."""
 
     def features(self, latents: Tensor, batch: Batch) -> Tensor:
         features = super().features(latents, batch)
@@ -122,7 +122,7 @@ class AblationStage(JointStage):
         super().__init__(stage, engine, tokenizer, device)
         if design == "separate":
             self.data = SeenAgain(**{field.name: getattr(self.data, field.name) for field in fields(self.data)})
-            self.module = SeparateLoss(engine.network).to(device)
+            self.module = SeparateLoss(engine.network, self.module.weights).to(device)
             self.parallel = self.module
 
     def evaluate(self, module: JointLoss) -> dict[str, float]:
