@@ -17,7 +17,6 @@ from .saved_files import (
     save_new_file,
     saved_path,
 )
-from .translation import in_page_language
 from .widgets import FEATURES, TOOLS, boolean, file_name, integer, socket
 
 
@@ -103,7 +102,7 @@ class MingContinueConversation:
             if name is not None and (path := file_without_number(name, "name")).exists():
                 check_format(path, CONVERSATION_FORMAT)
         except FileError as error:
-            return in_page_language(str(error))
+            return str(error)
         return True
 
     @classmethod

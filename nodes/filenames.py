@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..ming_core.checks import described
 from ..ming_core.files import move
-from .translation import in_page_language
 
 FORBIDDEN = set('<>:"|?*') if os.name == "nt" else set()  # characters that a file name must not contain
 LONGEST_NAME = 255  # bytes, on almost every disk
@@ -167,5 +166,5 @@ def validate_prefix(prefix: str | None, folder: Path) -> bool | str:
         if prefix is not None:
             check_prefix(prefix, folder)
     except ValueError as error:
-        return in_page_language(str(error))
+        return str(error)
     return True

@@ -8,7 +8,6 @@ from ..ming_core.images import psnr, ssim
 from ..tiny_shapes.world import DEGRADATIONS, Scene, describe, draw, parse_scene, scene_from_seed
 from ..tiny_shapes.world import degrade as degrade_image
 from . import host
-from .translation import in_page_language
 from .widgets import TOOLS, combo, integer, seed, socket
 
 DEGRADE = [kind for kind in DEGRADATIONS if kind != "blurred"]  # no task of Ming Instruction repairs a blur
@@ -52,7 +51,7 @@ class MingExampleScene:
             if isinstance(scene, str) and scene.strip():  # None: the scene is linked, and checked when the node runs
                 parse_words(scene)
         except ValueError as error:
-            return in_page_language(str(error))
+            return str(error)
         return True
 
     def draw(self, scene: str, seed: int, degrade: str, size: int) -> tuple[torch.Tensor, str]:

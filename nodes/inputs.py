@@ -19,7 +19,7 @@ from ..ming_core import Conversation, Engine, Features
 from ..ming_core.checks import check_features, check_tensor, described, real_number, whole_number
 from ..ming_core.images import check_image
 from .host import Loaded
-from .translation import translate_error
+from .translation import in_page_language, translate_error
 from .widgets import MAX_SEED
 
 SOURCES = {  # what to connect to a socket of each type that this pack takes
@@ -53,7 +53,21 @@ def checked(node: Any) -> Any:
             raise
 
     setattr(node, function, checked_run)
+    if hasattr(node, "VALIDATE_INPUTS"):
+        node.VALIDATE_INPUTS = classmethod(_in_page_language(node.VALIDATE_INPUTS))
     return node
+
+
+def _in_page_language(validate: Callable[..., bool | str]) -> Callable[..., bool | str]:
+    """VALIDATE_INPUTS of a node class, with the language of the page for what it says."""
+
+    def validated(_: type, *args: Any, **inputs: Any) -> bool | str:
+        found = validate(*args, **inputs)
+        return in_page_language(found) if isinstance(found, str) else found
+
+    # ComfyUI passes the inputs that its signature names
+    validated.__signature__ = inspect.signature(validate.__func__)  # type: ignore[attr-defined]
+    return validated
 
 
 def check_inputs(node: Any, inputs: dict[str, Any]) -> dict[str, Any]:

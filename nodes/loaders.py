@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..ming_core import Engine, MingTok, load_mingtok, load_univision
 from . import host
 from .models import file_state, find_checkpoints, load, missing_message
-from .translation import in_page_language
 from .widgets import CATEGORY, combo
 
 AUTO_PRECISION = "auto: fp32 on a CPU with plenty of RAM, otherwise bf16 (fp16 or fp32 on GPUs without bf16)."
@@ -34,7 +33,7 @@ class _Loader:
     def VALIDATE_INPUTS(cls, model_name: str | None = None) -> bool | str:
         """None means that the name is linked; it is checked when the node runs."""
         found = model_name is None or (isinstance(model_name, str) and model_name in find_checkpoints(cls.KIND))
-        return found or in_page_language(missing_message(model_name, cls.KIND))
+        return found or missing_message(model_name, cls.KIND)
 
 
 class MingTokLoader(_Loader):

@@ -13,7 +13,6 @@ from ..ming_core.checks import described
 from ..ming_core.json_files import printable
 from ..ming_core.lora import read_lora
 from . import host
-from .translation import in_page_language
 from .widgets import CATEGORY, number, socket
 
 
@@ -44,7 +43,7 @@ class MingLoraLoader:
     def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
         """None means that the name is linked; it is checked when the node runs."""
         found = lora_name is None or (isinstance(lora_name, str) and lora_name in host.lora_files())
-        return found or in_page_language(missing_message(lora_name))
+        return found or missing_message(lora_name)
 
     @classmethod
     def IS_CHANGED(cls, lora_name: str | None, **_: object) -> tuple:

@@ -36,7 +36,7 @@ CONVERSATION = socket("MING_CONVERSATION", "Earlier rounds to continue from.")
 
 def _validate_prompt(text: str | None) -> bool | str:
     """For VALIDATE_INPUTS. None means that the prompt is linked; it is checked when the node runs."""
-    return in_page_language(EMPTY_PROMPT) if isinstance(text, str) and not text.strip() else True
+    return EMPTY_PROMPT if isinstance(text, str) and not text.strip() else True
 
 
 def _with_notes(result: RoundResult, features: Features | None) -> str:

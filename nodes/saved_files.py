@@ -18,7 +18,6 @@ from ..ming_core.files import check_format, draft_in, file_format
 from ..ming_core.json_files import check_regular, log_left_out, printable
 from . import host
 from .filenames import check_prefix, filled, give_number, numbered_path, validate_prefix
-from .translation import in_page_language
 
 
 def save_new_file(prefix: str, write: Callable[[Path], None]) -> dict:
@@ -92,7 +91,7 @@ class LoadingNode:
             if file is not None:  # None means that the name is linked; it is checked when the node runs
                 check_format(saved_path(file), cls.FILE_FORMAT)
         except FileError as error:
-            return in_page_language(str(error))
+            return str(error)
         return True
 
     @classmethod

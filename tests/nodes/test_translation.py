@@ -103,7 +103,7 @@ def test_messages_in_messages_are_translated_to_their_last_word(message):
 
 @pytest.mark.parametrize("system", ["posix", "nt"])
 @pytest.mark.parametrize("kind", ["univision", "mingtok"])
-def test_a_missing_model_is_explained_in_the_language_of_the_page(system, kind, monkeypatch):
+def test_a_missing_model_is_explained_in_the_language_of_the_page(system, kind):
     message = models.missing_message("Ming 2", kind)
     if system == "nt" and os.name != "nt":
         message = message.replace('". Nothing', f'"{models.POWERSHELL}. Nothing')

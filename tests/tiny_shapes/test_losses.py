@@ -155,6 +155,7 @@ def test_what_a_masked_round_keeps_is_its_source_with_the_errors_that_it_was_fed
     fed = []
     loss.network.mingtok.semantic_decoder.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
     latents, _ = loss.images(batch, seeded())
+    assert len(fed) == 1 + bool(own)
     fed = (fed[-1] - loss.network.mingtok.config.mean) / loss.network.mingtok.config.scaling_factor
     for i, source in enumerate(batch.sources.tolist()):
         kept = ~batch.opened[i]

@@ -172,13 +172,11 @@ class JointLoss(nn.Module):
 
     def own_drawings(self, latents: Tensor, features: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """What the model draws for each token after the true ones, with the noise that is fed: [P, N, C]."""
-        head = self.network.flow_head
-        z = head.vis_head(self.hidden(batch, features, _places(batch))[_places(batch) - 1])  # (P, N, H)
-        x = torch.randn(latents.shape, generator=generator).to(latents)
-        for step in range(OWN_STEPS):
-            t = torch.full(x.shape[:-1], 1 - step / OWN_STEPS, device=x.device)
-            x = x + head.net(x, t, z).to(x) / OWN_STEPS
-        return x
+        head, places = self.network.flow_head, _places(batch)
+        z = head.vis_head(self.hidden(batch, features, places)[places - 1])  # (P, N, H)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        drawn = head.sample(z.flatten(0, 1)[:, None], noise.flatten(0, 1), steps=OWN_STEPS)
+        return drawn.view_as(latents)
 
 
 def _kept(latents: Tensor, batch: Batch) -> Tensor:
