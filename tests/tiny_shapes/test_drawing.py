@@ -105,7 +105,7 @@ def test_patch_labels_name_what_covers_a_patch():
         assert (labels["color"][here] == 1 + list(COLORS).index(obj.color)).all()
         assert (labels["size"][here] == 1 + list(SIZES).index(obj.size)).all()
     nothing = cover.sum(axis=0) < 0.05
-    assert all((labels[name][nothing] == 0).all() for name in ("shape", "color", "size", "part"))
+    assert all((labels[name][nothing] == 0).all() for name in ("shape", "color", "size", "part", "dx", "dy"))
     assert (labels["background"] == list(BACKGROUNDS).index("navy")).all()
 
 
@@ -116,6 +116,15 @@ def test_parts_of_an_object_are_numbered_in_reading_order():
     assert inner[0, 0] == 1 and inner[0, -1] == 3 and inner[-1, 0] == 7 and inner[-1, -1] == 9
     assert set(inner.flat) == set(range(1, 10))
     assert (np.diff((inner - 1) // 3, axis=0) >= 0).all() and (np.diff((inner - 1) % 3, axis=1) >= 0).all()
+
+
+def test_patch_labels_tell_by_how_many_pixels_an_object_is_off_the_middle_of_its_cell():
+    for dx, dy in ((-1, 1), (0, -1), (1, 0)):
+        scene = Scene((SceneObject("circle", "red", "large", "centre", float(dx), float(dy)),), "white")
+        labels = patch_labels(scene)
+        here = labels["shape"] > 0
+        assert (labels["dx"][here] == 2 + dx).all() and (labels["dy"][here] == 2 + dy).all()
+        assert not labels["dx"][~here].any() and not labels["dy"][~here].any()
 
 
 def test_labels_stay_below_their_number_of_classes():

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .scenes import BACKGROUNDS, CANVAS, COLORS, SHAPES, SIZES, Scene, SceneObject
+from .scenes import BACKGROUNDS, CANVAS, COLORS, JITTER, SHAPES, SIZES, Scene, SceneObject
 
 PARTS = 9  # a shape seen as 3x3 parts, in reading order
 
@@ -25,6 +25,8 @@ LABEL_CLASSES = {
     "color": 1 + len(COLORS),
     "size": 1 + len(SIZES),
     "part": 1 + PARTS,
+    "dx": 2 + 2 * JITTER,
+    "dy": 2 + 2 * JITTER,
     "background": len(BACKGROUNDS),
 }
 
@@ -151,10 +153,11 @@ def patch_labels(scene: Scene, patches: int = 8) -> dict[str, np.ndarray]:
 
     "shape", "color" and "size" are 0 where no object covers a sixteenth of the patch, else 1 + the index in `SHAPES`,
     `COLORS`, `SIZES`. "part" is 0 there too, else 1..9: the third of the object's width and of its height that the
-    middle of the patch lies in, in reading order. "background" is the index in `BACKGROUNDS`, in every patch.
-    `LABEL_CLASSES` has the number of classes of each.
+    middle of the patch lies in, in reading order. So are "dx" and "dy", else 1 + the object's jitter in whole pixels,
+    counted from the least. "background" is the index in `BACKGROUNDS`, in every patch. `LABEL_CLASSES` has the number
+    of classes of each.
     """
-    labels = {name: np.zeros((patches, patches), dtype=np.int64) for name in ("shape", "color", "size", "part")}
+    labels = {name: np.zeros((patches, patches), dtype=np.int64) for name in LABEL_CLASSES}
     most = np.full((patches, patches), _VISIBLE, dtype=np.float32)
     for obj in scene.objects:
         covered, part = _patch_coverage(obj.shape, obj.size, obj.center, patches)
@@ -164,7 +167,8 @@ def patch_labels(scene: Scene, patches: int = 8) -> dict[str, np.ndarray]:
         labels["color"][here] = _COLOR_INDEX[obj.color]
         labels["size"][here] = _SIZE_INDEX[obj.size]
         labels["part"][here] = part[here]
-    labels["background"] = np.full((patches, patches), _BACKGROUND_INDEX[scene.background], dtype=np.int64)
+        labels["dx"][here], labels["dy"][here] = (1 + JITTER + round(shift) for shift in (obj.dx, obj.dy))
+    labels["background"][:] = _BACKGROUND_INDEX[scene.background]
     return labels
 
 
