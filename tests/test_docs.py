@@ -1,6 +1,5 @@
 """Help pages, translations and guides say what the nodes and the code are, all of it and nothing else."""
 
-import ast
 import importlib
 import json
 import re
@@ -10,6 +9,7 @@ import sys
 import pytest
 from ming_univision.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from ming_univision.nodes.host import PACK
+from ming_univision.tests.sources import nodes_of, text_of
 
 
 def inputs_of(node_id: str) -> dict:
@@ -67,24 +67,17 @@ def test_both_languages_name_the_same_mistakes_each_in_its_own_words(node_id):
         assert any(theirs.strip("…") in chinese for chinese in pairs), (ours, theirs)
 
 
-def messages() -> list[str]:
-    """Every text in the sources; what an f-string fills in is left out of it."""
-    found = []
-    paths = [path for room in ("nodes", "ming_core", "tiny_shapes") for path in sorted((PACK / room).rglob("*.py"))]
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+def texts() -> list[str]:
+    """Every text in the sources."""
+    files = [file for room in ("nodes", "ming_core", "tiny_shapes") for file in (PACK / room).rglob("*.py")]
+    return [text for file in files for text in map(text_of, nodes_of(file)) if text]
 
 
 def test_the_messages_that_help_pages_quote_are_those_of_the_sources():
-    said = messages()
+    said = texts()
     for page in (PACK / "web" / "docs").rglob("en.md"):
         for quote in re.findall(r'\*"(.+?)"\*', page.read_text(encoding="utf-8")):
-            assert any(quote.strip(". ") in message for message in said), (page.parent.name, quote)
+            assert any(quote.strip(". ") in text for text in said), (page.parent.name, quote)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

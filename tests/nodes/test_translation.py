@@ -19,6 +19,7 @@ from ming_univision.nodes.inputs import SOURCES
 from ming_univision.nodes.rounds import NO_PICTURE
 from ming_univision.nodes.translation import MAX_LENGTH, translate_error, translated
 from ming_univision.tests.conftest import ROOT
+from ming_univision.tests.sources import nodes_of, text_of
 
 RAISED = ("_HeaderFault", "_Damaged", "_CutOff", "_require")  # what raises messages, beside classes called ...Error
 SENTENCE = re.compile(r"(?<![\w.])[a-z]+ [a-z]+ [a-z]+(?![\w.])")  # English that was left
@@ -56,18 +57,8 @@ def source_files() -> list[Path]:
     return [*(ROOT / "nodes").glob("*.py"), *core, *world]
 
 
-def nodes_of(file: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-
-
 def name_of(call: ast.Call) -> str:
     return getattr(call.func, "id", getattr(call.func, "attr", ""))
-
-
-def text_of(node: ast.AST) -> str | None:
-    if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 @pytest.mark.parametrize("message", [*messages(), NO_PICTURE, EMPTY_PROMPT, FETCH, *SOURCES.values()])
