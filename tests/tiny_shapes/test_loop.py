@@ -41,23 +41,35 @@ def test_a_few_steps_on_one_batch_make_its_loss_fall(kind, make_run):
     assert loss() < 0.8 * before
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.4])
 @both_kinds
-def test_an_interrupted_run_continues_exactly(kind, make_run):
-    whole = make_run(kind, "whole")
+def test_an_interrupted_run_continues_exactly(kind, kept, make_run):
+    whole = make_run(kind, "whole", kept=kept)
     whole.train()
-    half = make_run(kind, "halves")
+    half = make_run(kind, "halves", kept=kept)
     some = batches_of(half)
     for _ in range(3):
         half.update(next(some))
     half.checkpoint()
-    other = make_run(kind, "halves")
+    other = make_run(kind, "halves", kept=kept)
     assert other.resume() and other.step == 3
     other.train()
     assert whole.losses == other.losses
-    for ours, theirs in ((whole.objective.module, other.objective.module), (whole.average, other.average)):
+    for ours, theirs in ((whole.objective.module, other.objective.module), (whole.weights(), other.weights())):
         state = theirs.state_dict()
         for name, value in ours.state_dict().items():
             assert torch.equal(value, state[name]), name
+
+
+@both_kinds
+def test_what_is_written_keeps_its_share_of_the_weights_that_the_stage_started_from(kind, make_run):
+    run = make_run(kind, kept=0.4)
+    before = {name: value.clone() for name, value in run.objective.module.named_parameters()}
+    run.train()
+    learned = dict(run.average.module.named_parameters())
+    assert any(not torch.equal(before[name], learned[name]) for name in before)
+    for name, value in run.weights().named_parameters():
+        assert torch.allclose(value, 0.4 * before[name] + 0.6 * learned[name], atol=1e-7), name
 
 
 @both_kinds

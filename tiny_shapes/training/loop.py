@@ -10,6 +10,7 @@ The first process writes. Checkpoints and model folders are written whole, then 
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import logging
 import sys
@@ -86,6 +87,7 @@ class Run:
         self.optimizers = make_optimizers(objective.module, stage.lr, bf16)
         self.schedulers = make_schedulers(self.optimizers, stage.lr, self.learning_rate_factor)
         self.average = make_average(objective.module, stage.average)
+        self.start = copy.deepcopy(objective.module) if stage.kept else None  # before a checkpoint is read
         self.losses: dict[str, float] = {}  # moving averages
         self._last_shown = 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,13 +194,23 @@ class Run:
             sys.stderr.flush()
 
     def checkpoint(self, evaluate: bool = True) -> None:
-        """Write the state to resume from and the model with averaged weights; evaluate that, and log.
+        """Write the state to resume from and the model with its `weights`; evaluate that, and log.
 
         The first process does so, and the others wait for it.
         """
         if self.processes.first:
             self._write(evaluate)
         self.processes.wait()
+
+    def weights(self) -> nn.Module:
+        """The module with the averaged weights, and the stage's share of those that it started from."""
+        if self.start is None:
+            return self.average.module
+        module = copy.deepcopy(self.average.module)
+        with torch.no_grad():
+            for weight, started in zip(module.parameters(), self.start.parameters(), strict=True):
+                weight.lerp_(started, self.stage.kept)
+        return module
 
     def _write(self, evaluate: bool) -> None:
         state = {
@@ -210,12 +222,12 @@ class Run:
             "seconds": self.seconds,
             "losses": self.losses,
         }
-        averaged = self.average.module
-        write_whole_folder(lambda folder: self.objective.export(averaged, folder), self.folder / "model")
+        weights = self.weights()
+        write_whole_folder(lambda folder: self.objective.export(weights, folder), self.folder / "model")
         fresh = self.folder / "state.pt.new"  # written last: a stage whose state says that it is done has its model
         torch.save(state, fresh)
         move(fresh, self.folder / "state.pt")
-        self.record(self.objective.evaluate(averaged) if evaluate else {})
+        self.record(self.objective.evaluate(weights) if evaluate else {})
 
     def record(self, figures: dict[str, float]) -> None:
         """Add a row to log.csv. Columns that earlier rows lack, or this one, are empty there."""

@@ -66,6 +66,8 @@ class Stage:
     warmup          steps until the peak
     decay_fraction  share of the stage, its last part, over which the learning rate decays to almost nothing
     average         decay of the moving average of the weights that is evaluated and written; 0: no average
+    kept            share of the weights that the stage starts from in those that are evaluated and written: what they
+                    could do is mostly kept (Wortsman et al., Robust fine-tuning of zero-shot models, 2022)
     objects         fewest and most objects in a scene
     tasks           weights of tasks or families of tasks (`world.TASKS`); empty: the world's own mixture
     rounds          rounds of a dialogue; 0: one to five
@@ -86,6 +88,7 @@ class Stage:
     warmup: int = 100
     decay_fraction: float = 0.7
     average: float = 0.0
+    kept: float = 0.0
     objects: tuple[int, int] = (1, 3)
     tasks: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
