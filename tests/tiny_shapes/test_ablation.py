@@ -110,6 +110,18 @@ def test_every_run_is_trained_resumed_and_reported(tmp_path, monkeypatch):
     assert "| separate, drawing alone | 1 | 2 |" in text and "steps to the level of *unified* at" in text
 
 
+def test_a_report_gives_the_range_over_the_seeds_and_no_level_where_nothing_was_right(tmp_path):
+    drawn = {"unified-1": (0.0, 0.2), "unified-2": (0.0, 0.4), "separate-1": (0.1, 0.5), "separate-2": (0.1, 0.5)}
+    drawn |= {"unified-drawing-alone-1": (0.1, 0.2), "separate-drawing-alone-1": (0.1, 0.2)}
+    for name, shares in drawn.items():
+        (tmp_path / name).mkdir()
+        rows = [f"{step},{step / 600},{share}" for step, share in zip((100, 300), shares, strict=True)]
+        (tmp_path / name / "log.csv").write_text("\n".join(["step,hours,drawn", *rows]))
+    text = write_report(tmp_path, tmp_path).read_text()
+    assert "| unified, everything | 2 | 300 | 30 | 30 % (20 % to 40 %) |" in text
+    assert "| drawings right |  |  | 30 %: 300, *separate* 200 (0.67 times) |" in text
+
+
 def test_a_report_without_runs_says_what_to_do(tmp_path):
     with pytest.raises(SystemExit, match="has no log of unified: train it first"):
         command.main(["--report", "--folder", str(tmp_path)])

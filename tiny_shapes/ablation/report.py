@@ -23,15 +23,17 @@ PARTS = {"a third": 1 / 3, "half": 1 / 2, "the end": 1.0}
 
 
 class Curve(NamedTuple):
-    """Means over the seeds of one kind of runs, at the steps that all of them have reached.
+    """The runs of one kind, at the steps that all of them have reached.
 
-    figures  name -> values; NaN where no run could measure it
+    minutes  means over the seeds
+    runs     name -> [seeds, steps]; NaN where a run could not measure it
+    figures  name -> their means; NaN where no run could
     """
 
     steps: np.ndarray
     minutes: np.ndarray
+    runs: dict[str, np.ndarray]
     figures: dict[str, np.ndarray]
-    seeds: int
 
 
 def write_report(runs: Path, out: Path) -> Path:
@@ -55,12 +57,17 @@ def read_curve(runs: Path, name: str) -> Curve:
         raise ValueError(f"{runs} has no log of {name}: train it first")
     steps = sorted(set.intersection(*(set(found) for found in logs)))
 
-    def means(column: str, factor: float = 1.0) -> np.ndarray:
-        rows = [[float(found[step].get(column) or "nan") * factor for found in logs] for step in steps]
-        return np.array([np.nanmean(row) if not np.isnan(row).all() else np.nan for row in rows])
+    def values(column: str) -> np.ndarray:
+        return np.array([[float(log[step].get(column) or "nan") for step in steps] for log in logs])
 
-    figures = {column: means(column) for column in FIGURES}
-    return Curve(np.array(steps), means("hours", 60), figures, len(logs))
+    runs = {column: values(column) for column in FIGURES}
+    return Curve(np.array(steps), 60 * _mean(values("hours")), runs, {name: _mean(each) for name, each in runs.items()})
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the runs, [seeds, steps] -> [steps], of those that have a value; NaN where none has."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0.0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 def first_reached(times: np.ndarray, values: np.ndarray, level: float) -> float | None:
@@ -82,11 +89,12 @@ def _ends(joint: dict[str, Curve], alone: dict[str, Curve]) -> str:
     ]
     for kind, curves in (("everything", joint), ("drawing alone", alone)):
         for design, curve in curves.items():
-            cells = [f"{design}, {kind}", f"{curve.seeds}", f"{curve.steps[-1]}", f"{curve.minutes[-1]:.0f}"]
+            seeds = len(curve.runs["drawn"])
+            cells = [f"{design}, {kind}", f"{seeds}", f"{curve.steps[-1]}", f"{curve.minutes[-1]:.0f}"]
             for name in FIGURES:
                 value = curve.figures[name][-1]
                 taught = kind == "everything" or name not in ("asked", *OWN, "unseen_text")
-                cells.append("" if np.isnan(value) or not taught else _shown(name, value))
+                cells.append("" if np.isnan(value) or not taught else _with_range(name, curve.runs[name][:, -1]))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -108,9 +116,16 @@ def _needs(joint: dict[str, Curve], unit: str) -> str:
             known = ~np.isnan(separate.figures[name])
             found = first_reached(other[known], sign * separate.figures[name][known], level)
             when = f"not by {other[-1]:.0f}" if found is None else f"{found:.0f} ({found / own[at]:.2f} times)"
-            cells.append("" if np.isnan(level) else f"{_shown(name, abs(level))}: {own[at]:.0f}, *separate* {when}")
+            reached = not np.isnan(level) and level != 0  # where nothing was right there is no level to come to
+            cells.append(f"{_shown(name, abs(level))}: {own[at]:.0f}, *separate* {when}" if reached else "")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _with_range(name: str, values: np.ndarray) -> str:
+    """The mean of the runs, and the least and the most of several."""
+    mean, least, most = (_shown(name, f(values)) for f in (np.nanmean, np.nanmin, np.nanmax))
+    return mean if len(values) == 1 else f"{mean} ({least} to {most})"
 
 
 def _shown(name: str, value: float) -> str:
@@ -118,7 +133,8 @@ def _shown(name: str, value: float) -> str:
 
 
 def _plot(joint: dict[str, Curve], alone: dict[str, Curve], image: Path) -> None:
-    """Every figure by step, in a panel of its own; dashed, what was taught drawing alone."""
+    """Every figure by step, in a panel of its own: the mean of the runs, each of them as a thin line; dashed, what was
+    taught drawing alone."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -128,6 +144,8 @@ def _plot(joint: dict[str, Curve], alone: dict[str, Curve], image: Path) -> None
     for axis, (name, title) in zip(figure.subplots(2, 3).flat, FIGURES.items(), strict=True):
         for design, color in zip(DESIGNS, ("tab:blue", "tab:orange"), strict=True):
             axis.plot(joint[design].steps, joint[design].figures[name], color=color, label=design)
+            for run in joint[design].runs[name]:
+                axis.plot(joint[design].steps, run, color=color, linewidth=0.5, alpha=0.5)
             if name in ("drawn", "edited", "unseen_flow"):
                 label = f"{design}, drawing alone"
                 axis.plot(alone[design].steps, alone[design].figures[name], "--", color=color, linewidth=1, label=label)
