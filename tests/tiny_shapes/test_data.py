@@ -62,6 +62,17 @@ def test_a_share_of_the_dialogues_has_two_objects_or_more(tokenizer):
     assert share(1.0) == 1.0 and share(0.0) < share(0.6) < 1.0
 
 
+def test_a_share_of_the_dialogues_has_objects_that_are_alike(tokenizer):
+    def share(alike: float) -> float:
+        data, rng = dialogue_data(tokenizer, several=1.0, alike=alike), np.random.default_rng(0)
+        scenes = (data.dialogue(rng).tasks[0].target_scene.objects for _ in range(200))
+        return np.mean(
+            [sum(a != b for a, b in zip(x.content[:3], y.content[:3], strict=True)) < 2 for x, y, *_ in scenes]
+        )
+
+    assert share(0.0) < 0.3 < share(0.5) < share(1.0)
+
+
 @pytest.mark.parametrize("stage", [s for s in RECIPE if s.trains == "joint"], ids=lambda s: s.name)
 def test_no_scene_of_the_evaluation_split_is_in_the_dialogues(stage, tokenizer, monkeypatch):
     scenes = []

@@ -80,6 +80,18 @@ def test_the_number_of_objects_keeps_to_its_range():
         random_scene(rng, objects=(0, 3))
 
 
+def test_a_share_of_the_scenes_has_objects_that_differ_in_one_attribute_at_most():
+    def differences(alike: float) -> list[int]:
+        """In how many of shape, color and size the second object differs from the first."""
+        rng = np.random.default_rng(0)
+        scenes = [random_scene(rng, (2, 2), alike=alike).objects for _ in range(200)]
+        return [sum(a != b for a, b in zip(one.content[:3], two.content[:3], strict=True)) for one, two in scenes]
+
+    assert max(differences(1.0)) == 1
+    near = [np.mean(np.array(differences(alike)) <= 1) for alike in (0.0, 0.5)]
+    assert near[0] < 0.3 and 0.4 < near[1] < 0.8
+
+
 def test_the_split_follows_from_the_content_without_jitter():
     rng = np.random.default_rng(1)
     for _ in range(200):

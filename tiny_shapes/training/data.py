@@ -53,6 +53,7 @@ class DialogueData:
     several          share of the others whose scenes have two objects or more
     chains           share of dialogues that are three to five edits, some of them with a mask
     cluttered        share of the prompts with additions that mean nothing
+    alike            share of the scenes whose objects are alike
     guidance_rows    share of dialogues that end with drawing, in the form of a guidance row
     """
 
@@ -66,6 +67,7 @@ class DialogueData:
     several: float = 0.0
     chains: float = 0.0
     cluttered: float = 0.0
+    alike: float = 0.0
     guidance_rows: float = 0.15
     row_length: int = 384
     split: str = "train"
@@ -97,16 +99,16 @@ class DialogueData:
         return Dialogue(tuple(tasks))
 
     def _plain_dialogue(self, rng: np.random.Generator) -> Dialogue:
+        def random(tasks: Any, rounds: int | None, fewest: int = self.objects[0]) -> Dialogue:
+            return random_dialogue(rng, tasks, (fewest, self.objects[1]), self.split, rounds, self.alike)
+
         if self.quizzes and rng.random() < self.quizzes:
             pairs = {name: weight for name, weight in self.tasks.items() if name.startswith("pair")}
-            about = pairs if pairs and rng.random() < 0.5 else ["question"]
-            return random_dialogue(rng, about, self.objects, self.split, QUIZ)
-        fewest, most = self.objects
+            return random(pairs if pairs and rng.random() < 0.5 else ["question"], QUIZ)
         if self.chains and rng.random() < self.chains:
-            return random_dialogue(rng, CHAIN, self.objects, self.split, int(rng.integers(3, 6)))
-        if self.several and rng.random() < self.several:
-            fewest = max(fewest, 2)
-        return random_dialogue(rng, self.tasks or None, (fewest, most), self.split, self.rounds or None)
+            return random(CHAIN, int(rng.integers(3, 6)))
+        several = self.several and rng.random() < self.several
+        return random(self.tasks or None, self.rounds or None, max(self.objects[0], 2 if several else 0))
 
 
 class StepDataset(Dataset):

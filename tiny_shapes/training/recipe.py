@@ -75,6 +75,7 @@ class Stage:
     several         share of the other dialogues whose scenes have two objects or more
     chains          share of the dialogues that are three to five edits
     cluttered       share of the prompts with additions that mean nothing
+    alike           share of the scenes whose objects are like one another in all but one of shape, color and size
     own             share of the batches in which drawn images are fed as the model itself draws them
     checkpoint_minutes, checkpoint_steps  between two checkpoints; the minutes count where the steps are 0
     """
@@ -96,6 +97,7 @@ class Stage:
     several: float = 0.0
     chains: float = 0.0
     cluttered: float = 0.0
+    alike: float = 0.0
     own: float = 0.0
     checkpoint_minutes: float = 20.0
     checkpoint_steps: int = 0
@@ -449,6 +451,33 @@ RECIPE = (
         chains=0.22,
         own=0.6,
         seed=13,
+    ),
+    # Objects that are alike, which is where edits and regions are about the wrong one.
+    replace(
+        PAIRS,
+        name="objects alike",
+        hours=0.7,
+        lr=6e-4,
+        decay_fraction=0.9,
+        kept=0.4,
+        tasks={
+            **PAIRS.tasks,
+            "generate": 17.0,
+            "question": 0.8,
+            "edit/recolor": 3.5,
+            "edit/move": 3.2,
+            "complete": 11.0,
+            "pair/which": 4.0,
+            "pair/one": 0.8,
+            "identify region": 9.0,
+            "denoise": 0.3,
+        },
+        several=0.6,
+        quizzes=0.2,
+        chains=0.15,
+        alike=0.3,
+        own=0.6,
+        seed=14,
     ),
     Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
 )

@@ -181,6 +181,7 @@ class JointStage:
             stage.several,
             stage.chains,
             stage.cluttered,
+            stage.alike,
         )
         self.module: JointLoss = JointLoss(engine.network, JointWeights(own=stage.own)).to(device)
         self.parallel: nn.Module = self.module

@@ -159,10 +159,13 @@ def random_object(rng: np.random.Generator, position: str | None = None) -> Scen
     return SceneObject(shape, color, size, position or cell, dx, dy)
 
 
-def random_scene(rng: np.random.Generator, objects: tuple[int, int] = (1, 3), split: str | None = None) -> Scene:
+def random_scene(
+    rng: np.random.Generator, objects: tuple[int, int] = (1, 3), split: str | None = None, alike: float = 0.0
+) -> Scene:
     """A random scene of `objects[0]` to `objects[1]` objects, all words equally likely.
 
-    split: "train" or "eval", from which alone scenes are taken; None: any. Raises ValueError for another one.
+    split  "train" or "eval", from which alone scenes are taken; None: any. Raises ValueError for another one.
+    alike  share of the scenes in which all objects but the first are like it in all but one of shape, color and size
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}, or None")
@@ -173,9 +176,18 @@ def random_scene(rng: np.random.Generator, objects: tuple[int, int] = (1, 3), sp
         count = int(rng.integers(fewest, most + 1))
         cells = rng.permutation(len(POSITIONS))[:count]
         background = _BACKGROUND_NAMES[int(rng.integers(len(_BACKGROUND_NAMES)))]
-        scene = Scene(tuple(random_object(rng, _POSITION_NAMES[cell]) for cell in cells), background)
+        drawn = [random_object(rng, _POSITION_NAMES[cell]) for cell in cells]
+        if alike and rng.random() < alike:
+            drawn[1:] = [_like(rng, drawn[0], obj) for obj in drawn[1:]]
+        scene = Scene(tuple(drawn), background)
         if split is None or split_of(scene) == split:
             return scene
+
+
+def _like(rng: np.random.Generator, first: SceneObject, obj: SceneObject) -> SceneObject:
+    """An object that is the first one but for its place and one attribute, which may be the same by chance."""
+    own = ("shape", "color", "size")[int(rng.integers(3))]
+    return replace(first, position=obj.position, dx=obj.dx, dy=obj.dy, **{own: getattr(obj, own)})
 
 
 def scene_from_seed(seed: int, objects: tuple[int, int] = (1, 3), split: str | None = None) -> Scene:

@@ -146,10 +146,12 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Constraints:
-    """What every scene of a dialogue must comply with: fewest and most objects, and the split."""
+    """What every scene of a dialogue must comply with: fewest and most objects, and the split; `alike` as in
+    `random_scene`, for the first of them."""
 
     objects: tuple[int, int]
     split: str
+    alike: float
 
     def allow(self, name: str, count: int) -> bool:
         """Whether the task leaves a scene of `count` objects within the limits."""
@@ -206,6 +208,7 @@ def random_dialogue(
     objects: tuple[int, int] = (1, 3),
     split: str = "train",
     rounds: int | None = None,
+    alike: float = 0.0,
 ) -> Dialogue:
     """A random dialogue; all randomness comes from `rng`.
 
@@ -214,6 +217,7 @@ def random_dialogue(
     objects  fewest and most objects in every scene
     split    "train" or "eval"
     rounds   number of tasks; None: one to five
+    alike    share of the first scenes whose objects are alike, as in `random_scene`
 
     Raises ValueError for unknown tasks, and for what is impossible, such as removing the only object; NoSceneFoundError
     where the split has no such scenes.
@@ -223,7 +227,7 @@ def random_dialogue(
         rounds = 1 + int(rng.choice(len(_ROUNDS), p=_ROUNDS))
     # The plan is made first and then kept, however many scenes have to be tried: otherwise tasks whose targets are
     # rarely in a small split would come up too seldom.
-    constraints = _Constraints(objects, split)
+    constraints = _Constraints(objects, split, alike)
     count, plan = _plan(rng, weights, constraints, rounds)
     for _ in range(_ATTEMPTS):
         dialogue = _realize(rng, plan, count, constraints)
@@ -326,7 +330,7 @@ _Realized = tuple[Task, _State] | None
 
 def _realize(rng: np.random.Generator, plan: list[_Step], count: int, constraints: _Constraints) -> Dialogue | None:
     """The planned tasks on a new scene; None if that does not allow them in this split."""
-    scene = random_scene(rng, (count, count), constraints.split)
+    scene = random_scene(rng, (count, count), constraints.split, constraints.alike)
     first_with_image = next((step for step in plan if step.name not in _WITHOUT_IMAGE), plan[0])
     state = _State(scene, _first_defects(rng, first_with_image), shown=False, seed=int(rng.integers(2**32)))
     tasks = []
