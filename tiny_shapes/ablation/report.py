@@ -27,13 +27,16 @@ class Curve(NamedTuple):
 
     minutes  means over the seeds
     runs     name -> [seeds, steps]; NaN where a run could not measure it
-    figures  name -> their means; NaN where no run could
     """
 
     steps: np.ndarray
     minutes: np.ndarray
     runs: dict[str, np.ndarray]
-    figures: dict[str, np.ndarray]
+
+    @property
+    def figures(self) -> dict[str, np.ndarray]:
+        """The means of the runs by name; NaN where no run could measure it."""
+        return {name: _mean(values) for name, values in self.runs.items()}
 
 
 def write_report(runs: Path, out: Path) -> Path:
@@ -61,7 +64,7 @@ def read_curve(runs: Path, name: str) -> Curve:
         return np.array([[float(log[step].get(column) or "nan") for step in steps] for log in logs])
 
     runs = {column: values(column) for column in FIGURES}
-    return Curve(np.array(steps), 60 * _mean(values("hours")), runs, {name: _mean(each) for name, each in runs.items()})
+    return Curve(np.array(steps), 60 * _mean(values("hours")), runs)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,9 @@ class DialogueData:
         return Dialogue(tuple(tasks))
 
     def _plain_dialogue(self, rng: np.random.Generator) -> Dialogue:
-        def random(tasks: Any, rounds: int | None, fewest: int = self.objects[0]) -> Dialogue:
+        def random(
+            tasks: Iterable[str] | Mapping[str, float] | None, rounds: int | None, fewest: int = self.objects[0]
+        ) -> Dialogue:
             return random_dialogue(rng, tasks, (fewest, self.objects[1]), self.split, rounds, self.alike)
 
         if self.quizzes and rng.random() < self.quizzes:
