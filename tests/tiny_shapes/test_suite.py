@@ -1,5 +1,6 @@
 """The evaluation itself: a model that does everything right gets full marks, one that does nothing gets none."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,6 +200,26 @@ def test_chains_of_five_rounds_are_scored_by_round(monkeypatch):
         assert all(value > 90 or np.isnan(value) for value in chain.table()["untouched"])
     text = report.table([share("a", [True, False], "90 %"), mean("b", [1.0, 3.0], "3 dB", "dB")], results)
     assert "| a | 90 % | 50.0 % |" in text and "| b | 3 dB | 2.00 dB |" in text and "feature to feature" in text
+
+
+def test_the_untouched_area_of_a_chain_is_what_none_of_its_edits_changes(monkeypatch):
+    oracle = evaluator(Oracle, 6)
+    dialogues = oracle.dialogues(["edit"], rounds=CHAIN_ROUNDS)
+    drawn = iter(range(CHAIN_ROUNDS))
+
+    def draw_round(oracle, tasks, previous):
+        """All that the other rounds change is drawn wrong in this one."""
+        number, wrong = next(drawn), []
+        for dialogue, task in zip(dialogues, tasks, strict=True):
+            images = [dialogue.tasks[0].attached, *(other.target for other in dialogue.tasks)]
+            others = [(images[k + 1] != images[k]).any(-1) for k in range(CHAIN_ROUNDS) if k != number]
+            spoilt = np.logical_or.reduce(others)[..., None]
+            wrong.append(replace(task, target=np.where(spoilt, 255 - task.target, task.target)))
+        return oracle.draw(wrong)
+
+    monkeypatch.setattr(chains_module, "WAYS", {"wrong elsewhere": draw_round})
+    (chain,) = evaluate_chains(oracle)
+    assert np.nanmin(chain.table()["untouched"]) > 90
 
 
 def test_intervals_hold_the_value_and_shrink_with_the_count():

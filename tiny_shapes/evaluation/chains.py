@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,7 @@ class ChainScores:
     """What came of the chains in one way, by round.
 
     right      whether each round is done right
-    untouched  PSNR of the area that no edit changes
+    untouched  PSNR of the pixels that no edit of the chain changes: the same ones in every round
     """
 
     name: str
@@ -50,6 +50,7 @@ DrawRound = Callable[[Evaluator, list[Task], "list[ImageResult] | None"], list[I
 def evaluate_chains(evaluator: Evaluator) -> list[ChainScores]:
     """Draw the same chains of edits in each of `WAYS`."""
     dialogues = evaluator.dialogues(["edit"], rounds=CHAIN_ROUNDS)
+    untouched = [_untouched(dialogue.tasks) for dialogue in dialogues]
     ways = []
     for name, draw_round in WAYS.items():
         log.info("chains: %s", name)
@@ -57,15 +58,24 @@ def evaluate_chains(evaluator: Evaluator) -> list[ChainScores]:
         for k in range(CHAIN_ROUNDS):
             tasks = [dialogue.tasks[k] for dialogue in dialogues]
             results = draw_round(evaluator, tasks, results)
-            for dialogue, task, result in zip(dialogues, tasks, results, strict=True):
-                image, target = evaluator.pixels(result.features), require(task.target)
+            for task, result, area in zip(tasks, results, untouched, strict=True):
+                image = evaluator.pixels(result.features)
                 scores.right[k].append(compare(read_scene(image), require(task.target_scene)).all_right)
-                same = (require(dialogue.tasks[0].attached) == target).all(-1)
-                if same.any():  # a new background may leave nothing untouched
-                    error = np.square(image - target / 255.0)[same].mean()
+                if area.any():  # a new background may leave nothing untouched
+                    error = np.square(image - require(task.target) / 255.0)[area].mean()
                     scores.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
         ways.append(scores)
     return ways
+
+
+def _untouched(tasks: Sequence[Task]) -> np.ndarray:
+    """The pixels that no edit of a chain changes, bool [H, W].
+
+    One area for all rounds: what an edit has left alone so far differs from round to round, and with it how much of it
+    is plain background, which costs no decibels.
+    """
+    source = require(tasks[0].attached)
+    return np.logical_and.reduce([(require(task.target) == source).all(-1) for task in tasks])
 
 
 def _by_features(evaluator: Evaluator, tasks: list[Task], previous: list[ImageResult] | None) -> list[ImageResult]:
