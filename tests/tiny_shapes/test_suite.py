@@ -11,13 +11,13 @@ from PIL import Image
 
 from ming_core import Features
 from tiny_shapes.evaluation import chains as chains_module
-from tiny_shapes.evaluation import report, suite
+from tiny_shapes.evaluation import judging, report, suite
 from tiny_shapes.evaluation.__main__ import main
 from tiny_shapes.evaluation.chains import CHAIN_ROUNDS, evaluate_chains
 from tiny_shapes.evaluation.evaluator import Evaluator
 from tiny_shapes.evaluation.scores import mean, share
 from tiny_shapes.evaluation.suite import SUITE, photographs
-from tiny_shapes.world import Scene, describe, draw, read_region, split_of, to_patches
+from tiny_shapes.world import Scene, SceneObject, describe, draw, read_region, read_scene, split_of, to_patches
 from tiny_shapes.world.masking import grown
 
 
@@ -100,6 +100,25 @@ def test_a_model_that_does_nothing_gets_no_marks(name):
         elif "agrees" not in score.name and "Compare" not in score.name:
             # a white image is nearly the region of a new background
             assert score.value <= (0.2 if "region" in score.name else 0), score
+
+
+@pytest.mark.parametrize(
+    ("words", "agrees"),
+    [
+        ("a green circle and a square", True),
+        ("square, circle", True),
+        ("a small green circle at the left and a green square on navy", True),
+        ("a green square at the left and a circle", False),  # the other way round
+        ("a red circle and a square", False),
+        ("a green circle and a green star", False),
+        ("a green circle", False),  # the square is too many
+        ("a green circle, a square and a square", False),
+    ],
+)
+def test_a_drawing_is_judged_as_far_as_the_words_go(words, agrees):
+    objects = (SceneObject("circle", "green", "large", "left"), SceneObject("square", "green", "large", "centre"))
+    scene = Scene(objects, "white")
+    assert judging.shows_what_words_name(read_scene(draw(scene)), words) is agrees
 
 
 def test_a_model_that_removes_the_wrong_object_has_not_done_as_asked(monkeypatch):

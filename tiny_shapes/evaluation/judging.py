@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from ..world import DetectedObject, Reading, SceneObject, Task, compare, parse_scene
+from ..world.descriptions import NamedObject, named_objects
 from ..world.tasks import require
 
 
@@ -40,3 +42,18 @@ def described_objects(description: str) -> set[tuple] | None:
 def identity(obj: SceneObject | DetectedObject) -> tuple:
     """What makes an object the right one, whatever its size."""
     return obj.shape, obj.color, obj.position
+
+
+def shows_what_words_name(reading: Reading, words: str) -> bool:
+    """Whether an image shows the objects that a description names, and no others.
+
+    What the words leave open, a color or a place, may be anything. Sizes are not judged.
+    """
+    named = named_objects(words)
+
+    def agrees(name: NamedObject, seen: DetectedObject) -> bool:
+        return all(getattr(name, said) in ("", getattr(seen, said)) for said in ("shape", "color", "position"))
+
+    return len(reading.objects) == len(named) and any(
+        all(map(agrees, named, order)) for order in itertools.permutations(reading.objects)
+    )

@@ -15,7 +15,7 @@ from ming_core.images import psnr, to_images, to_pixels
 from ..world import Task, compare, draw, read_region, read_scene
 from ..world.tasks import require
 from .evaluator import Evaluator
-from .judging import described_objects, identity, judge_edit
+from .judging import described_objects, identity, judge_edit, shows_what_words_name
 from .masked import completions, masked_edits, regions_then_edits
 from .scores import Score, mean, share
 from .words import additions, requests, two_images, ways_to_type
@@ -84,14 +84,17 @@ def drawings(evaluator: Evaluator) -> Iterator[Score]:
 
 
 def terse_prompts(evaluator: Evaluator) -> Iterator[Score]:
-    """Images from prompts that leave most open, such as "a red circle and a star"."""
+    """Images from prompts that leave most open, such as "a red circle and a star": with the world's own choice of what
+    the words leave open, which is what the model was taught; and as far as the words go."""
     tasks = evaluator.terse_tasks()
-    readings = (read_scene(evaluator.pixels(result.features)) for result in evaluator.draw(tasks))
+    readings = [read_scene(evaluator.pixels(result.features)) for result in evaluator.draw(tasks)]
     right = [
         compare(reading, require(task.target_scene)).objects_right
         for reading, task in zip(readings, tasks, strict=True)
     ]
     yield share("drawings from terse prompts", right, "90 %")
+    asked = [shows_what_words_name(reading, task.prompt) for reading, task in zip(readings, tasks, strict=True)]
+    yield share("drawings from terse prompts, as far as their words go", asked, "report")
 
 
 def edits(evaluator: Evaluator) -> Iterator[Score]:

@@ -61,13 +61,25 @@ def describe(scene: Scene) -> str:
 
 
 @dataclass
-class _Draft:
-    """An object while its words are read."""
+class NamedObject:
+    """What words say about an object; "" or [] for what they leave open."""
 
     shape: str = ""
     color: str = ""
     size: str = ""
     place: list[str] = field(default_factory=list)
+
+    @property
+    def position(self) -> str:
+        """The cell that the words of the place mean in any order ("left top" is "top left"); "" from none."""
+        rows, columns = (
+            [word for word in pair if word in self.place] for pair in (("top", "bottom"), ("left", "right"))
+        )
+        if len(rows) > 1 or len(columns) > 1:
+            raise ValueError(
+                f"an object cannot be at the {' and the '.join(self.place)}: name one place for each object"
+            )
+        return " ".join(rows + columns) or ("centre" if self.place else "")
 
     @property
     def begun(self) -> bool:
@@ -83,9 +95,22 @@ def parse_scene(text: str) -> Scene:
 
     Raises ValueError, which quotes the unknown word and lists the words of this world, or says what is contradictory.
     """
+    named, background = _read(text)
+    return Scene(_finish(named, text), background or DEFAULT_BACKGROUND)
+
+
+def named_objects(text: str) -> list[NamedObject]:
+    """The objects of a description as far as its words go, in their order. Raises ValueError as `parse_scene`."""
+    named, _ = _read(text)
+    _finish(named, text)
+    return named
+
+
+def _read(text: str) -> tuple[list[NamedObject], str]:
+    """The objects that a description names, and the background, "" if it names none."""
     words = [_SYNONYMS.get(word, word) for word in re.findall(r"[a-z]+|\S", text.lower())]
     words = [word for word in words if word not in _IGNORED_MARKS]
-    drafts, background = [_Draft()], ""
+    drafts, background = [NamedObject()], ""
     for index, word in enumerate(words):
         before, after = words[max(index - 2, 0) : index], words[index + 1 : index + 2]
         if word in BACKGROUNDS:
@@ -101,21 +126,21 @@ def parse_scene(text: str) -> Scene:
     drafts = [draft for draft in drafts if draft.begun]
     if not drafts and not background:
         raise ValueError(f"no object and no background in {text!r}. {_vocabulary()}")
-    return Scene(_finish(drafts, text), background or DEFAULT_BACKGROUND)
+    return drafts, background
 
 
-def _take(drafts: list[_Draft], word: str) -> bool:
+def _take(drafts: list[NamedObject], word: str) -> bool:
     """Add a word to the newest draft, or to a fresh one where a new object begins. Returns False if it is unknown."""
     draft = drafts[-1]
     if word in _SEPARATORS:
         # "a red circle, top left": a comma may stand before the place, so it only ends an object that has one.
         if draft.shape and (draft.place or word != ","):
-            drafts.append(_Draft())
+            drafts.append(NamedObject())
     elif word in _PLACES:
         draft.place.append(word)
     elif word in SHAPES or word in COLORS or word in SIZES:
         if draft.shape:
-            draft = _Draft()
+            draft = NamedObject()
             drafts.append(draft)
         kind = "shape" if word in SHAPES else "color" if word in COLORS else "size"
         known = getattr(draft, kind)
@@ -127,13 +152,13 @@ def _take(drafts: list[_Draft], word: str) -> bool:
     return True
 
 
-def _finish(drafts: list[_Draft], text: str) -> tuple[SceneObject, ...]:
+def _finish(drafts: list[NamedObject], text: str) -> tuple[SceneObject, ...]:
     """Objects from drafts, with defaults for what is missing."""
     shapeless = [draft for draft in drafts if not draft.shape]
     if shapeless:
         said = " ".join(filter(None, (shapeless[0].size, shapeless[0].color, *shapeless[0].place)))
         raise ValueError(f"which shape is {said!r} in {text!r}? {_vocabulary()}")
-    places = [_position(draft.place) for draft in drafts]
+    places = [draft.position for draft in drafts]
     free_cells = (cell for cell in FREE_CELLS if cell not in places)
     colors = [draft.color for draft in drafts]
     free_colors = [color for color in COLORS if color not in colors]
@@ -145,14 +170,6 @@ def _finish(drafts: list[_Draft], text: str) -> tuple[SceneObject, ...]:
         color = draft.color or (free_colors.pop(0) if free_colors else next(iter(COLORS)))
         objects.append(SceneObject(draft.shape, color, draft.size or DEFAULT_SIZE, position))
     return tuple(objects)
-
-
-def _position(place: list[str]) -> str:
-    """The position from the words of a place in any order ("left top" is "top left"); "" from none."""
-    rows, columns = ([word for word in pair if word in place] for pair in (("top", "bottom"), ("left", "right")))
-    if len(rows) > 1 or len(columns) > 1:
-        raise ValueError(f"an object cannot be at the {' and the '.join(place)}: name one place for each object")
-    return " ".join(rows + columns) or ("centre" if place else "")
 
 
 def _vocabulary() -> str:
