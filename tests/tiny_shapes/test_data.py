@@ -9,7 +9,7 @@ import torch
 
 from tiny_shapes.training import images
 from tiny_shapes.training.data import QUIZ, DialogueData, ImageData, StepDataset
-from tiny_shapes.training.recipe import RECIPE
+from tiny_shapes.training.recipe import STAGES
 from tiny_shapes.world import draw, random_scene, region_image, split_of, tasks
 
 GRID = (4, 4)
@@ -73,7 +73,7 @@ def test_a_share_of_the_dialogues_has_objects_that_are_alike(tokenizer):
     assert share(0.0) < 0.3 < share(0.5) < share(1.0)
 
 
-@pytest.mark.parametrize("stage", [s for s in RECIPE if s.trains == "joint"], ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", [s for s in STAGES if s.trains == "joint"], ids=lambda s: s.name)
 def test_no_scene_of_the_evaluation_split_is_in_the_dialogues(stage, tokenizer, monkeypatch):
     scenes = []
 

@@ -2,11 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ming_core import load_univision, save_univision
 from tiny_shapes.training import __main__ as command
+from tiny_shapes.training.recipe import SideBySide
+from tiny_shapes.training.stages import JointStage
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +39,29 @@ def test_the_command_trains_a_stage_and_skips_it_once_it_is_done(tmp_path, monke
     assert command.main(arguments) == 0
     assert (tmp_path / "mingtok" / "model" / "model.safetensors").stat().st_mtime_ns == written
     assert [str(start) for start in made] == ["here", "here"]
+
+
+def test_the_mean_of_stages_side_by_side_goes_on(tmp_path, monkeypatch, tokenizer, engine, stages):
+    pair = tuple(replace(stages["joint"], name=f"seed {seed}", seed=seed) for seed in (1, 2))
+    monkeypatch.setattr(command, "RECIPE", (SideBySide("both", pair),))
+    monkeypatch.setattr(command, "STAGES", pair)
+    monkeypatch.setattr(JointStage, "evaluate", lambda stage, module: {})
+    start = tmp_path / "start"
+    save_univision(engine, start, tokenizer)
+    numbers = ["--folder", str(tmp_path), "--start", str(start), "--steps", "2", "--device", "cpu"]
+    assert command.main(["seed 2", *numbers]) == 0  # beforehand, as if on another machine
+    trained = (tmp_path / "seed-2" / "state.pt").stat().st_mtime_ns
+    assert command.main(["both", *numbers]) == 0
+    assert (tmp_path / "seed-2" / "state.pt").stat().st_mtime_ns == trained
+
+    folders = [tmp_path / name / "model" for name in ("seed-1", "seed-2", "both")]
+    one, other, mean = (load_file(folder / "model.safetensors") for folder in folders)
+    assert any(not torch.equal(one[name], other[name]) for name in mean)
+    for name, weight in mean.items():
+        expected = (one[name].float() + other[name].float()) / 2
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.float(), expected, rtol=2**-8, atol=1e-6)
+    load_univision(folders[-1])
 
 
 @pytest.mark.parametrize("module", ["tiny_shapes.training", "ming_core.training"])

@@ -5,7 +5,8 @@
     python -m tiny_shapes.training --list                                   the stages
 
 If a stage was interrupted (Ctrl-C), the same command continues it; a finished stage is skipped. Each stage writes its
-model, log.csv and loss.png into a folder of its name. With several GPUs:
+model, log.csv and loss.png into a folder of its name. Stages that stand side by side may be trained at the same time,
+by a command for each; the command that names all of them then writes their mean. With several GPUs:
 torchrun --nproc-per-node 2 -m tiny_shapes.training --start-from models/tiny-shapes ...
 """
 
@@ -25,7 +26,8 @@ from ming_core.training.plot import plot_log
 from ming_core.training.processes import Processes, joined
 
 from .loop import Objective, Run
-from .recipe import RECIPE, Stage
+from .mean import write_mean
+from .recipe import RECIPE, STAGES, SideBySide, Stage
 from .stages import make_objective
 
 log = logging.getLogger(__name__)
@@ -35,34 +37,47 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.list:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        for stage in RECIPE:
-            log.info("%s", stage)
+        for entry in RECIPE:
+            log.info("%s", entry)
         return 0
-    stages = [_stage(name) for name in options.stages] if options.stages else list(RECIPE)
+    entries = [_entry(name) for name in options.stages] if options.stages else list(RECIPE)
     with joined(options.device) as processes:
         logging.basicConfig(level=logging.INFO if processes.first else logging.ERROR, format="%(message)s")
-        return _train_stages(stages, options, processes)
+        return _train_entries(entries, options, processes)
 
 
-def _train_stages(stages: list[Stage], options: argparse.Namespace, processes: Processes) -> int:
+def _train_entries(entries: list[Stage | SideBySide], options: argparse.Namespace, processes: Processes) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if processes.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     start = options.start
-    for stage in stages:
-        stage = _with_options(stage, options)
-        folder = options.folder / stage.name.replace(" ", "-")
-        try:
-            objective = _objective(stage, start, processes.device)
-            _train(Run(stage, objective, folder, options.workers, processes, options.passes, options.bf16))
-        except FileError as error:
-            sys.exit(str(error))
-        except KeyboardInterrupt:
-            log.info("interrupted: run the same command again to continue")
-            return 130
-        start = folder / "model"
+    try:
+        for entry in entries:
+            start = _train_entry(entry, start, options, processes)
+    except FileError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        log.info("interrupted: run the same command again to continue")
+        return 130
     return 0
+
+
+def _train_entry(
+    entry: Stage | SideBySide, start: Path | None, options: argparse.Namespace, processes: Processes
+) -> Path:
+    """Train what an entry of the recipe says, and return the folder of its model."""
+    model: Path = options.folder / entry.name.replace(" ", "-") / "model"
+    if isinstance(entry, Stage):
+        stage = _with_options(entry, options)
+        objective = _objective(stage, start, processes.device)
+        _train(Run(stage, objective, model.parent, options.workers, processes, options.passes, options.bf16))
+        return model
+    models = [_train_entry(stage, start, options, processes) for stage in entry.stages]
+    if processes.first:
+        write_mean(models, model)
+    processes.wait()
+    return model
 
 
 def _objective(stage: Stage, start: Path | None, device: torch.device) -> Objective:
@@ -104,12 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stage(name: str) -> Stage:
-    for stage in RECIPE:
-        if stage.name == name:
-            return stage
-    known = ", ".join(repr(stage.name) for stage in RECIPE)
-    sys.exit(f"the recipe has no stage {name!r}: its stages are {known}")
+def _entry(name: str) -> Stage | SideBySide:
+    entries = {entry.name: entry for entry in (*STAGES, *RECIPE)}
+    if name not in entries:
+        sys.exit(f"the recipe has no stage {name!r}: its stages are {', '.join(map(repr, entries))}")
+    return entries[name]
 
 
 def _with_options(stage: Stage, options: argparse.Namespace) -> Stage:

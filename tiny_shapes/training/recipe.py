@@ -104,6 +104,17 @@ class Stage:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """Stages that start from the same weights, at the same time on different machines if you like; their mean goes on.
+
+    It is better than each of them (Wortsman et al., Model soups, 2022). name: that of the folder of the mean.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+
+
 # What people type and do: any way to write, words that mean nothing, few words; masks, completion, long chains, two
 # images at once, and things that are not of this world.
 AS_USED = Stage(
@@ -209,10 +220,31 @@ OWN_DRAWINGS = replace(
 # What the stages after it share.
 FURTHER = {**PAIRS.tasks, "question": 0.8, "pair/which": 4.0, "pair/one": 0.8, "denoise": 0.3}
 
+# Objects that are alike, which is where edits and regions are about the wrong one.
+ALIKE = replace(
+    OWN_DRAWINGS,
+    name="objects alike once",
+    hours=0.7,
+    lr=6e-4,
+    decay_fraction=0.9,
+    tasks={
+        **FURTHER,
+        "generate": 17.0,
+        "edit/recolor": 3.5,
+        "edit/move": 3.2,
+        "complete": 11.0,
+        "identify region": 9.0,
+    },
+    alike=0.3,
+    own=0.6,
+    seed=14,
+)
+
 # Hours are for two CPU cores.
-RECIPE = (
+RECIPE: tuple[Stage | SideBySide, ...] = (
     # More objects than in the scenes of the tasks: most of what there is to learn is in the patches of objects.
     Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.8, objects=(1, 6), checkpoint_minutes=4),
+    Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
     Stage(
         "one object",
         "joint",
@@ -440,25 +472,6 @@ RECIPE = (
         own=0.6,
         seed=13,
     ),
-    # Objects that are alike, which is where edits and regions are about the wrong one. It was run with the seeds 14
-    # and 15, and the mean of both was taken.
-    replace(
-        OWN_DRAWINGS,
-        name="objects alike",
-        hours=0.7,
-        lr=6e-4,
-        decay_fraction=0.9,
-        tasks={
-            **FURTHER,
-            "generate": 17.0,
-            "edit/recolor": 3.5,
-            "edit/move": 3.2,
-            "complete": 11.0,
-            "identify region": 9.0,
-        },
-        alike=0.3,
-        own=0.6,
-        seed=14,
-    ),
-    Stage("pixels", "pixel decoder", batch=16, lr=1.5e-3, hours=0.4, average=0.998, checkpoint_minutes=4, seed=3),
+    SideBySide("objects alike", (ALIKE, replace(ALIKE, name="objects alike again", seed=15))),
 )
+STAGES = tuple(stage for entry in RECIPE for stage in (entry.stages if isinstance(entry, SideBySide) else (entry,)))
