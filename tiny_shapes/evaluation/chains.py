@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ming_core import DrawRequest, ImageResult
+from ming_core.images import psnr
 
 from ..world import Task, compare, read_scene
 from ..world.tasks import require
@@ -21,6 +22,7 @@ from .evaluator import Evaluator
 log = logging.getLogger(__name__)
 
 CHAIN_ROUNDS = 5
+MOST = 100.0  # dB, of equal pixels, so that a mean is finite
 
 
 @dataclass
@@ -62,8 +64,9 @@ def evaluate_chains(evaluator: Evaluator) -> list[ChainScores]:
                 image = evaluator.pixels(result.features)
                 scores.right[k].append(compare(read_scene(image), require(task.target_scene)).all_right)
                 if area.any():  # a new background may leave nothing untouched
-                    error = np.square(image - require(task.target) / 255.0)[area].mean()
-                    scores.untouched[k].append(-10 * math.log10(max(error, 1e-10)))
+                    target = require(task.target) / 255.0
+                    found = psnr(torch.from_numpy(image[area]), torch.from_numpy(target[area]))
+                    scores.untouched[k].append(min(found, MOST))
         ways.append(scores)
     return ways
 

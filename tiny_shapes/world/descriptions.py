@@ -100,10 +100,8 @@ def parse_scene(text: str) -> Scene:
 
 
 def named_objects(text: str) -> list[NamedObject]:
-    """The objects of a description as far as its words go, in their order. Raises ValueError as `parse_scene`."""
-    named, _ = _read(text)
-    _finish(named, text)
-    return named
+    """The objects of a description as far as its words go, in their order. Raises ValueError for what is unknown."""
+    return _read(text)[0]
 
 
 def _read(text: str) -> tuple[list[NamedObject], str]:
@@ -126,6 +124,10 @@ def _read(text: str) -> tuple[list[NamedObject], str]:
     drafts = [draft for draft in drafts if draft.begun]
     if not drafts and not background:
         raise ValueError(f"no object and no background in {text!r}. {_vocabulary()}")
+    shapeless = [draft for draft in drafts if not draft.shape]
+    if shapeless:
+        said = " ".join(filter(None, (shapeless[0].size, shapeless[0].color, *shapeless[0].place)))
+        raise ValueError(f"which shape is {said!r} in {text!r}? {_vocabulary()}")
     return drafts, background
 
 
@@ -154,10 +156,6 @@ def _take(drafts: list[NamedObject], word: str) -> bool:
 
 def _finish(drafts: list[NamedObject], text: str) -> tuple[SceneObject, ...]:
     """Objects from drafts, with defaults for what is missing."""
-    shapeless = [draft for draft in drafts if not draft.shape]
-    if shapeless:
-        said = " ".join(filter(None, (shapeless[0].size, shapeless[0].color, *shapeless[0].place)))
-        raise ValueError(f"which shape is {said!r} in {text!r}? {_vocabulary()}")
     places = [draft.position for draft in drafts]
     free_cells = (cell for cell in FREE_CELLS if cell not in places)
     colors = [draft.color for draft in drafts]
