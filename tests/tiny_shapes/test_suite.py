@@ -167,7 +167,7 @@ def test_a_seam_that_the_scorer_sees_is_no_completion():
     assert score.value < 0.2
 
 
-def test_a_region_is_followed_by_the_edit_that_it_was_asked_for_inside_it():
+def test_a_region_is_followed_by_the_edit_that_it_was_asked_for_inside_it_and_by_the_same_without_it():
     seen = []
 
     class Recording(Oracle):
@@ -176,8 +176,10 @@ def test_a_region_is_followed_by_the_edit_that_it_was_asked_for_inside_it():
             return super().draw(tasks)
 
     list(suite.regions_then_edits(evaluator(Recording)))
-    (asked, _), (edits, regions) = seen
-    assert len(asked) == len(edits) == len(regions) == 12
+    (asked, _), (edits, regions), (whole, previous) = seen
+    assert len(asked) == len(edits) == len(regions) == len(whole) == 12
+    assert previous is None and [edit.prompt for edit in edits] == [edit.prompt for edit in whole]
+    assert all(edit.mask is None and edit.attached is not None for edit in whole)
     for region, edit in zip(asked, edits, strict=True):
         assert region.name == "identify region" and len(region.source_scene.objects) > 1
         assert edit.source_scene == region.source_scene and edit.attached is region.attached

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from ming_core import ImageResult
+
 from ..world import Dialogue, Task, compare, read_scene, region_image, to_mask
 from ..world.tasks import require
 from .evaluator import Evaluator
-from .judging import JudgedEdit, judge_edit
+from .judging import judge_edit
 from .scores import Score, share
 
 OF_ONE_OBJECT = ("edit/recolor", "edit/remove", "edit/move")
@@ -20,13 +22,7 @@ def masked_edits(evaluator: Evaluator) -> Iterator[Score]:
     """Edits of an attached image inside a mask that someone might paint; removals once more by themselves."""
     for name, family in (("edits inside a mask", "masked edit"), ("removals inside a mask", "masked edit/remove")):
         tasks = evaluator.tasks([family])
-        results = evaluator.draw(tasks)
-        judged = [
-            judge_edit(task, read_scene(evaluator.pixels(result.features)))
-            for task, result in zip(tasks, results, strict=True)
-        ]
-        yield share(f"{name} done as asked", [edit.done for edit in judged], "95 %")
-        yield from _unchanged(name, judged)
+        yield from _judged(name, evaluator, tasks, evaluator.draw(tasks), "95 %")
 
 
 def completions(evaluator: Evaluator) -> Iterator[Score]:
@@ -44,23 +40,19 @@ def regions_then_edits(evaluator: Evaluator) -> Iterator[Score]:
     """The region of an edit, drawn by the model, read as a mask from features alone; then the edit inside it.
 
     One of several objects is edited. The image is attached again, since the newest one in view is that of the region.
+    To compare, the same edits are drawn without a region, each in a new conversation.
     """
     pairs = _regions_and_edits(evaluator)
     regions = evaluator.draw([asked for asked, _ in pairs])
+    without = [replace(edit, attached=asked.attached, mask=None) for asked, edit in pairs]
     edits = []
-    for (asked, edit), region in zip(pairs, regions, strict=True):
-        image = require(asked.attached)
-        found = evaluator.region_mask(evaluator.features(image), region.features)
+    for edit, region in zip(without, regions, strict=True):
+        found = evaluator.region_mask(evaluator.features(require(edit.attached)), region.features)
         # with nothing found there is nothing to be limited: the edit is drawn as one without a mask
-        edits.append(replace(edit, attached=image, mask=to_mask(found) if found.any() else None))
-    results = evaluator.draw(edits, regions)
-    judged = [
-        judge_edit(task, read_scene(evaluator.pixels(result.features)))
-        for task, result in zip(edits, results, strict=True)
-    ]
+        edits.append(replace(edit, mask=to_mask(found) if found.any() else None))
     name = "edits inside the region that the model found"
-    yield share(f"{name} done as asked", [edit.done for edit in judged], "97 %")
-    yield from _unchanged(name, judged)
+    yield from _judged(name, evaluator, edits, evaluator.draw(edits, regions), "97 %")
+    yield from _judged("the same edits without a region", evaluator, without, evaluator.draw(without), "report")
 
 
 def _regions_and_edits(evaluator: Evaluator) -> list[tuple[Task, Task]]:
@@ -79,7 +71,15 @@ def _asks_for_its_region(dialogue: Dialogue) -> bool:
     return np.array_equal(first.target, region)  # another edit of the same object may change other places
 
 
-def _unchanged(name: str, judged: list[JudgedEdit]) -> Iterator[Score]:
+def _judged(
+    name: str, evaluator: Evaluator, tasks: list[Task], results: list[ImageResult], aim: str
+) -> Iterator[Score]:
+    """How many of the edits are done, with this aim, and leave alone what they do not mention."""
+    judged = [
+        judge_edit(task, read_scene(evaluator.pixels(result.features)))
+        for task, result in zip(tasks, results, strict=True)
+    ]
+    yield share(f"{name} done as asked", [edit.done for edit in judged], aim)
     kept = [edit.kept for edit in judged if edit.kept is not None]
     if kept:  # in a few scenes there may be no other object
-        yield share(f"{name}: objects not mentioned unchanged", kept, "99.5 %")
+        yield share(f"{name}: objects not mentioned unchanged", kept, aim if aim == "report" else "99.5 %")
