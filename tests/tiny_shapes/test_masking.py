@@ -43,16 +43,17 @@ def test_growing_adds_the_neighbours_in_all_directions():
     assert np.array_equal(grown(one, 0), one) and np.array_equal(to_patches(to_mask(one)), one)
 
 
-def test_after_a_region_the_image_comes_again_and_the_mask_is_mostly_that_region():
+def test_after_a_region_the_image_comes_again_and_the_mask_is_often_that_region():
     followed = by_region = 0
     for first, second in tasks_of({"identify region": 5.0, "masked edit": 1.0}, 80, rounds=2, objects=(2, 3)):
         if first.name != "identify region" or second.family != "masked edit":
             continue
         followed += 1
         assert np.array_equal(second.attached, draw(second.source_scene)), "the newest image is that of a region"
+        assert second.mask[(second.attached != second.target).any(-1)].all(), "it may be another edit's region"
         region = to_patches(read_region(first.target))
         by_region += np.array_equal(to_patches(second.mask), grown(region, 1))
-    assert followed > 20 and 0.4 < by_region / followed < 0.9
+    assert followed > 20 and 0.2 < by_region / followed < 0.6
 
 
 def test_a_masked_edit_in_a_chain_keeps_to_the_newest_image_without_showing_it_again():

@@ -405,18 +405,18 @@ def _edit(rng: np.random.Generator, step: _Step, state: _State, constraints: _Co
     after = replace(state, scene=target, shown=True, planned=None, region=None)
     task = Task(text, None, None, draw(target), step.name, target, state.scene, edit.subject)
     if task.family == "masked edit":
-        task = _masked(rng, task, state, after)
+        task = _masked(rng, task, state, after, edit == state.planned)
     return task, after
 
 
-def _masked(rng: np.random.Generator, task: Task, state: _State, after: _State) -> Task:
-    """The edit with a mask; after its region mostly with that of the region, and with the image once more.
+def _masked(rng: np.random.Generator, task: Task, state: _State, after: _State, planned: bool) -> Task:
+    """The edit with a mask; after its region, if it was `planned`, mostly with that, and with the image once more.
 
     The newest image in view is the one that is kept outside the mask, so that must not be the image of a region.
     """
     if state.region is None:
         return replace(task, mask=edit_mask(rng, state.scene, after.scene))
-    if rng.random() < _SHOWN_AGAIN:
+    if planned and rng.random() < _SHOWN_AGAIN:
         mask = to_mask(grown(to_patches(read_region(state.region)), _REGION_MARGIN))
     else:
         mask = edit_mask(rng, state.scene, after.scene)
