@@ -42,6 +42,18 @@ def test_a_share_of_the_dialogues_is_long_chains_of_edits(tokenizer):
     assert {task.family for tasks in chains for task in tasks} == {"edit", "masked edit"}
 
 
+def test_a_share_of_the_dialogues_is_a_region_and_the_edit_inside_it(tokenizer):
+    data, generator = dialogue_data(tokenizer, regions=0.5), np.random.default_rng(0)
+    made = [data.dialogue(generator).tasks for _ in range(60)]
+    pairs = [tasks for tasks in made if len(tasks) == 2]
+    assert 15 < len(pairs) < 45
+    for asked, edit in pairs:
+        assert (asked.family, edit.family) == ("identify region", "masked edit") and edit.subject == asked.subject
+        assert np.array_equal(edit.attached, asked.attached)  # the newest image is that of the region
+        changed = (edit.target != edit.attached).any(-1)
+        assert edit.mask.any() and not (changed & ~edit.mask).any()
+
+
 def test_a_share_of_the_prompts_has_additions_and_nothing_else_is_changed(tokenizer):
     plain, with_additions = (
         [dialogue_data(tokenizer, cluttered=share).dialogue(np.random.default_rng(n)).tasks[0] for n in range(60)]
@@ -84,7 +96,7 @@ def test_no_scene_of_the_evaluation_split_is_in_the_dialogues(stage, tokenizer, 
     monkeypatch.setattr(tasks, "draw", lambda scene: scenes.append(scene) or draw(scene))
     monkeypatch.setattr(tasks, "region_image", region)
     chosen = {"tasks": dict(stage.tasks), "rounds": stage.rounds, "quizzes": stage.quizzes}
-    chosen |= {"chains": stage.chains, "cluttered": stage.cluttered}
+    chosen |= {"chains": stage.chains, "regions": stage.regions, "cluttered": stage.cluttered}
     data = dialogue_data(tokenizer, objects=stage.objects, **chosen)
     rng = np.random.default_rng(11)
     for _ in range(300):

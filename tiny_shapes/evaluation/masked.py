@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from ming_core import ImageResult
 
-from ..world import Dialogue, Task, compare, read_scene, region_image, to_mask
+from ..world import Task, compare, read_scene, to_mask
 from ..world.tasks import require
 from .evaluator import Evaluator
 from .judging import judge_edit
@@ -58,17 +56,10 @@ def regions_then_edits(evaluator: Evaluator) -> Iterator[Score]:
 def _regions_and_edits(evaluator: Evaluator) -> list[tuple[Task, Task]]:
     """Unseen edits of one of several objects: the question for the region, and the edit itself."""
     several = (max(2, evaluator.objects[0]), max(3, evaluator.objects[1]))
-    dialogues = evaluator.dialogues(["identify region", *OF_ONE_OBJECT], 2, several, wanted=_asks_for_its_region)
+    dialogues = evaluator.dialogues(
+        ["identify region", *OF_ONE_OBJECT], 2, several, wanted=lambda dialogue: dialogue.edits_its_region
+    )
     return [(first, second) for first, second in (dialogue.tasks for dialogue in dialogues)]
-
-
-def _asks_for_its_region(dialogue: Dialogue) -> bool:
-    """Whether the second round is the edit whose region was identified in the first."""
-    first, second = dialogue.tasks
-    if first.name != "identify region" or second.family != "edit" or first.target is None:
-        return False
-    region = region_image(require(second.source_scene), require(second.target_scene))
-    return np.array_equal(first.target, region)  # another edit of the same object may change other places
 
 
 def _judged(

@@ -25,6 +25,8 @@ QUIZ = 6  # questions about one image, which is most of what a question costs
 
 CHAIN = {"edit": 5.0, "masked edit": 1.0}  # the tasks of long chains, with their weights
 
+REGION = {"identify region": 5.0, "masked edit": 1.0}  # the tasks of an edit inside its region
+
 MakeBatch = Callable[[np.random.Generator], Any]  # picklable
 
 
@@ -52,6 +54,7 @@ class DialogueData:
     quizzes          share of dialogues that are QUIZ questions about one image, or about two
     several          share of the others whose scenes have two objects or more
     chains           share of dialogues that are three to five edits, some of them with a mask
+    regions          share of dialogues that are a region and then the edit inside it
     cluttered        share of the prompts with additions that mean nothing
     alike            share of the scenes whose objects are alike
     guidance_rows    share of dialogues that end with drawing, in the form of a guidance row
@@ -66,6 +69,7 @@ class DialogueData:
     quizzes: float = 0.0
     several: float = 0.0
     chains: float = 0.0
+    regions: float = 0.0
     cluttered: float = 0.0
     alike: float = 0.0
     guidance_rows: float = 0.15
@@ -109,6 +113,11 @@ class DialogueData:
             return random(pairs if pairs and rng.random() < 0.5 else ["question"], QUIZ)
         if self.chains and rng.random() < self.chains:
             return random(CHAIN, int(rng.integers(3, 6)))
+        if self.regions and rng.random() < self.regions:
+            while True:
+                dialogue = random(REGION, 2, max(self.objects[0], 2))
+                if dialogue.edits_its_region:
+                    return dialogue
         several = self.several and rng.random() < self.several
         return random(self.tasks or None, self.rounds or None, max(self.objects[0], 2 if several else 0))
 

@@ -46,6 +46,8 @@ ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "po
 # What there is to tell of an image token, and the number of classes; "edited": an edit changes it, or its region
 # covers it.
 PATCH_TARGETS = {**LABEL_CLASSES, "edited": 2}
+# What is told of every cell of an image before any of its tokens is drawn.
+PLANNED = {kind: PATCH_TARGETS[kind] for kind in ("shape", "color", "size", "edited")}
 
 
 class Batch(NamedTuple):
@@ -221,7 +223,7 @@ def flow_weights(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
             weights[occupied | before] = EDIT_WEIGHT
     elif task.family == "complete":
         weights[:] = OBJECT_WEIGHT  # what is not asked for must stay away as surely as what is asked for must come
-    weights[_first_tokens(grid)] *= FIRST_WEIGHT
+    weights[first_tokens(grid)] *= FIRST_WEIGHT
     return (weights * opened_tokens(task, grid)).astype(np.float32)
 
 
@@ -232,7 +234,7 @@ def opened_tokens(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
     return _cells(task.mask, grid)
 
 
-def _first_tokens(grid: tuple[int, int]) -> list[int]:
+def first_tokens(grid: tuple[int, int]) -> list[int]:
     """The first token of each cell of the world: the upper left quarter of an object.
 
     Four tokens meet in the middle of a cell, so the pixel above and to the left of it is in the first one.

@@ -74,8 +74,11 @@ class Stage:
     quizzes         share of the dialogues that are several questions about one image
     several         share of the other dialogues whose scenes have two objects or more
     chains          share of the dialogues that are three to five edits
+    regions         share of the dialogues that are a region and then the edit inside it
     cluttered       share of the prompts with additions that mean nothing
     alike           share of the scenes whose objects are like one another in all but one of shape, color and size
+    plan            weight of the loss of what all cells of an image will show, read before its first token
+    plan_layer      layer of the language model that it is read from, counted from 1; 0: the last one
     own             share of the batches in which drawn images are fed as the model itself draws them
     checkpoint_minutes, checkpoint_steps  between two checkpoints; the minutes count where the steps are 0
     """
@@ -96,8 +99,11 @@ class Stage:
     quizzes: float = 0.0
     several: float = 0.0
     chains: float = 0.0
+    regions: float = 0.0
     cluttered: float = 0.0
     alike: float = 0.0
+    plan: float = 0.0
+    plan_layer: int = 0
     own: float = 0.0
     checkpoint_minutes: float = 20.0
     checkpoint_steps: int = 0
@@ -187,60 +193,128 @@ PAIRS = replace(
     seed=9,
 )
 
-# With its own drawings fed, which is what a chain of edits copies; above all what is completed, which is to show what
-# was asked for and nothing else, regions, and moves. The committed weights are those before this stage.
-OWN_DRAWINGS = replace(
+# The tasks that the stages after it share.
+FURTHER = {**PAIRS.tasks, "question": 0.8, "pair/which": 4.0, "pair/one": 0.8, "denoise": 0.3}
+
+# With its own drawings fed, which is what a chain of edits copies: few words, regions, what is completed, and objects
+# that are alike, which is where edits are about the wrong one. The committed weights are those before this stage.
+ALL_AT_ONCE = replace(
     PAIRS,
-    name="its own drawings",
+    name="all at once, more few words",
     hours=1.5,
     lr=8e-4,
-    decay_fraction=0.85,
-    kept=0.4,
+    decay_fraction=0.9,
+    kept=0.2,
     tasks={
-        **PAIRS.tasks,
-        "generate": 12.0,
-        "question": 0.8,
-        "describe": 1.6,
-        "edit/recolor": 2.8,
-        "edit/move": 2.5,
-        "masked edit": 3.5,
-        "complete": 14.0,
-        "pair/which": 5.0,
-        "pair/one": 1.0,
+        **FURTHER,
+        "generate": 19.0,
+        "describe": 1.4,
+        "masked edit": 2.5,
+        "edit/move": 3.0,
+        "complete": 13.0,
         "identify region": 8.0,
-        "super-resolution": 0.4,
-        "denoise": 0.3,
     },
     several=0.6,
     quizzes=0.2,
-    chains=0.15,
-    own=0.5,
-    seed=11,
+    chains=0.22,
+    alike=0.2,
+    own=0.55,
+    seed=21,
 )
-# What the stages after it share.
-FURTHER = {**PAIRS.tasks, "question": 0.8, "pair/which": 4.0, "pair/one": 0.8, "denoise": 0.3}
-
-# Objects that are alike, which is where edits and regions are about the wrong one.
-ALIKE = replace(
-    OWN_DRAWINGS,
-    name="objects alike once",
-    hours=0.7,
-    lr=6e-4,
-    decay_fraction=0.9,
+MORE_REGIONS = replace(
+    ALL_AT_ONCE,
+    name="all at once, more regions",
     tasks={
         **FURTHER,
-        "generate": 17.0,
-        "edit/recolor": 3.5,
-        "edit/move": 3.2,
-        "complete": 11.0,
-        "identify region": 9.0,
+        "generate": 16.0,
+        "edit/recolor": 3.4,
+        "edit/move": 3.4,
+        "masked edit": 2.8,
+        "complete": 14.0,
+        "identify region": 11.0,
     },
-    alike=0.3,
-    own=0.6,
-    seed=14,
+    chains=0.16,
+    alike=0.33,
+    own=0.5,
+    seed=22,
 )
 
-# Hours are for two CPU cores.
+# What the whole image will show is told before its first token.
+PLAN = replace(
+    ALL_AT_ONCE,
+    name="plan",
+    hours=2.1,
+    lr=9e-4,
+    kept=0.0,
+    tasks={
+        **FURTHER,
+        "generate": 22.0,
+        "describe": 1.4,
+        "edit/recolor": 3.2,
+        "edit/move": 3.4,
+        "masked edit": 2.6,
+        "complete": 12.0,
+        "identify region": 9.0,
+    },
+    chains=0.16,
+    alike=0.22,
+    plan=0.4,
+    own=0.3,
+    seed=31,
+)
+
+# The plan is read two layers below the last one, and more edits follow the region that was identified for them.
+EARLY_PLAN = replace(
+    PLAN,
+    name="early plan",
+    hours=1.45,
+    tasks={
+        **PLAN.tasks,
+        "generate": 26.0,
+        "edit/move": 4.4,
+        "masked edit": 3.0,
+        "complete": 13.0,
+        "identify region": 4.0,
+    },
+    quizzes=0.14,
+    chains=0.14,
+    regions=0.1,
+    alike=0.2,
+    plan_layer=3,
+    seed=41,
+)
+
+# The plan once more, which is learned slowly: few words, and moves.
+EARLY_PLAN_FURTHER = replace(
+    EARLY_PLAN,
+    name="early plan further",
+    hours=0.76,
+    lr=8e-4,
+    warmup=30,
+    decay_fraction=0.95,
+    tasks={
+        **EARLY_PLAN.tasks,
+        "generate": 31.0,
+        "edit/move": 5.0,
+        "complete": 10.0,
+        "identify region": 3.0,
+    },
+    quizzes=0.13,
+    chains=0.13,
+    regions=0.12,
+    plan=0.7,
+    own=0.2,
+    seed=51,
+)
+
+
+def _twice(stage: Stage) -> SideBySide:
+    """The stage with two seeds."""
+    again = replace(stage, name=f"{stage.name} again", seed=stage.seed + 1)
+    return SideBySide(f"{stage.name}, mean", (stage, again))
+
+
+# Hours are for two CPU cores; those of stages that stand side by side, for one core each.
 RECIPE: tuple[Stage | SideBySide, ...] = (
     # More objects than in the scenes of the tasks: most of what there is to learn is in the patches of objects.
     Stage("mingtok", "mingtok", batch=16, lr=3e-3, hours=0.8, objects=(1, 6), checkpoint_minutes=4),
@@ -432,46 +506,9 @@ RECIPE: tuple[Stage | SideBySide, ...] = (
         chains=0.08,
         seed=10,
     ),
-    OWN_DRAWINGS,
-    # Few words once more, and longer chains.
-    replace(
-        OWN_DRAWINGS,
-        name="few words and chains",
-        hours=1.0,
-        lr=6e-4,
-        decay_fraction=0.9,
-        tasks={
-            **FURTHER,
-            "generate": 18.0,
-            "describe": 1.4,
-            "edit/recolor": 2.8,
-            "edit/move": 2.5,
-            "masked edit": 2.5,
-            "complete": 12.0,
-            "identify region": 7.0,
-        },
-        chains=0.2,
-        own=0.6,
-        seed=12,
-    ),
-    # With labels of where an object is to the pixel: in chains, objects that nobody had asked to move had moved by one.
-    replace(
-        OWN_DRAWINGS,
-        name="places to the pixel",
-        hours=1.35,
-        tasks={
-            **FURTHER,
-            "generate": 16.0,
-            "edit/recolor": 2.8,
-            "edit/move": 2.6,
-            "masked edit": 2.8,
-            "complete": 14.0,
-            "identify region": 7.0,
-        },
-        chains=0.22,
-        own=0.6,
-        seed=13,
-    ),
-    SideBySide("objects alike", (ALIKE, replace(ALIKE, name="objects alike again", seed=15))),
+    SideBySide("all at once", (ALL_AT_ONCE, MORE_REGIONS)),
+    _twice(PLAN),
+    _twice(EARLY_PLAN),
+    _twice(EARLY_PLAN_FURTHER),
 )
 STAGES = tuple(stage for entry in RECIPE for stage in (entry.stages if isinstance(entry, SideBySide) else (entry,)))

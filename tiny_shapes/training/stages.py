@@ -180,10 +180,13 @@ class JointStage:
             stage.quizzes,
             stage.several,
             stage.chains,
+            stage.regions,
             stage.cluttered,
             stage.alike,
         )
-        self.module: JointLoss = JointLoss(engine.network, JointWeights(own=stage.own)).to(device)
+        self.module: JointLoss = JointLoss(
+            engine.network, JointWeights(plan=stage.plan, plan_layer=stage.plan_layer, own=stage.own)
+        ).to(device)
         self.parallel: nn.Module = self.module
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

@@ -127,6 +127,15 @@ class Dialogue:
 
     tasks: tuple[Task, ...]
 
+    @property
+    def edits_its_region(self) -> bool:
+        """Whether the first round is the question for a region, and the second the edit that it is the region of."""
+        first, second = self.tasks[:2]
+        if first.name != "identify region" or "edit" not in second.family:
+            return False
+        region = region_image(require(second.source_scene), require(second.target_scene))
+        return np.array_equal(require(first.target), region)  # another edit of the object may change other places
+
 
 @dataclass(frozen=True)
 class _Step:
