@@ -200,7 +200,7 @@ FURTHER = {**PAIRS.tasks, "question": 0.8, "pair/which": 4.0, "pair/one": 0.8, "
 # that are alike, which is where edits are about the wrong one. The committed weights are those before this stage.
 ALL_AT_ONCE = replace(
     PAIRS,
-    name="all at once, more few words",
+    name="all at once with few words",
     hours=1.5,
     lr=8e-4,
     decay_fraction=0.9,
@@ -223,7 +223,7 @@ ALL_AT_ONCE = replace(
 )
 MORE_REGIONS = replace(
     ALL_AT_ONCE,
-    name="all at once, more regions",
+    name="all at once with regions",
     tasks={
         **FURTHER,
         "generate": 16.0,
@@ -309,9 +309,9 @@ EARLY_PLAN_FURTHER = replace(
 
 
 def _twice(stage: Stage) -> SideBySide:
-    """The stage with two seeds."""
+    """The stage with two seeds, at the same time."""
     again = replace(stage, name=f"{stage.name} again", seed=stage.seed + 1)
-    return SideBySide(f"{stage.name}, mean", (stage, again))
+    return SideBySide(f"{stage.name} twice", (stage, again))
 
 
 # Hours are for two CPU cores; those of stages that stand side by side, for one core each.
