@@ -64,6 +64,20 @@ def test_a_terse_caption_is_true_of_the_scene_and_leaves_out_most_of_it():
 
 
 @pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("square, circle", ["red square centre", "orange circle left"]),
+        ("a star and a red star at the top", ["orange star centre", "red star top"]),
+        ("a red circle and a circle on the left", ["red circle centre", "orange circle left"]),
+        ("a star and a star", []),  # the words do not say which is which
+    ],
+)
+def test_words_without_a_color_name_the_object_that_is_left_for_them(text, meant):
+    found = [f"{obj.color} {obj.shape} {obj.position}" for _, obj in mentions(text, parse_scene(text))]
+    assert found == meant
+
+
+@pytest.mark.parametrize(
     ("typed", "meant"),
     [
         ("a circle", "a large red circle at the centre on a white background"),

@@ -57,6 +57,16 @@ def test_a_drawing_with_a_terse_prompt_shows_what_it_leaves_open_by_default():
     assert len({(task.target_scene.objects[0].dx, task.target_scene.objects[0].dy) for task in unplaced}) > 4
 
 
+def test_few_words_leave_some_colors_and_places_to_the_defaults_and_name_others():
+    made = [dialogue.tasks[0] for dialogue in dialogues(200, tasks=["few words"], objects=(2, 3), rounds=1)]
+    objects = [obj for task in made for obj in task.target_scene.objects]
+    without_color = [sum(obj.color not in task.prompt.lower() for obj in task.target_scene.objects) for task in made]
+    assert 60 < sum(count > 0 for count in without_color) < 160
+    assert all(task.attached is None and np.array_equal(task.target, draw(task.target_scene)) for task in made)
+    named = sum("top" in obj.position or "bottom" in obj.position for obj in objects)
+    assert named > 40, "an object whose place is left open is in the middle row"
+
+
 def test_an_image_is_in_view_or_attached_exactly_when_it_is_needed():
     for dialogue in dialogues(300):
         in_view = False

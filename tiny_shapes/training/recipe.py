@@ -284,17 +284,18 @@ EARLY_PLAN = replace(
     seed=41,
 )
 
-# The plan once more, which is learned slowly: few words, and moves.
+# The plan once more, which is learned slowly: few words that leave colors and places open, and moves.
 EARLY_PLAN_FURTHER = replace(
     EARLY_PLAN,
     name="early plan further",
-    hours=0.76,
+    hours=0.74,
     lr=8e-4,
     warmup=30,
     decay_fraction=0.95,
     tasks={
         **EARLY_PLAN.tasks,
-        "generate": 31.0,
+        "few words": 14.0,
+        "generate": 19.0,
         "edit/move": 5.0,
         "complete": 10.0,
         "identify region": 3.0,
@@ -302,7 +303,6 @@ EARLY_PLAN_FURTHER = replace(
     quizzes=0.13,
     chains=0.13,
     regions=0.12,
-    plan=0.7,
     own=0.2,
     seed=51,
 )

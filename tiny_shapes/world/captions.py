@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import numpy as np
 
-from .descriptions import DEFAULT_BACKGROUND, DEFAULT_SIZE, describe, join_words, parse_scene, with_article
+from .descriptions import (
+    DEFAULT_BACKGROUND,
+    DEFAULT_SIZE,
+    NamedObject,
+    describe,
+    join_words,
+    named_objects,
+    with_article,
+)
 from .phrasing import SPELLINGS, pick, place_phrase, vary_spelling
 from .scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene, SceneObject
 
@@ -38,15 +45,18 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
     return vary_spelling(rng, pick(rng, forms))
 
 
-def terse_caption(rng: np.random.Generator, scene: Scene) -> str:
-    """A short description of the objects in the scene; `parse_scene` fills in what it leaves out."""
+def terse_caption(rng: np.random.Generator, scene: Scene, colored: float = 0.92, placed: float = 0.15) -> str:
+    """A short description of the objects in the scene; `parse_scene` fills in what it leaves out.
+
+    colored, placed  shares of the objects whose color is named, and of those whose place is
+    """
     article = (lambda name: name) if rng.random() < 0.3 else with_article
     objects = []
     for index in rng.permutation(len(scene.objects)):
         obj = scene.objects[index]
         size = obj.size if rng.random() < 0.25 else ""
-        color = obj.color if rng.random() < 0.92 else ""
-        place = f" {place_phrase(rng, obj.position)}" if rng.random() < 0.15 else ""
+        color = obj.color if rng.random() < colored else ""
+        place = f" {place_phrase(rng, obj.position)}" if rng.random() < placed else ""
         objects.append(article(" ".join(filter(None, (size, color, obj.shape)))) + place)
     text = join_words(objects, pick(rng, (" and ", " and ", ", ")))
     if rng.random() < 0.35:
@@ -70,10 +80,10 @@ def _one_of(words: Iterable[str]) -> str:
     return "|".join(spelling.replace(" ", "[ -]") for spelling in spellings)
 
 
-# Matches what `_mention` writes. The longest places come first, because "top left" begins with "top".
+# Matches an object as captions name it. The longest places come first, because "top left" begins with "top".
 _PLACES = _one_of(sorted(POSITIONS, key=len, reverse=True))
 _MENTIONED = re.compile(
-    rf"(?:at the (?:{_PLACES}) )?\b(?P<known>the )?(?:an? )?(?:(?:{_one_of(SIZES)}) )?(?:{_one_of(COLORS)}) "
+    rf"(?:at the (?:{_PLACES}) )?\b(?P<known>the )?(?:an? )?(?:(?:{_one_of(SIZES)}) )?(?:(?:{_one_of(COLORS)}) )?"
     rf"(?:{_one_of(SHAPES)})\b"
     rf"(?: (?:at|in|on) the (?:{_PLACES})(?: corner| side)?)?",
     re.IGNORECASE,
@@ -82,15 +92,20 @@ _MENTIONED = re.compile(
 
 def mentions(text: str, scene: Scene) -> Iterator[tuple[int, SceneObject]]:
     """The objects of the scene that a prompt with a caption names, each with the index where its words end."""
+    named: dict[int, list[SceneObject]] = {}
     for found in _MENTIONED.finditer(text):
-        if found["known"]:  # refers to an object that is there already
-            continue
-        (named,) = parse_scene(found.group()).objects
-        anywhere = not re.search(_PLACES, found.group(), re.IGNORECASE)
-        fitting = [
-            obj
-            for obj in scene.objects
-            if obj.content == (replace(named, position=obj.position) if anywhere else named).content
-        ]
-        if len(fitting) == 1:  # otherwise two look alike, and the words do not say which comes where
-            yield found.end(), fitting[0]
+        if not found["known"]:  # otherwise it refers to an object that is there already
+            (words,) = named_objects(found.group())
+            named[found.end()] = [obj for obj in scene.objects if _fits(words, obj)]
+    for end, fitting in named.items():
+        # "a red star and a star": the words with a color say which one is meant by those without
+        others = [objects[0] for other, objects in named.items() if other != end and len(objects) == 1]
+        left = [obj for obj in fitting if obj not in others]
+        if len(left) == 1:  # otherwise two look alike, and the words do not say which comes where
+            yield end, left[0]
+
+
+def _fits(words: NamedObject, obj: SceneObject) -> bool:
+    """Whether the words may mean the object. A size that they do not name is the default one."""
+    named = (words.shape, words.color, words.size or DEFAULT_SIZE, words.position)
+    return all(word in ("", value) for word, value in zip(named, obj.content, strict=True))

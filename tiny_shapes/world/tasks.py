@@ -53,13 +53,15 @@ LATER_TASKS: Mapping[str, float] = MappingProxyType(
         "complete": 1.0,
         **{f"pair/{kind}": share for kind, share in zip(PAIR_KINDS, (3.0, 1.0, 2.0), strict=True)},
         "outside": 1.0,
+        "few words": 1.0,
     }
 )
 _ALL_TASKS = {**TASKS, **LATER_TASKS}
 FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in _ALL_TASKS))
 
 _WITHOUT_IMAGE = ("chat", "outside")  # tasks that bring no image into view
-_FIRST_IMAGE = ("generate", "complete")  # families that come only while no image is in view
+_DRAWINGS = ("generate", "few words")
+_FIRST_IMAGE = (*_DRAWINGS, "complete")  # families that come only while no image is in view
 
 # The defect that a task repairs. An image without that defect is to stay as it is.
 _REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
@@ -68,6 +70,7 @@ _ENHANCING_INTACT = 0.25  # factor on the weight of such a task for an intact im
 _ALSO_GREY = 0.3  # share of pixelated and noisy images that are grey as well, if colorizing is among the tasks
 _TERSE = 0.5  # share of drawings with a terse prompt
 _BARE = 0.4  # share of those with nothing but the terse caption in the prompt
+_COLORED, _PLACED = 0.7, 0.3  # shares of the objects of "few words" whose color is named, and whose place is
 _ROUNDS = (0.6, 0.2, 0.1, 0.06, 0.04)  # shares of dialogues of one to five rounds
 _SAME_EDIT = 0.7  # share of identified regions after which that very edit is asked for
 _SHOWN_AGAIN = 0.6  # share of masked edits after their region that bring the image again, and the mask of that region
@@ -348,7 +351,7 @@ def _realize(rng: np.random.Generator, plan: list[_Step], count: int, constraint
         if realized is None:
             return None
         task, after = realized
-        if not state.shown and after.shown and task.attached is None and step.name != "generate":
+        if not state.shown and after.shown and task.attached is None and step.name not in _DRAWINGS:
             task = replace(task, attached=state.image())
         tasks.append(task)
         state = after
@@ -383,15 +386,26 @@ def _question(rng: np.random.Generator, step: _Step, state: _State, constraints:
 
 
 def _generate(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
-    scene = state.scene
     if rng.random() < _TERSE:
-        terse = terse_caption(rng, scene)
-        scene = _with_jitter(parse_scene(terse), scene)
-        if split_of(scene) != constraints.split:
-            return None
-        text = terse if rng.random() < _BARE else prompt(rng, "generate", terse)
-    else:
-        text = prompt(rng, "generate", caption(rng, scene))
+        return _draw_terse(rng, terse_caption(rng, state.scene), step, state, constraints)
+    text = prompt(rng, "generate", caption(rng, state.scene))
+    return Task(text, None, None, draw(state.scene), step.name, state.scene, None), replace(state, shown=True)
+
+
+def _few_words(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    """A drawing whose words name some of the colors and places; which ones are left for the others is learned last."""
+    terse = terse_caption(rng, state.scene, colored=_COLORED, placed=_PLACED)
+    return _draw_terse(rng, terse, step, state, constraints)
+
+
+def _draw_terse(
+    rng: np.random.Generator, terse: str, step: _Step, state: _State, constraints: _Constraints
+) -> _Realized:
+    """The drawing that the terse caption asks for, in the scene that it means; None if that is of another split."""
+    scene = _with_jitter(parse_scene(terse), state.scene)
+    if split_of(scene) != constraints.split:
+        return None
+    text = terse if rng.random() < _BARE else prompt(rng, "generate", terse)
     return Task(text, None, None, draw(scene), step.name, scene, None), replace(state, scene=scene, shown=True)
 
 
@@ -504,6 +518,7 @@ _MAKERS = MappingProxyType(
         "describe": _describe,
         "question": _question,
         "generate": _generate,
+        "few words": _few_words,
         "edit": _edit,
         "masked edit": _edit,
         "complete": _complete,
