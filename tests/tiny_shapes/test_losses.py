@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ming_core import Conversation, Guidance, Solver
 from ming_core.conversation import Image, guidance_masks
@@ -13,12 +14,11 @@ from ming_core.features import to_grid
 from ming_core.kv_cache import DecodeCache
 from tiny_shapes.training import images
 from tiny_shapes.training.joint_loss import OWN_ERROR, OWN_STEPS, JointLoss, JointWeights, recorded_routing
-from tiny_shapes.training.packing import ATTRIBUTES, PLANNED, pack
+from tiny_shapes.training.packing import ATTRIBUTES, ORIGINS, pack
 from tiny_shapes.training.sequences import IGNORE, TEXT_UNCONDITIONAL, UNCONDITIONAL, tokenize_dialogue
-from tiny_shapes.world import COLORS, POSITIONS, SHAPES, SIZES, Dialogue, random_dialogue
+from tiny_shapes.world import Dialogue, random_dialogue
 
 GRID = (4, 4)
-KNOWN = ("shape", "color", "size")  # of what is planned, where nothing is edited
 
 
 def seeded(number: int = 0) -> torch.Generator:
@@ -58,27 +58,23 @@ def test_the_object_head_is_trained_on_the_objects_of_prompts(make_objective, ch
     assert objective.module.object_head.weight.grad.abs().sum() > 0
 
 
-def test_the_plan_head_is_trained_on_what_every_cell_will_show(make_objective, chat):
-    dialogue = dialogue_of("generate", 5, objects=(2, 2))
+def test_the_origin_head_is_trained_on_where_what_each_cell_shows_comes_from(make_objective, chat):
+    dialogues = [dialogue_of("few words", 5, objects=(2, 2)), dialogue_of("edit/move", 5, objects=(2, 2))]
     objective = make_objective("joint")
-    batch = pack([tokenize_dialogue(dialogue, chat, GRID)], 0, GRID)
+    batch = pack([tokenize_dialogue(dialogue, chat, GRID) for dialogue in dialogues], 0, GRID)
     loss = objective.module
-    assert loss(batch, seeded())["plan"].item() == pytest.approx(sum(math.log(PLANNED[kind]) for kind in KNOWN))
-
-    # the head that says of every cell what is there costs nothing, and is wrong if it says so of another cell
-    shown = {obj.position: obj for obj in dialogue.tasks[0].target_scene.objects}
-    logits = torch.zeros(len(POSITIONS), sum(PLANNED.values()))
-    for cell, position in zip(logits, POSITIONS, strict=True):
-        obj = shown.get(position)
-        shape, color, size, _ = cell.split(list(PLANNED.values()))
-        shape[1 + SHAPES.index(obj.shape) if obj else 0] = 50
-        color[1 + list(COLORS).index(obj.color) if obj else 0] = 50
-        size[1 + list(SIZES).index(obj.size) if obj else 0] = 50
+    loss.weights = dataclasses.replace(loss.weights, origins=1.0)
+    terms = loss(batch, seeded())
+    assert terms["origins"].item() == pytest.approx(math.log(ORIGINS))
+    terms["loss"].backward()
+    assert loss.origin_head.weight.grad.abs().sum() > 0
+    # a head that says the right one costs nothing, and one that says it of another cell costs much
+    drawn = batch.origins[batch.drawn]
+    told = F.one_hot(drawn, loss.origin_head.in_features).float()
     with torch.no_grad():
-        loss.plan_head.bias.copy_(logits.flatten())
-        assert loss(batch, seeded())["plan"].item() < 1e-3
-        loss.plan_head.bias.copy_(logits.roll(1, 0).flatten())
-        assert loss(batch, seeded())["plan"].item() > 1
+        loss.origin_head.weight.copy_(50 * torch.eye(*loss.origin_head.weight.shape))
+        assert loss.origin_loss(told, drawn).item() < 1e-3
+        assert loss.origin_loss(told.roll(1, 1), drawn).item() > 1
 
 
 def test_a_batch_without_images_has_a_loss(make_objective, chat):

@@ -8,16 +8,31 @@ import pytest
 from tiny_shapes.training.packing import (
     ATTRIBUTES,
     EDIT_WEIGHT,
+    EMPTY,
+    FIRST_CELL,
+    FIRST_NAMED,
     FIRST_WEIGHT,
     OBJECT_WEIGHT,
     PATCH_TARGETS,
+    first_tokens,
     flow_weights,
     opened_tokens,
+    origins,
     pack,
     patch_targets,
 )
-from tiny_shapes.training.sequences import tokenize_dialogue
-from tiny_shapes.world import BACKGROUNDS, POSITIONS, Scene, SceneObject, Task, draw, random_dialogue
+from tiny_shapes.training.sequences import IGNORE, UNCONDITIONAL, tokenize_dialogue
+from tiny_shapes.world import (
+    BACKGROUNDS,
+    POSITIONS,
+    Dialogue,
+    Scene,
+    SceneObject,
+    Task,
+    draw,
+    parse_scene,
+    random_dialogue,
+)
 
 GRID = (4, 4)
 
@@ -53,6 +68,45 @@ def test_the_object_that_a_prompt_is_about_is_told_where_the_prompt_ends(chat):
         {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
         for row in batch.object_targets.tolist()
     ] == [{name: getattr(obj, name) for name in ATTRIBUTES} for obj in objects]
+
+
+def test_objects_of_a_drawing_come_from_the_words_in_their_order(chat):
+    scene = parse_scene("a green star, a square and a red circle at the top")
+    task = Task("a red circle at the top, a square, a green star", None, None, draw(scene), "few words", scene)
+    (found,) = pack([tokenize_dialogue(Dialogue((task,)), chat, GRID)], 0, GRID).origins.tolist()
+    placed = {place: number for place, number in zip(POSITIONS, found, strict=True) if number != EMPTY}
+    assert placed == {"top": FIRST_NAMED, "left": FIRST_NAMED + 1, "centre": FIRST_NAMED + 2}
+    # nothing is told where the words do not say which object is which, or are those of another dialogue
+    alike = parse_scene("a star and a star")
+    twins = Task("a star and a star", None, None, draw(alike), "few words", alike)
+    rows = [
+        tokenize_dialogue(Dialogue((twins,)), chat, GRID),
+        tokenize_dialogue(Dialogue((task,)), chat, GRID, UNCONDITIONAL, twins),
+        tokenize_dialogue(dialogue_of("describe"), chat, GRID),
+    ]
+    assert (pack(rows, 0, GRID).origins == IGNORE).all()
+
+
+@pytest.mark.parametrize("kind", ["move", "recolor", "remove", "add", "background"])
+def test_objects_of_an_edit_come_from_where_they_were_and_new_ones_from_the_words(kind):
+    (task,) = dialogue_of(f"edit/{kind}", 3, objects=(2, 3)).tasks
+    cells = list(POSITIONS)
+    before = {obj.position: obj for obj in task.source_scene.objects}
+    after = {obj.position: obj for obj in task.target_scene.objects}
+    for position, number in zip(POSITIONS, origins(task, (8, 8)).tolist(), strict=True):
+        if position not in after:
+            assert number == EMPTY
+        elif number >= FIRST_CELL:
+            copied = before[cells[number - FIRST_CELL]]
+            assert (copied.shape, copied.size) == (after[position].shape, after[position].size)
+        else:
+            assert kind == "add" and after[position] == task.subject and number == FIRST_NAMED
+
+
+def test_cells_that_a_mask_keeps_have_no_origin():
+    (task,) = dialogue_of("masked edit/recolor", 3, objects=(2, 3)).tasks
+    kept = ~opened_tokens(task, (8, 8))[first_tokens((8, 8))]
+    assert kept.any() and ((origins(task, (8, 8)) == IGNORE) == kept).all()
 
 
 def weights_but_for_first_tokens(task):

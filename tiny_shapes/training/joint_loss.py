@@ -11,14 +11,15 @@ hidden states:
 - the object head, the objects of a prompt with all of their attributes: where the words for one end, so that its color
   does not go to another; and at the end of a prompt about one object, because for "what color is the star?" the star's
   size and place have to be found as well;
-- the plan head, what every cell of an image shows, before its first token: when all words have been read. It reads a
-  layer below the last one, so that the layers above can look the plan up at every token.
+- the origin head, where what the next token shows comes from, for the first token of every cell: which object of the
+  words, or which cell of the image that is edited. It reads the last layer but one, where that is decided; the last
+  layer then looks up what is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,10 @@ from ming_core.flow_head import FlowHead
 from ming_core.images import from_uint8
 from ming_core.univision import UniVision
 
-from .packing import ATTRIBUTES, PATCH_TARGETS, PLANNED, Batch, first_tokens
+from .packing import ATTRIBUTES, ORIGINS, PATCH_TARGETS, Batch, first_tokens
 from .sequences import IGNORE
 
-TERMS = ("text", "flow", "patches", "objects", "plan", "balance")
+TERMS = ("text", "flow", "patches", "objects", "origins", "balance")
 
 OWN_STEPS = 3  # of Euler's rule, in which the model's own drawings are made
 OWN_ERROR = 0.5  # root mean square by which a token of its own may be wrong; with more it is one of another drawing
@@ -45,23 +46,21 @@ OWN_ERROR = 0.5  # root mean square by which a token of its own may be wrong; wi
 class JointWeights:
     """Weights of the terms of the loss, and strengths of what is done to the latents.
 
-    text, flow              next tokens; velocities
-    patches, objects, plan  auxiliary targets
-    balance                 how unevenly experts are used
-    noise                   on the normalised latents of drawn images; drawn from 0 to this for each image
-    plan_layer              layer of the language model that the plan is read from, counted from 1; 0: the last one
-    own                     share of the batches in which drawn images are fed as the model itself draws them
-    times                   (time, noise) pairs for each token: each costs about as much as the token does before
+    text, flow                 next tokens; velocities
+    patches, objects, origins  auxiliary targets
+    balance                    how unevenly experts are used
+    noise                      on the normalised latents of drawn images; drawn from 0 to this for each image
+    own                        share of the batches in which drawn images are fed as the model itself draws them
+    times                      (time, noise) pairs for each token: each costs about as much as the language model does
     """
 
     text: float = 1.0
     flow: float = 1.0
     patches: float = 0.4
     objects: float = 0.4
-    plan: float = 0.0
+    origins: float = 0.0
     balance: float = 0.01
     noise: float = 0.4
-    plan_layer: int = 0
     own: float = 0.0
     times: int = 2
 
@@ -76,9 +75,9 @@ class JointLoss(nn.Module):
         width = network.config.llm_config.hidden_size
         self.patch_head = nn.Linear(width, sum(PATCH_TARGETS.values()))
         self.object_head = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))
-        self.cells = first_tokens(network.config.drawing_grid)  # an object is known by the first token of its cell
-        self.plan_head = nn.Linear(width, len(self.cells) * sum(PLANNED.values()))
-        for head in (self.patch_head, self.object_head, self.plan_head):
+        self.cells = first_tokens(network.config.drawing_grid)
+        self.origin_head = nn.Linear(width, ORIGINS)
+        for head in (self.patch_head, self.object_head, self.origin_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
@@ -87,8 +86,8 @@ class JointLoss(nn.Module):
         weights = self.weights
         latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
         places = _places(batch)
-        layer = self.network.language_model.model.layers[weights.plan_layer - 1]
-        with recorded_routing(self.network) as balance, recorded_output(layer) as planned:
+        *_, but_one, _ = self.network.language_model.model.layers
+        with recorded_routing(self.network) as balance, recorded_output(but_one) as middle:
             hidden = self.hidden(batch, features, places)  # (R * L, H)
         # the tokens to learn: those that are drawn, not kept
         learned = batch.flow_weights > 0  # (P, N)
@@ -98,11 +97,9 @@ class JointLoss(nn.Module):
         terms = {
             "text": self.text_loss(hidden, batch),
             "flow": flow_loss(self.network.flow_head, before, latents[learned], flow_weights, weights.times, generator),
-            "patches": labels_loss(
-                self.patch_head(before), PATCH_TARGETS, batch.patch_targets.transpose(1, 2)[learned], flow_weights
-            ),
+            "patches": self.patch_loss(before, batch.patch_targets.transpose(1, 2)[learned], flow_weights),
             "objects": self.object_loss(hidden[batch.object_positions], batch.object_targets),
-            "plan": self.plan_loss(planned[0].flatten(0, 1)[batch.image_starts - 1], batch.patch_targets),
+            "origins": self.origin_loss(middle[0].flatten(0, 1)[places[:, self.cells] - 1], batch.origins),
             "balance": torch.stack(balance).mean(),
         }
         terms["loss"] = sum((getattr(weights, name) * terms[name] for name in TERMS), start=hidden.new_zeros(()))
@@ -129,13 +126,23 @@ class JointLoss(nn.Module):
         losses = F.cross_entropy(logits, batch.targets.flatten()[predicted], reduction="none")
         return _weighted_mean(losses, batch.loss_weights.flatten()[predicted])
 
-    def plan_loss(self, before: Tensor, targets: Tensor) -> Tensor:
-        """The loss of what the cells of images show. before [P, H], of the token before each image; targets
-        [P, kinds, N], of all of its tokens."""
-        kinds = [list(PATCH_TARGETS).index(kind) for kind in PLANNED]
-        labels = targets[:, kinds][..., self.cells].transpose(1, 2).flatten(0, 1)  # (P * cells, PLANNED)
-        logits = self.plan_head(F.rms_norm(before, before.shape[-1:])).view(len(labels), sum(PLANNED.values()))
-        return labels_loss(logits, PLANNED, labels, logits.new_ones(len(labels)))
+    def patch_loss(self, before: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The sum over the kinds of targets of the weighted mean of the cross-entropy of what the next tokens show.
+
+        before [n, H]; targets [n, kinds]; weights [n].
+        """
+        loss = before.new_zeros(())
+        kinds = self.patch_head(before).split(list(PATCH_TARGETS.values()), dim=-1)
+        for logits, labels in zip(kinds, targets.unbind(1), strict=True):
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            loss = loss + _weighted_mean(losses, weights * (labels != IGNORE))
+        return loss
+
+    def origin_loss(self, before: Tensor, origins: Tensor) -> Tensor:
+        """The mean cross-entropy of where what comes is from. before [P, cells, H]; origins int64 [P, cells]."""
+        known = origins != IGNORE
+        logits = self.origin_head(F.rms_norm(before[known], before.shape[-1:]))
+        return F.cross_entropy(logits, origins[known], reduction="sum") / known.sum().clamp_min(1)
 
     def object_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The mean over the objects of the cross-entropy of all attributes. hidden [M, H]; targets [M, 4]."""
@@ -203,18 +210,6 @@ def _places(batch: Batch) -> Tensor:
     return starts[:, None] + torch.arange(batch.flow_weights.shape[1], device=starts.device)
 
 
-def labels_loss(logits: Tensor, kinds: Mapping[str, int], labels: Tensor, weights: Tensor) -> Tensor:
-    """The sum over the kinds of labels of the weighted mean of their cross-entropy.
-
-    logits [n, classes of all kinds]; labels int64 [n, kinds], where IGNORE costs nothing; weights [n].
-    """
-    loss = logits.new_zeros(())
-    for scores, right in zip(logits.split(list(kinds.values()), dim=-1), labels.unbind(1), strict=True):
-        losses = F.cross_entropy(scores, right, ignore_index=IGNORE, reduction="none")
-        loss = loss + _weighted_mean(losses, weights * (right != IGNORE))
-    return loss
-
-
 def _weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """The mean of the losses by weight; 0 if there are none."""
     return (weights * losses).sum() / weights.sum().clamp_min(1.0)
@@ -244,7 +239,7 @@ def recorded_routing(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def recorded_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Record, while it lasts, what the module returns."""
+    """Record, while it lasts, what the module returns: once a call."""
     recorded: list[Tensor] = []
     hook = module.register_forward_hook(lambda module, args, output: recorded.append(output))
     try:

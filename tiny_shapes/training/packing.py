@@ -20,13 +20,15 @@ from ..world import (
     POSITIONS,
     SHAPES,
     SIZES,
+    Scene,
     SceneObject,
     Task,
     draw,
+    mentions,
     patch_labels,
     read_region,
 )
-from ..world.tasks import require
+from ..world.tasks import DRAWINGS, require
 from .sequences import IGNORE, PlacedImage, Sequence
 
 # Flow loss weights of image tokens; 1 on the plain background, which is most of a scene and soon learned.
@@ -46,8 +48,10 @@ ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "po
 # What there is to tell of an image token, and the number of classes; "edited": an edit changes it, or its region
 # covers it.
 PATCH_TARGETS = {**LABEL_CLASSES, "edited": 2}
-# What is told of every cell of an image before any of its tokens is drawn.
-PLANNED = {kind: PATCH_TARGETS[kind] for kind in ("shape", "color", "size", "edited")}
+# Where what a cell of a drawn image shows comes from, as numbers: from nowhere; from the words, which name up to three
+# objects; or from a cell of the image that is edited.
+EMPTY, FIRST_NAMED, FIRST_CELL = 0, 1, 4
+ORIGINS = FIRST_CELL + len(POSITIONS)
 
 
 class Batch(NamedTuple):
@@ -64,6 +68,7 @@ class Batch(NamedTuple):
     sources                  int64 [P], the index of the image whose tokens are kept outside a mask, or -1
     opened                   bool [P, N], the tokens that are drawn: all but those that a mask keeps
     patch_targets            int64 [P, kinds, N], what each token shows (`PATCH_TARGETS`), or IGNORE
+    origins                  int64 [P, cells], where what each cell shows comes from (of `ORIGINS`), or IGNORE
     object_positions         int64 [M], index in the flattened rows where a prompt has named an object
     object_targets           int64 [M, 4], that object (`ATTRIBUTES`)
     """
@@ -80,6 +85,7 @@ class Batch(NamedTuple):
     sources: Tensor
     opened: Tensor
     patch_targets: Tensor
+    origins: Tensor
     object_positions: Tensor
     object_targets: Tensor
 
@@ -100,6 +106,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
     starts: list[int] = []
     sources: list[int | np.ndarray | None] = []
     subjects: dict[int, SceneObject] = {}
+    from_where: list[np.ndarray] = []
     for i, begin, sequence in _placed(rows):
         end = begin + len(sequence.ids)
         ids[i, begin:end], targets[i, begin:end] = sequence.ids, sequence.targets
@@ -108,6 +115,8 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         offset = i * length + begin
         sources += [i.source + len(images) if isinstance(i.source, int) else i.source for i in sequence.images]
         images += sequence.images
+        own_prompts = not sequence.masked.any()  # a guidance row has the prompt of another dialogue
+        from_where += [origins(image.task if own_prompts else None, grid) for image in sequence.images]
         starts += [offset + image.start for image in sequence.images]
         subjects |= {offset + position: obj for position, obj in sequence.subjects.items()}
     source_indices, elsewhere = _resolved(sources)
@@ -126,6 +135,7 @@ def pack(sequences: list[Sequence], row_length: int, grid: tuple[int, int]) -> B
         sources=torch.tensor(source_indices, dtype=torch.long),
         opened=opened,
         patch_targets=image_targets,
+        origins=torch.from_numpy(np.array(from_where, dtype=np.int64).reshape(-1, len(POSITIONS))),
         object_positions=torch.tensor(list(subjects), dtype=torch.long),
         object_targets=torch.tensor(objects, dtype=torch.long).reshape(-1, len(ATTRIBUTES)),
     )
@@ -206,6 +216,42 @@ def patch_targets(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
     elif task.family == "identify region":
         targets[-1] = _cells(read_region(image), grid)
     return targets
+
+
+def origins(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
+    """Where what each cell of a task's target shows comes from: int64 [cells], of `ORIGINS`.
+
+    IGNORE for cells that a mask keeps, and all of it for images that are neither drawn from words nor edited, and for
+    prompts that do not say which object is which.
+    """
+    found: dict[str, int] | None = None
+    if task is not None and task.family in DRAWINGS:
+        found = _named(task.prompt, require(task.target_scene))
+    elif task is not None and task.family in EDITS:
+        found = _copied(task.subject, require(task.source_scene), require(task.target_scene))
+    if task is None or found is None:
+        return np.full(len(POSITIONS), IGNORE, dtype=np.int64)
+    numbers = np.array([found.get(position, EMPTY) for position in POSITIONS], dtype=np.int64)
+    return np.where(opened_tokens(task, grid)[first_tokens(grid)], numbers, IGNORE)
+
+
+def _named(prompt: str, scene: Scene) -> dict[str, int] | None:
+    """The origin of every object in the order of the words, by its position; None if they do not name all of them."""
+    objects = [obj for _, obj in mentions(prompt, scene)]
+    if not len(objects) == len(scene.objects) <= FIRST_CELL - FIRST_NAMED:
+        return None
+    return {obj.position: number for number, obj in enumerate(objects, FIRST_NAMED)}
+
+
+def _copied(subject: SceneObject | None, source: Scene, target: Scene) -> dict[str, int]:
+    """The origin of every object of an edited scene, by its position: a cell of the source, or the words for it.
+
+    subject  the object that is moved, as it was, or added
+    """
+    cells = {position: number for number, position in enumerate(POSITIONS, FIRST_CELL)}
+    before = {obj.position for obj in source.objects}
+    new = cells[subject.position] if subject is not None and subject in source.objects else FIRST_NAMED
+    return {obj.position: cells[obj.position] if obj.position in before else new for obj in target.objects}
 
 
 def flow_weights(task: Task | None, grid: tuple[int, int]) -> np.ndarray:

@@ -77,8 +77,7 @@ class Stage:
     regions         share of the dialogues that are a region and then the edit inside it
     cluttered       share of the prompts with additions that mean nothing
     alike           share of the scenes whose objects are like one another in all but one of shape, color and size
-    plan            weight of the loss of what all cells of an image will show, read before its first token
-    plan_layer      layer of the language model that it is read from, counted from 1; 0: the last one
+    origins         weight of the loss of where what a cell shows comes from: the words, or the image that is edited
     own             share of the batches in which drawn images are fed as the model itself draws them
     checkpoint_minutes, checkpoint_steps  between two checkpoints; the minutes count where the steps are 0
     """
@@ -102,8 +101,7 @@ class Stage:
     regions: float = 0.0
     cluttered: float = 0.0
     alike: float = 0.0
-    plan: float = 0.0
-    plan_layer: int = 0
+    origins: float = 0.0
     own: float = 0.0
     checkpoint_minutes: float = 20.0
     checkpoint_steps: int = 0
@@ -239,63 +237,20 @@ MORE_REGIONS = replace(
     seed=22,
 )
 
-# What the whole image will show is told before its first token.
-PLAN = replace(
+# Words that leave colors and places open, and edits inside their region; what comes in every cell is told to be from
+# there in the words, or in the image that is edited.
+WORDS_AND_REGIONS = replace(
     ALL_AT_ONCE,
-    name="plan",
-    hours=2.1,
+    name="open words and regions",
+    hours=4.4,
     lr=9e-4,
     kept=0.0,
     tasks={
         **FURTHER,
-        "generate": 22.0,
+        "generate": 19.0,
+        "few words": 14.0,
         "describe": 1.4,
         "edit/recolor": 3.2,
-        "edit/move": 3.4,
-        "masked edit": 2.6,
-        "complete": 12.0,
-        "identify region": 9.0,
-    },
-    chains=0.16,
-    alike=0.22,
-    plan=0.4,
-    own=0.3,
-    seed=31,
-)
-
-# The plan is read two layers below the last one, and more edits follow the region that was identified for them.
-EARLY_PLAN = replace(
-    PLAN,
-    name="early plan",
-    hours=1.45,
-    tasks={
-        **PLAN.tasks,
-        "generate": 26.0,
-        "edit/move": 4.4,
-        "masked edit": 3.0,
-        "complete": 13.0,
-        "identify region": 4.0,
-    },
-    quizzes=0.14,
-    chains=0.14,
-    regions=0.1,
-    alike=0.2,
-    plan_layer=3,
-    seed=41,
-)
-
-# The plan once more, which is learned slowly: few words that leave colors and places open, and moves.
-EARLY_PLAN_FURTHER = replace(
-    EARLY_PLAN,
-    name="early plan further",
-    hours=0.74,
-    lr=8e-4,
-    warmup=30,
-    decay_fraction=0.95,
-    tasks={
-        **EARLY_PLAN.tasks,
-        "few words": 14.0,
-        "generate": 19.0,
         "edit/move": 5.0,
         "complete": 10.0,
         "identify region": 3.0,
@@ -303,16 +258,10 @@ EARLY_PLAN_FURTHER = replace(
     quizzes=0.13,
     chains=0.13,
     regions=0.12,
+    origins=1.0,
     own=0.2,
-    seed=51,
+    seed=31,
 )
-
-
-def _twice(stage: Stage) -> SideBySide:
-    """The stage with two seeds, at the same time."""
-    again = replace(stage, name=f"{stage.name} again", seed=stage.seed + 1)
-    return SideBySide(f"{stage.name} twice", (stage, again))
-
 
 # Hours are for two CPU cores; those of stages that stand side by side, for one core each.
 RECIPE: tuple[Stage | SideBySide, ...] = (
@@ -507,8 +456,9 @@ RECIPE: tuple[Stage | SideBySide, ...] = (
         seed=10,
     ),
     SideBySide("all at once", (ALL_AT_ONCE, MORE_REGIONS)),
-    _twice(PLAN),
-    _twice(EARLY_PLAN),
-    _twice(EARLY_PLAN_FURTHER),
+    SideBySide(
+        "open words and regions twice",
+        (WORDS_AND_REGIONS, replace(WORDS_AND_REGIONS, name="open words and regions again", seed=32)),
+    ),
 )
 STAGES = tuple(stage for entry in RECIPE for stage in (entry.stages if isinstance(entry, SideBySide) else (entry,)))

@@ -184,9 +184,9 @@ class JointStage:
             stage.cluttered,
             stage.alike,
         )
-        self.module: JointLoss = JointLoss(
-            engine.network, JointWeights(plan=stage.plan, plan_layer=stage.plan_layer, own=stage.own)
-        ).to(device)
+        self.module: JointLoss = JointLoss(engine.network, JointWeights(origins=stage.origins, own=stage.own)).to(
+            device
+        )
         self.parallel: nn.Module = self.module
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

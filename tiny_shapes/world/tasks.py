@@ -60,8 +60,8 @@ _ALL_TASKS = {**TASKS, **LATER_TASKS}
 FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in _ALL_TASKS))
 
 _WITHOUT_IMAGE = ("chat", "outside")  # tasks that bring no image into view
-_DRAWINGS = ("generate", "few words")
-_FIRST_IMAGE = (*_DRAWINGS, "complete")  # families that come only while no image is in view
+DRAWINGS = ("generate", "few words")  # families of images from words alone
+_FIRST_IMAGE = (*DRAWINGS, "complete")  # families that come only while no image is in view
 
 # The defect that a task repairs. An image without that defect is to stay as it is.
 _REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
@@ -351,7 +351,7 @@ def _realize(rng: np.random.Generator, plan: list[_Step], count: int, constraint
         if realized is None:
             return None
         task, after = realized
-        if not state.shown and after.shown and task.attached is None and step.name not in _DRAWINGS:
+        if not state.shown and after.shown and task.attached is None and step.name not in DRAWINGS:
             task = replace(task, attached=state.image())
         tasks.append(task)
         state = after
