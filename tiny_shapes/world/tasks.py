@@ -4,7 +4,7 @@ Notable:
 - A dialogue is a random walk: what is in view after a round (a scene, with or without a defect, or nothing yet) decides
   which task may come next. Understanding and drawing mix freely; a drawn image is edited, described, refined later on.
 - Every scene that a dialogue shows, as a source or as a target, belongs to the split that was asked for.
-- A drawing task has one right image; only "generate" leaves the jitter of objects open.
+- A drawing task has one right image; only "generate" and "few words" leave the jitter of objects open.
 - The first task that needs an image brings it attached if there is none in view yet.
 """
 
