@@ -48,14 +48,26 @@ def test_routing_is_recorded_while_it_is_asked_for_and_no_longer(engine):
     assert recorded and len(balance) == recorded and all(1 <= float(x) <= 4 for x in balance)
 
 
-def test_the_object_head_is_trained_on_the_objects_of_prompts(make_objective, chat):
+def test_every_object_head_is_trained_on_the_objects_of_prompts(make_objective, chat):
     objective = make_objective("joint")
     batch = pack([tokenize_dialogue(dialogue_of("edit/recolor", n), chat, GRID) for n in range(3)], 0, GRID)
     terms = objective.loss(batch, seeded())
     knows_nothing = sum(math.log(len(values)) for values in ATTRIBUTES.values())
     assert terms["objects"].item() == pytest.approx(knows_nothing)
     terms["objects"].backward()
-    assert objective.module.object_head.weight.grad.abs().sum() > 0
+    assert all(head.weight.grad.abs().sum() > 0 for head in objective.module.object_heads)
+
+
+def test_an_object_head_reads_what_later_tokens_can_see(make_objective, chat):
+    batch = pack([tokenize_dialogue(dialogue_of("edit/move", 3), chat, GRID)], 0, GRID)
+    loss = make_objective("joint").module
+    layers = loss.network.language_model.model.layers
+    with torch.no_grad():
+        before = loss(batch, seeded())["objects"].item()
+        torch.nn.init.normal_(loss.object_heads[0].weight, generator=seeded())
+        for parameter in layers[-1].parameters():  # that of the last layer comes too late for them
+            parameter.zero_()
+        assert loss(batch, seeded())["objects"].item() != pytest.approx(before)
 
 
 def test_the_origin_head_is_trained_on_where_what_each_cell_shows_comes_from(make_objective, chat):

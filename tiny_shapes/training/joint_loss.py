@@ -3,23 +3,24 @@
 They predict the next token of answers and, at image positions, the velocity from noise to the next latent (rectified
 flow). The images to draw are fed with noise on their latents, or as the model itself draws them, because its own
 drawings have errors, which would otherwise add up over the tokens and over the rounds. The flow loss alone teaches only
-slowly what belongs where, so three linear heads, which are thrown away afterwards, read auxiliary targets from the
-hidden states:
+slowly what belongs where, so linear heads, which are thrown away afterwards, read auxiliary targets from the hidden
+states:
 
 - the patch head, what the next image token shows: the labels that MingTok's features were aligned with, and whether an
   edit changes it;
-- the object head, the objects of a prompt with all of their attributes: where the words for one end, so that its color
+- the object heads, the objects of a prompt with all of their attributes: where the words for one end, so that its color
   does not go to another; and at the end of a prompt about one object, because for "what color is the star?" the star's
-  size and place have to be found as well;
-- the origin head, where what the next token shows comes from, for the first token of every cell: which object of the
-  words, or which cell of the image that is edited. It reads the last layer but one, where that is decided; the last
-  layer then looks up what is there.
+  size and place have to be found as well. Each reads one of the last three layers: what only the last one knows is
+  hidden from the tokens that follow;
+- the origin head, where what the next token shows comes from, for the first token of every cell: the words, and which
+  of the objects that they name, or which cell of the image that is edited. It reads the last layer but one, where that
+  is decided; the last layer then looks up what is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ from ming_core.univision import UniVision
 from .packing import ATTRIBUTES, ORIGINS, PATCH_TARGETS, Batch, first_tokens
 from .sequences import IGNORE
 
+OBJECT_LAYERS = 3  # the last ones of the language model, or all of a smaller one
 TERMS = ("text", "flow", "patches", "objects", "origins", "balance")
 
 OWN_STEPS = 3  # of Euler's rule, in which the model's own drawings are made
@@ -57,7 +59,7 @@ class JointWeights:
     text: float = 1.0
     flow: float = 1.0
     patches: float = 0.4
-    objects: float = 0.4
+    objects: float = 1.0
     origins: float = 0.0
     balance: float = 0.01
     noise: float = 0.4
@@ -74,10 +76,12 @@ class JointLoss(nn.Module):
         network.mingtok.requires_grad_(False)
         width = network.config.llm_config.hidden_size
         self.patch_head = nn.Linear(width, sum(PATCH_TARGETS.values()))
-        self.object_head = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))
+        layers = min(OBJECT_LAYERS, network.config.llm_config.num_hidden_layers)
+        attributes = sum(map(len, ATTRIBUTES.values()))
+        self.object_heads = nn.ModuleList(nn.Linear(width, attributes) for _ in range(layers))
         self.cells = first_tokens(network.config.drawing_grid)
         self.origin_head = nn.Linear(width, ORIGINS)
-        for head in (self.patch_head, self.object_head, self.origin_head):
+        for head in (self.patch_head, *self.object_heads, self.origin_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
@@ -86,9 +90,10 @@ class JointLoss(nn.Module):
         weights = self.weights
         latents, features = self.images(batch, generator)  # (P, N, C), (P, N, D)
         places = _places(batch)
-        *_, but_one, _ = self.network.language_model.model.layers
-        with recorded_routing(self.network) as balance, recorded_output(but_one) as middle:
+        layers = self.network.language_model.model.layers[-len(self.object_heads) : -1]
+        with recorded_routing(self.network) as balance, recorded_outputs(*layers) as middle:
             hidden = self.hidden(batch, features, places)  # (R * L, H)
+        middle = [x.flatten(0, 1) for x in middle]
         # the tokens to learn: those that are drawn, not kept
         learned = batch.flow_weights > 0  # (P, N)
         # each token is drawn from the hidden state of the one before it
@@ -98,8 +103,8 @@ class JointLoss(nn.Module):
             "text": self.text_loss(hidden, batch),
             "flow": flow_loss(self.network.flow_head, before, latents[learned], flow_weights, weights.times, generator),
             "patches": self.patch_loss(before, batch.patch_targets.transpose(1, 2)[learned], flow_weights),
-            "objects": self.object_loss(hidden[batch.object_positions], batch.object_targets),
-            "origins": self.origin_loss(middle[0].flatten(0, 1)[places[:, self.cells] - 1], batch.origins),
+            "objects": self.object_loss([x[batch.object_positions] for x in (*middle, hidden)], batch.object_targets),
+            "origins": self.origin_loss(middle[-1][places[:, self.cells] - 1], batch.origins),
             "balance": torch.stack(balance).mean(),
         }
         terms["loss"] = sum((getattr(weights, name) * terms[name] for name in TERMS), start=hidden.new_zeros(()))
@@ -144,11 +149,17 @@ class JointLoss(nn.Module):
         logits = self.origin_head(F.rms_norm(before[known], before.shape[-1:]))
         return F.cross_entropy(logits, origins[known], reduction="sum") / known.sum().clamp_min(1)
 
-    def object_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the objects of the cross-entropy of all attributes. hidden [M, H]; targets [M, 4]."""
-        logits = self.object_head(hidden).split([len(values) for values in ATTRIBUTES.values()], dim=-1)
-        losses = (F.cross_entropy(x, y, reduction="sum") for x, y in zip(logits, targets.unbind(1), strict=True))
-        return sum(losses, start=hidden.new_zeros(())) / max(len(targets), 1)
+    def object_loss(self, layers: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """The mean over layers and objects of the cross-entropy of all attributes.
+
+        layers  [M, H] each; targets [M, 4]
+        """
+        loss = layers[0].new_zeros(())
+        for head, hidden in zip(self.object_heads, layers, strict=True):
+            logits = head(F.rms_norm(hidden, hidden.shape[-1:])).split(list(map(len, ATTRIBUTES.values())), dim=-1)
+            for x, y in zip(logits, targets.unbind(1), strict=True):
+                loss = loss + F.cross_entropy(x, y, reduction="sum")
+        return loss / (len(layers) * max(len(targets), 1))
 
     @torch.no_grad()
     def images(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -238,14 +249,15 @@ def recorded_routing(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def recorded_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Record, while it lasts, what the module returns: once a call."""
+def recorded_outputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Record, while it lasts, what the modules return, in the order of their calls."""
     recorded: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, args, output: recorded.append(output))
+    hooks = [m.register_forward_hook(lambda module, args, output: recorded.append(output)) for m in modules]
     try:
         yield recorded
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def flow_loss(

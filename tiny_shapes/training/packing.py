@@ -49,7 +49,7 @@ ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "po
 # covers it.
 PATCH_TARGETS = {**LABEL_CLASSES, "edited": 2}
 # Where what a cell of a drawn image shows comes from, as numbers: from nowhere; from the words, which name up to three
-# objects; or from a cell of the image that is edited.
+# objects, and in an edit the one that it is about; or from the same cell of the image that is edited.
 EMPTY, FIRST_NAMED, FIRST_CELL = 0, 1, 4
 ORIGINS = FIRST_CELL + len(POSITIONS)
 
@@ -228,7 +228,7 @@ def origins(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
     if task is not None and task.family in DRAWINGS:
         found = _named(task.prompt, require(task.target_scene))
     elif task is not None and task.family in EDITS:
-        found = _copied(task.subject, require(task.source_scene), require(task.target_scene))
+        found = _copied(require(task.source_scene), require(task.target_scene))
     if task is None or found is None:
         return np.full(len(POSITIONS), IGNORE, dtype=np.int64)
     numbers = np.array([found.get(position, EMPTY) for position in POSITIONS], dtype=np.int64)
@@ -243,15 +243,10 @@ def _named(prompt: str, scene: Scene) -> dict[str, int] | None:
     return {obj.position: number for number, obj in enumerate(objects, FIRST_NAMED)}
 
 
-def _copied(subject: SceneObject | None, source: Scene, target: Scene) -> dict[str, int]:
-    """The origin of every object of an edited scene, by its position: a cell of the source, or the words for it.
-
-    subject  the object that is moved, as it was, or added
-    """
+def _copied(source: Scene, target: Scene) -> dict[str, int]:
+    """The origin of every object of an edited scene, by its position: its cell, or the words that the edit is about."""
     cells = {position: number for number, position in enumerate(POSITIONS, FIRST_CELL)}
-    before = {obj.position for obj in source.objects}
-    new = cells[subject.position] if subject is not None and subject in source.objects else FIRST_NAMED
-    return {obj.position: cells[obj.position] if obj.position in before else new for obj in target.objects}
+    return {obj.position: cells[obj.position] if obj in source.objects else FIRST_NAMED for obj in target.objects}
 
 
 def flow_weights(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
