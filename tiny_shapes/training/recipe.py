@@ -282,6 +282,13 @@ ONE_OF_SEVERAL = replace(
     seed=61,
 )
 
+
+def _twice(stage: Stage) -> SideBySide:
+    """The stage with two seeds, at the same time."""
+    again = replace(stage, name=f"{stage.name} again", seed=stage.seed + 1)
+    return SideBySide(f"{stage.name} twice", (stage, again))
+
+
 # Hours are for two CPU cores; those of stages that stand side by side, for one core each.
 RECIPE: tuple[Stage | SideBySide, ...] = (
     # More objects than in the scenes of the tasks: most of what there is to learn is in the patches of objects.
@@ -475,13 +482,7 @@ RECIPE: tuple[Stage | SideBySide, ...] = (
         seed=10,
     ),
     SideBySide("all at once", (ALL_AT_ONCE, MORE_REGIONS)),
-    SideBySide(
-        "open words and regions twice",
-        (WORDS_AND_REGIONS, replace(WORDS_AND_REGIONS, name="open words and regions again", seed=32)),
-    ),
-    SideBySide(
-        "one of several twice",
-        (ONE_OF_SEVERAL, replace(ONE_OF_SEVERAL, name="one of several again", seed=62)),
-    ),
+    _twice(WORDS_AND_REGIONS),
+    _twice(ONE_OF_SEVERAL),
 )
 STAGES = tuple(stage for entry in RECIPE for stage in (entry.stages if isinstance(entry, SideBySide) else (entry,)))

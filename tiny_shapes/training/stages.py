@@ -184,9 +184,8 @@ class JointStage:
             stage.cluttered,
             stage.alike,
         )
-        self.module: JointLoss = JointLoss(engine.network, JointWeights(origins=stage.origins, own=stage.own)).to(
-            device
-        )
+        weights = JointWeights(origins=stage.origins, own=stage.own)
+        self.module: JointLoss = JointLoss(engine.network, weights).to(device)
         self.parallel: nn.Module = self.module
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
