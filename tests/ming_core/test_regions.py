@@ -41,6 +41,13 @@ def covered(scene, target):
     return torch.from_numpy(edit_region(scene, target).reshape(8, 16, 8, 16).mean((1, 3)))
 
 
+def read_and_expected(mingtok, edits):
+    """The mask that is read from the region of every edit, a pair of scenes, and what the edit covers of each token."""
+    before, regions = [draw(scene) for scene, _ in edits], [region_image(*edit) for edit in edits]
+    mask = region_mask(features(mingtok, before), features(mingtok, regions), grow=0)
+    return mask, torch.stack([covered(*edit) for edit in edits])
+
+
 def outline(inside):
     """A line of three pixels around a region [H, W, 1]."""
     wide = np.asarray(Image.fromarray(np.uint8(255 * inside[..., 0])).filter(ImageFilter.MaxFilter(7)))
@@ -86,11 +93,38 @@ def test_a_region_is_found_where_larger_objects_are_as_far_from_the_ground(mingt
         (Scene((small, large), "black"), Scene((moved, large), "black")),
         (Scene((diamond, *others), "beige"), Scene(others, "beige")),
     ]
-    before, regions = ([draw(scene) for scene, _ in edits], [region_image(*edit) for edit in edits])
-    mask = region_mask(features(mingtok, before), features(mingtok, regions), grow=0)
-    expected = torch.stack([covered(*edit) for edit in edits])
+    mask, expected = read_and_expected(mingtok, edits)
     assert mask[expected > 0.3].all()
     assert mask[expected == 0].sum() <= 1
+
+
+def test_an_object_that_a_dark_copy_only_dims_is_not_taken_for_the_region(mingtok):
+    gone = [
+        SceneObject("star", "pink", "small", "left", -1.0, -1.0),
+        SceneObject("star", "orange", "small", "top right"),
+        SceneObject("diamond", "pink", "small", "bottom left", 1.0, -1.0),
+    ]
+    others = [
+        (
+            SceneObject("triangle", "purple", "large", "top"),
+            SceneObject("circle", "green", "large", "bottom left", -1.0, 1.0),
+        ),
+        (
+            SceneObject("cross", "purple", "large", "bottom left", -1.0, 1.0),
+            SceneObject("circle", "orange", "small", "bottom", dy=1.0),
+        ),
+        (
+            SceneObject("star", "blue", "large", "left", 1.0, -1.0),
+            SceneObject("cross", "yellow", "large", "bottom", dx=1.0),
+        ),
+    ]
+    edits = [
+        (Scene((removed, *kept), background), Scene(kept, background))
+        for removed, kept, background in zip(gone, others, ("beige", "white", "navy"), strict=True)
+    ]
+    mask, expected = read_and_expected(mingtok, edits)
+    assert mask[expected > 0.3].all()
+    assert not mask[expected == 0].any()
 
 
 def test_grow_widens_by_whole_tokens_on_every_side(mingtok):
