@@ -8,6 +8,7 @@ from tiny_shapes.world import (
     compare,
     describe,
     draw,
+    masks,
     random_dialogue,
     read_region,
     read_scene,
@@ -65,6 +66,19 @@ def test_few_words_leave_some_colors_and_places_to_the_defaults_and_name_others(
     assert all(task.attached is None and np.array_equal(task.target, draw(task.target_scene)) for task in made)
     named = sum("top" in obj.position or "bottom" in obj.position for obj in objects)
     assert named > 40, "an object whose place is left open is in the middle row"
+
+
+def test_coloring_again_begins_with_other_colors_and_ends_with_those_of_the_words():
+    made = [dialogue.tasks[0] for dialogue in dialogues(80, tasks=["color again"], rounds=1)]
+    for task in made:
+        assert all(obj.color in task.prompt.lower() for obj in task.target_scene.objects)
+        assert np.array_equal(task.target, draw(task.target_scene))
+        difference = np.abs(task.attached.astype(int) - task.target).max(axis=2)
+        assert all(difference[mask > 0.9].mean() > 20 for mask in masks(task.target_scene))
+    colored = [(task, np.ptp(task.attached.astype(int), axis=2).max()) for task in made]
+    assert sum(chroma < 60 for _, chroma in colored) > 5, "some are pale"
+    vivid = [compare(read_scene(task.attached / 255), task.target_scene) for task, chroma in colored if chroma > 170]
+    assert len(vivid) > 5 and all(all(seen.shape) and all(seen.position) for seen in vivid), "others are read as shapes"
 
 
 def test_an_image_is_in_view_or_attached_exactly_when_it_is_needed():

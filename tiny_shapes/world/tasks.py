@@ -28,7 +28,7 @@ from .pairs import PAIR_KINDS, ask_difference, ask_one, ask_which
 from .phrasing import pick
 from .prompts import completion_words, edit_words, prompt
 from .questions import QUESTION_KINDS, Question, question, small_talk
-from .scenes import Scene, SceneObject, random_scene, split_of
+from .scenes import COLORS, Scene, SceneObject, random_scene, split_of
 from .scoring import read_region
 
 # Every task, with its share of the default mixture. The part before "/" is the family, by which tasks are also chosen.
@@ -54,6 +54,7 @@ LATER_TASKS: Mapping[str, float] = MappingProxyType(
         **{f"pair/{kind}": share for kind, share in zip(PAIR_KINDS, (3.0, 1.0, 2.0), strict=True)},
         "outside": 1.0,
         "few words": 1.0,
+        "color again": 1.0,
     }
 )
 _ALL_TASKS = {**TASKS, **LATER_TASKS}
@@ -61,7 +62,7 @@ FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in _ALL_TASKS))
 
 _WITHOUT_IMAGE = ("chat", "outside")  # tasks that bring no image into view
 DRAWINGS = ("generate", "few words")  # families of images from words alone
-_FIRST_IMAGE = (*DRAWINGS, "complete")  # families that come only while no image is in view
+_FIRST_IMAGE = (*DRAWINGS, "complete", "color again")  # families that come only while no image is in view
 
 # The defect that a task repairs. An image without that defect is to stay as it is.
 _REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
@@ -511,6 +512,20 @@ def _enhance(rng: np.random.Generator, step: _Step, state: _State, constraints: 
     return Task(text, None, None, after.image(), step.name, state.scene, state.scene), after
 
 
+def _color_again(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
+    """Colorizing an image that has colors, but not those of the description: a model may have guessed them."""
+    scene = state.scene
+    others = (replace(obj, color=pick(rng, [name for name in COLORS if name != obj.color])) for obj in scene.objects)
+    guessed = replace(scene, objects=tuple(others))
+    if split_of(guessed) != constraints.split:
+        return None
+    colored = draw(guessed)
+    grey = degrade(colored, "grey")
+    attached = np.rint(grey + rng.random() * (colored.astype(np.float64) - grey)).astype(np.uint8)  # pale to full
+    text = prompt(rng, "colorize", caption(rng, scene))
+    return Task(text, attached, None, draw(scene), step.name, scene, scene), replace(state, shown=True)
+
+
 # Each makes the task, without its attached image, and the state after it; None if the scene does not allow it.
 _MAKERS = MappingProxyType(
     {
@@ -526,5 +541,6 @@ _MAKERS = MappingProxyType(
         "outside": _outside,
         "identify region": _identify,
         **dict.fromkeys(_ENHANCING, _enhance),
+        "color again": _color_again,
     }
 )
