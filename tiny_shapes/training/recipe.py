@@ -191,8 +191,17 @@ PAIRS = replace(
     seed=9,
 )
 
-# The tasks that the stages after it share.
-FURTHER = {**PAIRS.tasks, "question": 0.8, "pair/which": 4.0, "pair/one": 0.8, "denoise": 0.3}
+# The tasks that the stages after it share. Sharpening a gray image without coloring it is forgotten first.
+FURTHER = {
+    **PAIRS.tasks,
+    "question": 0.8,
+    "pair/which": 4.0,
+    "pair/one": 0.8,
+    "super-resolution": 2.0,
+    "denoise": 0.6,
+    "colorize": 0.8,
+    "color again": 0.8,
+}
 
 # With its own drawings fed, which is what a chain of edits copies: few words, regions, what is completed, and objects
 # that are alike, which is where edits are about the wrong one. The committed weights are those before this stage.
@@ -242,7 +251,7 @@ MORE_REGIONS = replace(
 WORDS_AND_REGIONS = replace(
     ALL_AT_ONCE,
     name="open words and regions",
-    hours=4.4,
+    hours=3.0,
     lr=9e-4,
     kept=0.3,
     tasks={
@@ -267,7 +276,7 @@ WORDS_AND_REGIONS = replace(
 ONE_OF_SEVERAL = replace(
     WORDS_AND_REGIONS,
     name="one of several",
-    hours=1.9,
+    hours=3.0,
     decay_fraction=0.95,
     tasks={
         **WORDS_AND_REGIONS.tasks,
@@ -275,7 +284,7 @@ ONE_OF_SEVERAL = replace(
         "few words": 10.0,
         "edit/recolor": 6.0,
         "edit/move": 6.0,
-        "complete": 13.0,
+        "complete": 15.0,
     },
     regions=0.16,
     alike=0.25,
