@@ -102,6 +102,16 @@ def test_objects_of_an_edit_come_from_where_they_are_and_what_changes_from_the_w
         assert number in (EMPTY, FIRST_NAMED) or (number == cell and after[place] in before)
 
 
+@pytest.mark.parametrize("name", ["colorize", "color again"])
+def test_objects_of_an_image_that_gets_its_colors_come_from_the_words(name):
+    (task,) = dialogue_of(name, 3, objects=(3, 3)).tasks
+    numbers = dict(zip(POSITIONS, origins(task, (8, 8)).tolist(), strict=True))
+    in_the_order_of_words = sorted(task.target_scene.objects, key=lambda obj: numbers[obj.position])
+    assert [numbers[obj.position] for obj in in_the_order_of_words] == list(range(FIRST_NAMED, FIRST_NAMED + 3))
+    told = [task.prompt.lower().index(f"{obj.color} {obj.shape}") for obj in in_the_order_of_words]
+    assert told == sorted(told)
+
+
 def test_cells_that_a_mask_keeps_have_no_origin():
     (task,) = dialogue_of("masked edit/recolor", 3, objects=(2, 3)).tasks
     kept = ~opened_tokens(task, (8, 8))[first_tokens((8, 8))]

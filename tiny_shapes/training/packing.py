@@ -40,6 +40,7 @@ EDIT_WEIGHT = 4.0  # where an object is before or after an edit: what changes an
 # images before, while the other quarters of the object follow the first one.
 FIRST_WEIGHT = 4.0
 EDITS = ("edit", "masked edit")  # the families that are weighed so
+NAMING = (*DRAWINGS, "colorize", "color again")  # those of which the words say what every object is
 PLAIN = 12  # levels of 255 by which a patch of plain background differs at most from the background color
 
 # The attributes of an object, and the values of each.
@@ -221,11 +222,12 @@ def patch_targets(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
 def origins(task: Task | None, grid: tuple[int, int]) -> np.ndarray:
     """Where what each cell of a task's target shows comes from: int64 [cells], of `ORIGINS`.
 
-    IGNORE for cells that a mask keeps, and all of it for images that are neither drawn from words nor edited, and for
-    prompts that do not say which object is which.
+    Colors come from the words alone, and so does an image that gets those of its description. IGNORE for cells that a
+    mask keeps, and all of it for images that are neither edited nor described by the words, and for prompts that do not
+    say which object is which.
     """
     found: dict[str, int] | None = None
-    if task is not None and task.family in DRAWINGS:
+    if task is not None and task.family in NAMING:
         found = _named(task.prompt, require(task.target_scene))
     elif task is not None and task.family in EDITS:
         found = _copied(require(task.source_scene), require(task.target_scene))
