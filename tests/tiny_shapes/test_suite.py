@@ -162,6 +162,22 @@ def test_only_what_is_other_tokens_to_the_model_is_drawn_again():
     assert score.value == 1 and drawn[0] == [] and 0 < len(drawn[1]) < 40, "tabs are the same to its `same_words`"
 
 
+def test_a_restored_image_with_a_wrong_color_gains_decibels_but_is_not_right():
+    class WrongColor(Oracle):
+        def draw(self, tasks, previous=None, noises=None, seeds=None):
+            wrong = []
+            for task in tasks:
+                first, *others = task.target_scene.objects
+                recolored = replace(first, color="cyan" if first.color != "cyan" else "pink")
+                image = draw(replace(task.target_scene, objects=(recolored, *others)))
+                wrong.append(SimpleNamespace(features=self.features(image), conversation=None))
+            return wrong
+
+    gained, right = list(suite.enhancements(evaluator(WrongColor)))[2:4]
+    assert (gained.name, right.name) == ("denoise, PSNR gained over the input", "denoise with every object right")
+    assert gained.value > 0 and right.value == 0
+
+
 def test_a_seam_that_the_scorer_sees_is_no_completion():
     (score,) = suite.completions(evaluator(Shifty))
     assert score.value < 0.2

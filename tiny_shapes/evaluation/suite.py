@@ -128,14 +128,16 @@ def regions(evaluator: Evaluator) -> Iterator[Score]:
 def enhancements(evaluator: Evaluator) -> Iterator[Score]:
     """Degraded images, restored."""
     for name in ("super-resolution", "denoise", "colorize"):
-        gains = []
+        gains, right = [], []
         tasks = evaluator.tasks([name])
         for task, result in zip(tasks, evaluator.draw(tasks), strict=True):
             target = torch.from_numpy(require(task.target) / 255.0)
             before = psnr(torch.from_numpy(require(task.attached) / 255.0), target)
-            after = psnr(torch.from_numpy(evaluator.pixels(result.features)), target)
-            gains.append(after - before)
+            pixels = evaluator.pixels(result.features)
+            gains.append(psnr(torch.from_numpy(pixels), target) - before)
+            right.append(compare(read_scene(pixels), require(task.target_scene)).objects_right)
         yield mean(f"{name}, PSNR gained over the input", gains, "3 dB", "dB")
+        yield share(f"{name} with every object right", right, "report")
 
 
 def _overlap(found: np.ndarray, expected: np.ndarray) -> float:
