@@ -63,8 +63,8 @@ def read_curve(runs: Path, name: str) -> Curve:
     def values(column: str) -> np.ndarray:
         return np.array([[float(log[step].get(column) or "nan") for step in steps] for log in logs])
 
-    runs = {column: values(column) for column in FIGURES}
-    return Curve(np.array(steps), 60 * _mean(values("hours")), runs)
+    figures = {column: values(column) for column in FIGURES}
+    return Curve(np.array(steps), 60 * _mean(values("hours")), figures)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
