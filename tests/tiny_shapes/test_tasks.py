@@ -1,5 +1,8 @@
 """Dialogues: well formed, true, reproducible, and each in its split."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -79,6 +82,21 @@ def test_coloring_again_begins_with_other_colors_and_ends_with_those_of_the_word
     assert sum(chroma < 60 for _, chroma in colored) > 5, "some are pale"
     vivid = [compare(read_scene(task.attached / 255), task.target_scene) for task, chroma in colored if chroma > 170]
     assert len(vivid) > 5 and all(all(seen.shape) and all(seen.position) for seen in vivid), "others are read as shapes"
+
+
+def test_coloring_again_gives_what_is_in_view_other_colors_and_leaves_the_rest():
+    found = 0
+    for dialogue in dialogues(40, tasks=["generate", "super-resolution", "color again"], rounds=3):
+        for before, task in itertools.pairwise(dialogue.tasks):
+            if task.name != "color again":
+                continue
+            found += 1
+            assert task.attached is None and task.source_scene == before.target_scene
+            pairs = list(zip(task.source_scene.objects, task.target_scene.objects, strict=True))
+            assert all(old.color != new.color and replace(old, color=new.color) == new for old, new in pairs)
+            assert all(new.color in task.prompt.lower() for _, new in pairs)
+            assert task.source_scene.background == task.target_scene.background
+    assert found > 20
 
 
 def test_an_image_is_in_view_or_attached_exactly_when_it_is_needed():

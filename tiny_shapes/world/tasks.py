@@ -62,7 +62,7 @@ FAMILIES = tuple(dict.fromkeys(name.split("/")[0] for name in _ALL_TASKS))
 
 _WITHOUT_IMAGE = ("chat", "outside")  # tasks that bring no image into view
 DRAWINGS = ("generate", "few words")  # families of images from words alone
-_FIRST_IMAGE = (*DRAWINGS, "complete", "color again")  # families that come only while no image is in view
+_FIRST_IMAGE = (*DRAWINGS, "complete")  # families that come only while no image is in view
 
 # The defect that a task repairs. An image without that defect is to stay as it is.
 _REPAIRS = MappingProxyType({"super-resolution": "pixelated", "denoise": "noisy", "colorize": "grey"})
@@ -513,17 +513,34 @@ def _enhance(rng: np.random.Generator, step: _Step, state: _State, constraints: 
 
 
 def _color_again(rng: np.random.Generator, step: _Step, state: _State, constraints: _Constraints) -> _Realized:
-    """Colorizing an image that has colors, but not those of the description: a model may have guessed them."""
-    scene = state.scene
-    others = (replace(obj, color=pick(rng, [name for name in COLORS if name != obj.color])) for obj in scene.objects)
-    guessed = replace(scene, objects=tuple(others))
-    if split_of(guessed) != constraints.split:
+    """Colorizing an image that has colors, but not those of the description: a model may have guessed them.
+
+    The image is attached, or the one in view.
+    """
+    others = _other_colors(rng, state.scene)
+    if split_of(others) != constraints.split:
         return None
-    colored = draw(guessed)
-    grey = degrade(colored, "grey")
-    attached = np.rint(grey + rng.random() * (colored.astype(np.float64) - grey)).astype(np.uint8)  # pale to full
-    text = prompt(rng, "colorize", caption(rng, scene))
-    return Task(text, attached, None, draw(scene), step.name, scene, scene), replace(state, shown=True)
+    if state.shown:
+        described, attached = others, None
+        left = tuple(name for name in state.defects if name != "grey")
+        after = replace(state, scene=described, defects=left, planned=None, region=None)
+    else:
+        described, attached = state.scene, _faded(rng, draw(others))
+        after = replace(state, shown=True)
+    text = prompt(rng, "colorize", caption(rng, described))
+    return Task(text, attached, None, after.image(), step.name, described, state.scene), after
+
+
+def _other_colors(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene with another color on every object."""
+    objects = (replace(obj, color=pick(rng, [name for name in COLORS if name != obj.color])) for obj in scene.objects)
+    return replace(scene, objects=tuple(objects))
+
+
+def _faded(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """The image between gray and its colors."""
+    grey = degrade(image, "grey")
+    return np.rint(grey + rng.random() * (image.astype(np.float64) - grey)).astype(np.uint8)
 
 
 # Each makes the task, without its attached image, and the state after it; None if the scene does not allow it.
