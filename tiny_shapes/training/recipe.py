@@ -191,7 +191,7 @@ PAIRS = replace(
     seed=9,
 )
 
-# The tasks that the stages after it share. Sharpening a gray image without coloring it is forgotten first.
+# The tasks that the stages after it share. Giving colors by the words is forgotten first.
 FURTHER = {
     **PAIRS.tasks,
     "question": 0.8,
@@ -199,8 +199,8 @@ FURTHER = {
     "pair/one": 0.8,
     "super-resolution": 2.0,
     "denoise": 0.6,
-    "colorize": 0.8,
-    "color again": 0.8,
+    "colorize": 3.0,
+    "color again": 3.0,
 }
 
 # With its own drawings fed, which is what a chain of edits copies: few words, regions, what is completed, and objects
