@@ -52,7 +52,7 @@ HOUSES, PAIRS, OTHERS = 40, 60, 1200  # samples to train on
 UNSEEN, SCENES = 30, 60  # scenes to score on: of the new, and of each thing that is to stay
 # What the trainer is told beside the folders
 TRAINING = "--layers attention shared_expert projection --rank 12 --batch 8 --lr 3e-3 --dropping 0.1 --no-checkpointing"
-LENGTH = {"houses": "--steps 800 --others-share 0.8", "stars": "--steps 600 --others-share 0.75"}
+LENGTH = {"houses": "--steps 1200 --others-share 0.8", "stars": "--steps 600 --others-share 0.75"}
 CELL = 32
 SAMPLES = 8  # points along a pixel's side
 ASKED = (

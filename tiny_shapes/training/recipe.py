@@ -204,7 +204,7 @@ FURTHER = {
 }
 
 # With its own drawings fed, which is what a chain of edits copies: few words, regions, what is completed, and objects
-# that are alike, which is where edits are about the wrong one. The committed weights are those before this stage.
+# that are alike, which is where edits are about the wrong one.
 ALL_AT_ONCE = replace(
     PAIRS,
     name="all at once with few words",
