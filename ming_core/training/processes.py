@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator
 
@@ -98,6 +99,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     try:
         yield Processes(here, rank, count)
     finally:
+        gc.collect()  # a model that still knows the group keeps its threads, and they may abort the process at its end
         dist.destroy_process_group()
 
 

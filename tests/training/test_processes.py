@@ -71,3 +71,37 @@ def test_two_processes_that_share_out_the_layers_learn_what_one_with_the_whole_m
     longer, _ = run(1, checkpoint_folder, data, one, 20, 4, *options, "--resume")
     alone, said = run(1, checkpoint_folder, data, two, 20, 4, *options, "--resume")
     assert "continuing from step 10" in said and alone == pytest.approx(longer, rel=1e-3)
+
+
+JOINED = """
+from pathlib import Path
+import torch
+from ming_core.training.processes import joined
+
+class Run:
+    def __init__(self, processes):
+        self.itself = self  # is freed by the collector alone
+        self.module = processes.parallel(torch.nn.Linear(4, 4))
+        self.module(torch.ones(2, 4)).sum().backward()
+
+def threads():
+    return sum("gloo" in file.read_text() for file in Path("/proc/self/task").glob("*/comm"))
+
+with joined("cpu") as processes:
+    Run(processes)
+    assert threads()
+print(f"{threads()} threads are left")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads as Linux gives them")
+def test_no_thread_of_the_group_is_left_when_a_process_ends_which_could_abort_it(tmp_path):
+    (tmp_path / "joined.py").write_text(JOINED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "joined.py")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("0 threads are left") == 2, done.stdout
