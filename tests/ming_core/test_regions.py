@@ -54,6 +54,18 @@ def outline(inside):
     return (wide > 128)[..., None] & (inside < 0.5)
 
 
+def test_a_large_object_beside_a_small_one_is_not_taken_for_its_region(mingtok):
+    # the template's scene in several colors, on light and on dark grounds
+    edits = []
+    for large, small, background in itertools.product(("red", "purple"), ("blue", "green"), ("white", "mint", "navy")):
+        circle = SceneObject("circle", large, "large", "left")
+        scene = Scene((circle, SceneObject("star", small, "small", "right")), background)
+        edits.append((scene, Scene((circle,), background)))
+    mask, expected = read_and_expected(mingtok, edits)
+    assert mask[expected > 0.1].all()
+    assert mask[..., :4].sum() == 0
+
+
 @pytest.mark.parametrize("gone", [STAR, CIRCLE])
 @pytest.mark.parametrize("kind", ["bright on dark", "tinted", "outlined"])
 def test_a_region_is_read_whole_and_hardly_any_token_more(mingtok, kind, gone):
