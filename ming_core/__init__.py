@@ -14,7 +14,7 @@ from .features import Features
 from .files import FileError
 from .mingtok import MingTok
 from .options import Guidance, ImageOptions, Sampling, TextOptions
-from .rounds import DrawRequest, ImageResult, Progress, RoundPlan, RoundResult, TextResult
+from .rounds import DrawRequest, ImageResult, NoPictureError, Progress, RoundPlan, RoundResult, TextResult
 from .saved import load_conversation, load_features, save_conversation, save_features
 from .solver import Solver
 from .univision import UniVision
@@ -30,6 +30,7 @@ __all__ = [
     "ImageOptions",
     "ImageResult",
     "MingTok",
+    "NoPictureError",
     "Progress",
     "RoundPlan",
     "RoundResult",

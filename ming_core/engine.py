@@ -37,7 +37,17 @@ from .offload import nonfinite_error
 from .options import ImageOptions, Sampling, TextOptions
 from .prefix_cache import PrefixCache
 from .prompts import ChatFormat
-from .rounds import DrawRequest, ImageResult, OnToken, Options, PrefilledRound, Progress, RoundPlan, TextResult
+from .rounds import (
+    DrawRequest,
+    ImageResult,
+    NoPictureError,
+    OnToken,
+    Options,
+    PrefilledRound,
+    Progress,
+    RoundPlan,
+    TextResult,
+)
 from .text_decoder import TextDecoder, WrittenText
 from .univision import UniVision
 from .weights_state import WeightsState
@@ -170,7 +180,7 @@ class Engine:
         """One round that draws, an image a seed, all in one pass over the weights: one result a seed.
 
         On a conversation without an image in view this is text to image, else an edit. `options` are those of
-        `ImageOptions`; None stands for a default. The others, and the errors, are as in `understand`; RuntimeError
+        `ImageOptions`; None stands for a default. The others, and the errors, are as in `understand`; NoPictureError
         when the model decides not to draw.
         """
         # what is not chosen is None: the defaults stand in ImageOptions alone
@@ -468,10 +478,10 @@ class Engine:
         # quoted in the error: mostly it tells why there is no image
         said = self.chat.decode(before.ids)
         if before.ids[-1] == self._end:
-            raise RuntimeError(
+            raise NoPictureError(
                 f'the model answered in words and drew no picture: "{said}". Set start to "draw now" to have it draw'
             )
-        raise RuntimeError(
+        raise NoPictureError(
             f'the model has not begun a picture in {decoder.limit} tokens: "{said}". Raise max_new_tokens, or set '
             'start to "draw now" to have it draw'
         )

@@ -15,6 +15,10 @@ from .kv_cache import PrefillCache
 from .options import ImageOptions, TextOptions
 
 
+class NoPictureError(RuntimeError):
+    """The model decided not to draw: the message quotes what it said, and says how to have it draw."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """The state of a round after a token, or after a part of a long prompt.

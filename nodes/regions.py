@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ..ming_core import Features
@@ -10,6 +12,8 @@ from . import host
 from .features import enlarge
 from .translation import in_page_language
 from .widgets import FEATURES, integer, number, socket
+
+log = logging.getLogger(__name__)
 
 
 class MingRegionMask:
@@ -36,7 +40,10 @@ class MingRegionMask:
 
     def read(self, features: Features, region: Features, threshold: float, grow: int) -> tuple[torch.Tensor]:
         mask = region_mask(features, region, threshold, grow)
-        host.show_text(in_page_language(_found(mask)))
+        found = _found(mask)
+        host.show_text(in_page_language(found))
+        if not mask.any():  # also where no page shows it
+            log.warning("%s", found)
         return (enlarge(mask[:, None])[:, 0].to(host.images_device()),)
 
 

@@ -19,6 +19,8 @@ from typing import TextIO
 from tqdm import tqdm
 from tqdm.utils import disp_len, disp_trim
 
+from ..ming_core import NoPictureError
+from ..ming_core.offload import NonfiniteError
 from ..nodes import host
 from ..nodes.filenames import absolute
 from .core_nodes import shown_file
@@ -35,6 +37,7 @@ from .session import (
 from .workflow import WorkflowError, read_workflow, with_image, with_settings
 
 _INDENT = "      "
+_FOR_THE_USER = (ValueError, OSError, NoPictureError, NonfiniteError)  # their messages say what to do
 _SECONDS_BETWEEN_LINES = 0.5  # of progress, where a line cannot be redrawn
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -79,7 +82,7 @@ def _run(workflow: str | Path, settings: Iterable[str], image: str | Path | None
         return EXIT_REFUSED
     except ExecutionError as error:
         reporter.stop(f"Failed: {error}")
-        if not isinstance(error.__cause__, (ValueError, OSError)):  # not a message for the user: show where it is from
+        if not isinstance(error.__cause__, _FOR_THE_USER):  # show where it is from
             reporter.say("".join(traceback.format_exception(error.__cause__)).rstrip())
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from ming_univision.ming_core import (
     Conversation,
     FileError,
     Guidance,
+    NoPictureError,
     Sampling,
     Solver,
     language_model,
@@ -383,7 +384,7 @@ def test_a_model_that_decides_not_to_draw_is_quoted_with_the_remedy(model, monke
     never[llm.eos_token_id] = 1e9 if ends else float("-inf")
     monkeypatch.setattr(model.network.language_model, "logits", lambda hidden: exact(hidden) + never)
     said = model.understand(Conversation(), "A cat.", max_new_tokens=4).text
-    with pytest.raises(RuntimeError, match=words) as error:
+    with pytest.raises(NoPictureError, match=words) as error:
         model.generate_image(Conversation(), "A cat.", start="model decides", max_new_tokens=4)
     assert f'"{said}"' in str(error.value)
 

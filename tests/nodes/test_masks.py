@@ -114,3 +114,13 @@ def test_a_mask_of_what_changed_has_the_side_of_the_picture_that_the_connected_t
     with pytest.raises(ValueError, match="another tokenizer"):
         strange = picture._replace(tokenizer="f" * 64)
         compare(features_a=strange, features_b=strange, mingtok=mingtok)
+
+
+def test_a_region_that_marks_nothing_is_told_in_the_log_too_where_no_page_shows_it(mingtok, caplog):
+    nodes = (NODE_CLASS_MAPPINGS[name]() for name in ("MingTokEncode", "MingTokSemanticFeatures", "MingRegionMask"))
+    encode, expand, read = nodes
+    latent = encode.encode(mingtok, torch.rand(1, SIDE, SIDE, 3), "center crop", "standard")[0]
+    (features,) = expand.expand(mingtok, latent)
+    (mask,) = read.read(features, features, 0.3, 1)
+    assert not mask.any()
+    assert "No region was found. Lower the threshold" in caplog.text

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from ming_univision.ming_core import NoPictureError
 from ming_univision.nodes import host
 from ming_univision.runner import session, terminal
 from ming_univision.tests.runner.example_nodes import CLASSES, node
@@ -82,6 +83,21 @@ def test_what_stops_a_node_is_the_last_thing_on_the_screen(command, kind, said):
     lines = [line for line in console.screen() if line]
     assert any(line.startswith(said) for line in lines[1:])
     assert not any(line.startswith("[1/1]") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "shows_where"),
+    [(NoPictureError("it answered in words"), False), (ValueError("a bad value"), False), (KeyError("a bug"), True)],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_only_what_is_no_message_for_the_user_shows_where_it_was_raised(command, monkeypatch, error, shows_where):
+    def run(self, source):
+        raise error
+
+    monkeypatch.setattr(CLASSES["Broken"], "run", run)
+    code, console = command({"1": node("Broken", "Long Work", source="x")})
+    assert code == terminal.EXIT_FAILED and str(error) in console.getvalue()
+    assert ("Traceback" in console.getvalue()) == shows_where
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
