@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.list:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        for entry in RECIPE:
-            log.info("%s", entry)
+        for line in _listed(RECIPE):
+            log.info("%s", line)
         return 0
     entries = [_entry(name) for name in options.stages] if options.stages else list(RECIPE)
     with joined(options.device) as processes:
@@ -117,6 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, if the processor is fast at it")
     parser.add_argument("--list", action="store_true", help="list the stages and exit")
     return parser
+
+
+def _listed(entries: Iterable[Stage | SideBySide]) -> Iterator[str]:
+    """The stages, a line each: name, what is trained, hours."""
+    for entry in entries:
+        if isinstance(entry, Stage):
+            yield f"{entry.name:32} {entry.trains:14} {entry.hours:g} hours"
+        else:
+            yield f"{entry.name}: the mean of"
+            yield from (f"    {line}" for line in _listed(entry.stages))
 
 
 def _entry(name: str) -> Stage | SideBySide:
