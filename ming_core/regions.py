@@ -32,10 +32,9 @@ MARKED = 0.3  # from which score on a token belongs to the region
 UNCHANGED_SHARE = 0.5  # a copy of an image leaves at least this share of its tokens as they are
 FAR = 0.6  # share of the farthest token's distance from the ground from which on a token is surely in the region
 LIGHT = 0.87  # a plain ground that has moved farther, where 1 is the distance of two unrelated tokens, was light
-BACK = (
-    0.15,
-    0.5,
-)  # cosine with the way back to the light ground: of what is dimmed at most, of what is marked at least
+# Cosine with the way back to a light ground: what is only dimmed has less than the first, what is marked mostly more
+# than the second.
+BACK = (0.15, 0.5)
 
 
 def region_mask(before: Features, region: Features, threshold: float = MARKED, grow: int = 1) -> Tensor:
