@@ -64,8 +64,7 @@ def region_mask(before: Features, region: Features, threshold: float = MARKED, g
 def _score(image: Tensor, marked: Tensor) -> Tensor:
     """How much each of N tokens [N, C] belongs to the region: [N]."""
     changed = (image - marked).norm(dim=-1) / _unrelated(image)
-    is_copy = (changed <= MARKED).float().mean() >= UNCHANGED_SHARE
-    return changed if is_copy else _brightness(image, marked)
+    return changed if _mostly_alike(changed) else _brightness(image, marked)
 
 
 def _brightness(image: Tensor, marked: Tensor) -> Tensor:
@@ -76,14 +75,18 @@ def _brightness(image: Tensor, marked: Tensor) -> Tensor:
     if distance.max() <= MARKED * _unrelated(marked):  # all tokens are alike
         return torch.zeros_like(distance)
     contrast = (distance / before.norm(dim=-1).clamp(min=1e-6)).clamp(max=1) ** 2
-    plain = (before.norm(dim=-1) <= MARKED * _unrelated(image)).float().mean() >= UNCHANGED_SHARE
-    if plain and back.norm() > LIGHT * _unrelated(marked):
+    if _mostly_alike(before.norm(dim=-1) / _unrelated(image)) and back.norm() > LIGHT * _unrelated(marked):
         dimmed, lit = BACK
         cosine = F.cosine_similarity(after, back[None], dim=-1)
         contrast = contrast * ((cosine - dimmed) / (lit - dimmed)).clamp(0, 1)
     far = distance * contrast
     axis = after[far >= FAR * far.max()].mean(0)
     return (after @ axis / (axis @ axis)).clamp(0, 1) * contrast
+
+
+def _mostly_alike(distances: Tensor) -> bool:
+    """Whether few of these distances [N], where 1 is that of two unrelated tokens, are more than nothing."""
+    return bool((distances <= MARKED).float().mean() >= UNCHANGED_SHARE)
 
 
 def _unrelated(latents: Tensor) -> float:
