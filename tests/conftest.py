@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +137,10 @@ def tensors_alive(monkeypatch):
 
     monkeypatch.setattr(TensorReader, "read", watched)
     return counts
+
+
+@pytest.fixture
+def photograph():
+    """An image without a plain ground: a gradient in each channel."""
+    gradients = (Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90))
+    return Image.merge("RGB", gradients)

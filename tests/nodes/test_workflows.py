@@ -325,11 +325,10 @@ def test_a_template_shows_and_says_what_its_words_ask_for(name, node, shown, as_
 
 
 @pytest.mark.parametrize("name", [name for name, (encodes, *_) in CALLS.items() if encodes])
-def test_a_photograph_of_any_shape_takes_the_scenes_place(name, tmp_path):
+def test_a_photograph_of_any_shape_takes_the_scenes_place(name, photograph, tmp_path):
     # the part that edit_photograph cuts out has its place in the picture, so that must be as large as a photograph is
     size = (900, 600) if name == "edit_photograph" else (90, 60)
-    gradients = (Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90))
-    Image.merge("RGB", gradients).resize(size).save(tmp_path / "photo.jpg")  # in plain noise no region may be found
+    photograph.resize(size).save(tmp_path / "photo.jpg")  # in plain noise no region may be found
     workflow = with_image(shortened(read_workflow(FOLDER / f"{name}.json")), tmp_path / "photo.jpg")
     assert run_workflow(workflow, output_dir=tmp_path)
 
