@@ -31,16 +31,21 @@ class WeightsState:
     @torch.no_grad()
     def key(self) -> bytes:
         """Equal for equal weights, on whatever device they are."""
-        samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        samples: dict[str, Tensor] = {}
+        together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, weight in self._modules.named_parameters():
             if not weight.is_floating_point() or weight.is_meta or not weight.numel():
                 continue
             self._count(name, weight)
-            place = weight.device, weight.dtype
-            samples.setdefault(place, []).append(weight.flatten()[:: max(1, weight.numel() // SAMPLES)])
+            samples[name] = weight.flatten()[:: max(1, weight.numel() // SAMPLES)]
+            together.setdefault((weight.device, weight.dtype), []).append(name)
+        for names in together.values():  # one copy from each device: a GPU is waited for once
+            sizes = [samples[name].numel() for name in names]
+            copied = torch.cat([samples[name] for name in names]).float().cpu().split(sizes)
+            samples.update(zip(names, copied, strict=True))
         digest = hashlib.blake2b(self._changes.to_bytes(8, "big"), digest_size=16)
-        for group in samples.values():  # one copy from each device: a GPU is waited for once
-            digest.update(torch.cat(group).float().cpu().numpy().tobytes())
+        for values in samples.values():  # in the order of the network, which a weight keeps wherever it is
+            digest.update(values.numpy().tobytes())
         return digest.digest()
 
     def _count(self, name: str, weight: Tensor) -> None:
