@@ -435,7 +435,7 @@ class Engine:
             [
                 self.network.project(segment.features.tokens[0])
                 if isinstance(segment, Image)
-                else self.network.language_model.embed(torch.tensor(segment.ids, device=self.device))
+                else self.network.language_model.embed(torch.tensor(segment.ids, dtype=torch.long, device=self.device))
                 for segment in segments
             ]
         )
@@ -516,7 +516,7 @@ class Engine:
             generated: list[Segment] = [
                 # all of them: `<image>` went through with the first image token
                 *self._answer(before.ids, len(before.ids)),
-                Image(image, drawn=True),
+                Image(image.copied(), drawn=True),  # as attached ones: the caller may write to the result's tensors
                 # all but the last one, which was not forwarded
                 *self._answer(said.ids, len(said.ids) - 1),
             ]
@@ -565,8 +565,12 @@ class Engine:
         self.prefix_cache.store(keys, entries)
 
     def _answer(self, emitted: list[int], forwarded: int) -> list[Text]:
-        """The segment of emitted tokens, of which the first `forwarded` went through the language model; if any did."""
-        return [self.chat.answer(emitted, forwarded)] if forwarded else []
+        """The segment of emitted tokens, of which the first `forwarded` went through the language model.
+
+        None where they say nothing; a text cut off after its first token is kept for people.
+        """
+        answer = self.chat.answer(emitted, forwarded)
+        return [answer] if answer.ids or answer.text else []
 
     @property
     def _end(self) -> int:

@@ -24,6 +24,7 @@ from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.files import read_tensors, write_tensors
 from ming_univision.ming_core.image_decoder import ImageDecoder
 from ming_univision.ming_core.saved import load_features, save_features
+from ming_univision.ming_core.weights_state import WeightsState
 
 SAME = 3e-4  # latents, float32, on this small model
 SHORT = {"max_new_tokens": 6}
@@ -110,6 +111,27 @@ def changed_by_loading(layer):
 
 def changed_through_data(layer):
     layer.weight.data.mul_(1.5)
+
+
+def test_writing_to_a_drawn_result_leaves_its_conversation_as_it_is(model):
+    result = model.generate_image(Conversation(), "A star.", **SHORT)
+    before = result.conversation.digest()
+    result.features.latents.zero_()
+    result.features.tokens.zero_()
+    assert result.conversation.digest() == before and result.conversation.images[0].features.tokens.any()
+
+
+def test_weights_are_the_same_wherever_a_part_of_them_lies():
+    """Parts of a model are copied together by device and dtype; here another dtype stands for another device."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+    state = WeightsState(layers)
+    expected = state.key()
+    for layer in layers:
+        layer.double()
+        assert state.key() == expected
+        layer.float()
+    layers[0].weight.data, layers[2].weight.data = layers[2].weight.data, layers[0].weight.data
+    assert state.key() != expected
 
 
 @pytest.mark.parametrize("change", [changed_in_one_value, changed_by_loading, changed_through_data])
