@@ -16,7 +16,7 @@ from torch import Tensor
 from .features import Features
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # fp8 can be stored, but not computed with
-MAX_DEPTH = 2**31 - 1  # drawings that may lie behind an image
+MAX_DEPTH = 1_000_000  # drawings that may lie behind an image
 
 
 def whole_number(name: str, value: object, low: int | None = None, high: int | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -173,12 +174,14 @@ def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Put `data` at `path` in one step, and create its folder. Raises FileError; no partial file is left behind."""
     path = Path(path)
+    at_fault = path.parent
     try:
         with draft_in(path.parent) as draft:
             draft.write_bytes(data)
+            at_fault = path  # the folder took the data, so it can only be the file that is in the way
             move(draft, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(at_fault, error) from error
 
 
 @contextlib.contextmanager
@@ -330,4 +333,6 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any], dict[str, s
 
 
 def _unwritable(path: Path, error: OSError) -> FileError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return FileError(f"cannot write {path}: {error.strerror}; free space on its disk")
     return FileError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to")

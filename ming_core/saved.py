@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import MAX_DEPTH
 from .conversation import ANSWER, MARK, PROMPT, ROLE, Conversation, Image, Part, Segment, Text
 from .engine import Engine
 from .features import Features
@@ -22,7 +23,6 @@ from .files import FileError, read_tensors, write_tensors
 FEATURES_FORMAT = "ming features 1"
 CONVERSATION_FORMAT = "ming conversation 1"
 MAX_VALUE = 65504.0  # the largest float16: what is beyond it overflows in a model of that precision
-MAX_DEPTH = 1_000_000  # drawings behind an image
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -31,10 +31,15 @@ class _Damaged(Exception):
 
 
 def save_features(features: Features, path: str | Path) -> None:
-    """Write one safetensors file, whole or not at all. Tokens are kept too, so that no model is needed to read it."""
+    """Write one safetensors file, whole or not at all. Tokens are kept too, so that no model is needed to read it.
+
+    Raises FileError, and ValueError for values that no picture has.
+    """
+    tensors = {"tokens": features.tokens, "latents": features.latents}
+    _check_savable(tensors)
     write_tensors(
         path,
-        {"tokens": features.tokens, "latents": features.latents},
+        tensors,
         {"format": FEATURES_FORMAT, "tokenizer": features.tokenizer, "depth": features.depth},
     )
 
@@ -52,6 +57,17 @@ def load_features(path: str | Path) -> Features:
         return Features(tokens, latents, (h, w), str(tokenizer), _depth(about))
     except _Damaged as error:
         raise FileError(f"{path}: not a whole features file ({error}); save the features again") from None
+
+
+def _check_savable(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for values that loading would refuse."""
+    for name, tensor in tensors.items():
+        largest = tensor.abs().max().item()
+        if not largest <= MAX_VALUE:
+            raise ValueError(
+                f"{name} hold values up to {largest:g}, which no picture has, so nothing was saved: draw it again, "
+                "with lower guidance and temperature if they are extreme"
+            )
 
 
 def _require(ok: bool, message: str) -> None:
@@ -78,10 +94,14 @@ def _depth(about: dict[str, Any]) -> int:
 
 
 def save_conversation(conversation: Conversation, path: str | Path) -> None:
-    """Write one small safetensors file, whole or not at all: token ids and latents, never features."""
+    """Write one small safetensors file, whole or not at all: token ids and latents, never features.
+
+    Raises FileError, and ValueError for values that no picture has.
+    """
     images = conversation.images
     ids = [i for s in conversation.segments if isinstance(s, Text) for i in s.ids]
     tensors = {f"latents.{i}": p.features.latents[0] for i, p in enumerate(images)}
+    _check_savable(tensors)
     tensors["ids"] = torch.tensor(ids, dtype=torch.int32, device="cpu")
     parts = [{"generated": p.generated, "segments": [_about(s) for s in p.segments]} for p in conversation.parts]
     write_tensors(path, tensors, {"format": CONVERSATION_FORMAT, "model": conversation.model, "parts": parts})
@@ -171,7 +191,8 @@ def _text(entry: dict[str, Any], ids: list[int]) -> Text:
     """A run of text: the first of these token ids."""
     kind, length, text = entry["kind"], entry.get("length"), entry.get("text")
     known = isinstance(kind, str) and kind in (ROLE, MARK, PROMPT, ANSWER)
-    if not known or not isinstance(text, str) or type(length) is not int or not 0 < length <= len(ids):
+    least = 0 if kind == ANSWER else 1  # an answer of one token, which is never forwarded, has its text alone
+    if not known or not isinstance(text, str) or type(length) is not int or not least <= length <= len(ids):
         raise _Damaged(f"{str(length)[:40]} tokens of kind {str(kind)[:40]}, where {len(ids)} are left")
     return Text(tuple(ids[:length]), kind, text)
 

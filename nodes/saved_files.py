@@ -58,7 +58,7 @@ def file_without_number(prefix: object, called: str = "filename_prefix") -> Path
         )
     except ValueError as error:
         raise FileError(str(error)) from None
-    return path.with_name(f"{path.name}.safetensors")
+    return Path(os.path.normpath(path.with_name(f"{path.name}.safetensors")))
 
 
 def _shown(path: Path) -> dict:

@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from ming_univision.ming_core import Conversation, FileError, load_conversation, load_features, save_conversation
+from ming_univision.ming_core import (
+    Conversation,
+    FileError,
+    Sampling,
+    load_conversation,
+    load_features,
+    save_conversation,
+)
+from ming_univision.ming_core.checks import MAX_DEPTH
 from ming_univision.ming_core.features import Features
 from ming_univision.ming_core.files import DIGEST, HEADER, read_header, read_tensors, write_tensors
 from ming_univision.ming_core.saved import CONVERSATION_FORMAT, FEATURES_FORMAT, MAX_VALUE, save_features
@@ -131,6 +139,42 @@ def test_values_that_are_not_finite_or_not_plausible_are_refused(path, talk, mod
     as_older_versions_wrote_it(path, tensors)
     with pytest.raises(FileError, match="latents hold values that cannot be meant"):
         load_conversation(path, model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2 * MAX_VALUE])
+def test_what_could_not_be_loaded_is_not_saved(path, talk, value):
+    features = small_features()
+    features.latents[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="nothing was saved"):
+        save_features(features, path)
+    talk.images[0].features.latents[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="nothing was saved"):
+        save_conversation(talk, path)
+    assert not path.exists()
+
+
+def test_every_depth_that_features_can_have_is_saved_and_loaded(path):
+    deep = small_features()._replace(depth=MAX_DEPTH)
+    save_features(deep, path)
+    assert load_features(path).depth == MAX_DEPTH
+
+
+def test_an_answer_of_one_token_is_in_the_transcript_and_in_the_file(path, model, picture):
+    answers = (
+        model.understand(
+            Conversation(), "What is it?", features=picture, max_new_tokens=1, sampling=Sampling(1.0), seed=seed
+        )
+        for seed in range(50)
+    )
+    answer = next(answer for answer in answers if answer.text)
+    assert answer.conversation.transcript().endswith(f"Ming: {answer.text}".strip())
+    save_conversation(answer.conversation, path)
+    loaded = load_conversation(path, model)
+    assert loaded == answer.conversation and loaded.transcript() == answer.conversation.transcript()
+    rounds = [model.understand(talk, "Sure?", max_new_tokens=4) for talk in (answer.conversation, loaded)]
+    assert rounds[0].token_ids == rounds[1].token_ids
+    model.prefix_cache.clear()
+    assert model.understand(loaded, "Sure?", max_new_tokens=4).token_ids == rounds[0].token_ids
 
 
 def test_the_largest_plausible_values_are_read(path):
