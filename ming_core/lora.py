@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 ADAPTED = ("language_model.", "linear_proj.", "flow_head.")  # beginnings of the names of layers that may have a branch
 ROUTERS = re.compile(r"\.(gate|image_gate)$")
 EXPERT_PARTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}  # rows of a stacked weight, in this order
+PEFT_PREFIX = "base_model.model."
 PREFIXES = (
     "",
-    "base_model.model.",
+    PEFT_PREFIX,
     "diffusion_model.",
     "transformer.",
     "lora_unet_",
@@ -172,6 +173,11 @@ def read_lora(path: str | Path, network: UniVision) -> Lora:
     return Lora(path.name, _by_module(pairs, layers, network))
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that `read_lora` reads: this one, and what PEFT writes beside it, which need not be there."""
+    return (path, path.parent / PEFT_CONFIG) if path.name == PEFT_FILE else (path,)
+
+
 def _refuse_other_kinds(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         for part, kind in OTHER_KINDS.items():
@@ -264,16 +270,28 @@ def _peft_config(path: Path) -> Mapping[str, Any]:
     for alpha in (found.get("lora_alpha", 1), *patterns.values()):
         if type(alpha) not in (int, float):
             raise FileError(f"{config}: an alpha is {described(alpha)}, and it must be a number: {GET_AGAIN}")
+    for pattern in patterns:
+        try:
+            _peft_pattern(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FileError(
+                f"{config}: in alpha_pattern, {described(pattern)} is no regular expression ({error}): {GET_AGAIN}"
+            ) from None
     return found
 
 
 def _peft_scale(peft: Mapping[str, Any], layer: str, rank: int) -> float:
     """alpha / rank of a layer without an alpha of its own; 1 where nothing tells it."""
-    alpha = peft.get("lora_alpha", rank)
-    for pattern, value in (peft.get("alpha_pattern") or {}).items():
-        if layer == pattern or layer.endswith(f".{pattern}"):
-            alpha = value
+    layer = layer.removeprefix(PEFT_PREFIX)
+    patterns = (peft.get("alpha_pattern") or {}).items()
+    matched = (value for pattern, value in patterns if _peft_pattern(pattern).match(layer))
+    alpha = next(matched, peft.get("lora_alpha", rank))
     return float(alpha) / (rank**0.5 if peft.get("use_rslora") else rank)
+
+
+def _peft_pattern(pattern: str) -> re.Pattern[str]:
+    """A key of `alpha_pattern`, as PEFT reads it: a regular expression for the end of a name; the first counts."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _by_module(pairs: Mapping[str, Pair], layers: Mapping[str, Target], network: UniVision) -> dict[str, LowRank]:
@@ -301,7 +319,7 @@ def _stack(parts: list[tuple[Target, Pair]], module: nn.Module) -> LowRank:
     down = torch.zeros(count, max(ranks), width, dtype=parts[0][1].down.dtype, device="cpu")
     up = torch.zeros(count, rows, max(ranks), dtype=parts[0][1].up.dtype, device="cpu")
     filled = [0] * count
-    scale = parts[0][1].scale
+    scale = next((pair.scale for _, pair in parts if pair.scale), 0.0)
     for target, pair in parts:
         assert target.expert is not None
         place = slice(filled[target.expert], filled[target.expert] + len(pair.down))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from dataclasses import replace
@@ -11,7 +12,7 @@ from ..ming_core import Engine
 from ..ming_core.adapters import Lora
 from ..ming_core.checks import described
 from ..ming_core.json_files import printable
-from ..ming_core.lora import read_lora
+from ..ming_core.lora import files_of, read_lora
 from . import host
 from .widgets import CATEGORY, number, socket
 
@@ -78,9 +79,10 @@ def missing_message(name: object) -> str:
 
 
 def _state(path: Path) -> tuple:
-    """Changes when a file does."""
-    try:
-        found = os.stat(path)
-    except OSError:  # it has gone since it was listed
-        return ()
-    return found.st_mtime_ns, found.st_size
+    """Changes when a file of the LoRA does."""
+    found: tuple = ()
+    for file in files_of(path):
+        with contextlib.suppress(OSError):  # it has gone since it was listed, or never was there
+            stat = os.stat(file)
+            found += (file.name, stat.st_mtime_ns, stat.st_size)
+    return found

@@ -379,6 +379,32 @@ def test_alphas_of_peft_come_from_the_config_beside_the_file(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ({r"layers\.\d+\.attention\.dense": 2}, {"query_key_value": 2, "dense": 0.5}),
+        ({"attention.(dense|query_key_value)": 2, "dense": 4}, {"query_key_value": 0.5, "dense": 0.5}),
+        ({"^dense": 2, "ense": 4}, {"query_key_value": 2, "dense": 2}),
+        ({"^.*dense": 2}, {"query_key_value": 2, "dense": 0.5}),
+    ],
+)
+def test_patterns_of_peft_are_regular_expressions_of_which_the_first_that_matches_counts(
+    model, tmp_path, patterns, expected
+):
+    file = write(tmp_path / "adapter_model.safetensors", tensors_for(model.network, only="attention"), "peft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": patterns}))
+    scales = {name.rpartition(".")[2]: layer.scale for name, layer in read_lora(file, model.network).layers.items()}
+    assert scales == expected
+
+
+@pytest.mark.parametrize("pattern", ["dense(", "*", "(?i)dense", "a{1,99999999999999999999}"])
+def test_a_pattern_of_peft_that_is_no_regular_expression_is_refused(model, tmp_path, pattern):
+    file = write(tmp_path / "adapter_model.safetensors", tensors_for(model.network, only="attention"), "peft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {pattern: 2}}))
+    with pytest.raises(FileError, match=r"adapter_config.json: in alpha_pattern, '.*' is no regular expression"):
+        read_lora(file, model.network)
+
+
+@pytest.mark.parametrize(
     "config",
     [
         {"lora_alpha": "8"},

@@ -139,6 +139,17 @@ def test_another_strength_does_not_read_the_file_again_and_a_changed_file_does(f
     assert len(reads) == 2
 
 
+def test_the_config_beside_a_file_of_peft_counts_as_part_of_it(folder, loaded):
+    write_lora(folder / "adapter_model.safetensors", loaded.model.network)
+    node = NODE_CLASS_MAPPINGS["MingLoraLoader"]
+    states = []
+    for config in (None, "{}", '{"lora_alpha": 8}'):
+        if config is not None:
+            (folder / "adapter_config.json").write_text(config)
+        states.append(node.IS_CHANGED(lora_name="adapter_model.safetensors"))
+    assert len(set(states)) == 3
+
+
 def test_a_name_that_is_not_there_says_where_to_put_the_file(folder, loaded):
     node = NODE_CLASS_MAPPINGS["MingLoraLoader"]
     assert "models/loras" in node.VALIDATE_INPUTS(lora_name="gone.safetensors")
