@@ -199,7 +199,10 @@ def _pair(line: str, number: int) -> tuple[str, str]:
 def read_image(path: Path) -> Tensor:
     """A picture file as float32 [1, H, W, 3], 0..1, turned as its camera says."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        image = image.convert("RGB")
     return torch.from_numpy(np.array(image)).float().div(255)[None]
 
 

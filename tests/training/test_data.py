@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from ming_univision.ming_core import FileError
 from ming_univision.ming_core.training.cache import ImageCache, occupied
-from ming_univision.ming_core.training.data import pictures_of, read_folder
+from ming_univision.ming_core.training.data import pictures_of, read_folder, read_image
+from PIL import Image
 
 from .conftest import write_image
 
@@ -53,10 +56,19 @@ def test_pictures_without_a_text_or_without_their_other_half_are_left_out(data):
 
 
 def test_a_picture_that_is_too_narrow_is_left_out(data):
-    from PIL import Image
-
     Image.new("RGB", (2, 200)).save(data / "cat.png")
     assert "cat.png cannot be used" in read(data).left_out["cat.txt"]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_a_gray_picture_of_16_bits_keeps_its_grays(tmp_path, mode):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16 if mode == "I;16" else np.int32).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.tif")
+    with Image.open(tmp_path / "ramp.tif") as file:
+        assert file.mode == mode
+    found = read_image(tmp_path / "ramp.tif")
+    assert found.shape == (1, 8, 8, 3)
+    torch.testing.assert_close(found[0, ..., 1], torch.from_numpy(ramp / 65535).float(), rtol=0, atol=1 / 255)
 
 
 def test_of_two_pictures_of_one_name_one_is_used(data):
