@@ -78,8 +78,11 @@ def check_inputs(node: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     by_node = inspect.signature(node.VALIDATE_INPUTS).parameters if hasattr(node, "VALIDATE_INPUTS") else ()
     values = dict(inputs)
     for name, (kind, options) in all_inputs.items():
-        if name not in inputs or (name in optional and inputs[name] is None):
-            continue  # not connected
+        if name in optional and inputs.get(name) is None:
+            values.pop(name, None)  # not connected: its default
+            continue
+        if name not in inputs:
+            continue
         if isinstance(kind, list) and name in by_node:
             continue  # names of files and models, which a node checks in words of its own, as before a run
         values[name] = check_input(name, inputs[name], kind, options)

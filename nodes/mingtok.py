@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..ming_core import Features, MingTok
 from ..ming_core.images import FITS, check_images, check_mask, enlarged, fit_mask, to_images, to_pixels
+from ..ming_core.options import WHITE
 from . import host
 from .latents import from_latent, to_latent
 from .widgets import CATEGORY, combo, integer, socket
@@ -36,6 +37,18 @@ def mask_of_image(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     if masks.shape[1:] == image.shape[1:3]:
         return masks
     return F.adaptive_max_pool2d(masks[:, None], tuple(image.shape[1:3]))[:, 0]
+
+
+def _fitted(mask: torch.Tensor, image: torch.Tensor, side: int, fit: str) -> torch.Tensor:
+    """The mask placed as the image is. Raises ValueError where nothing of what is white in it is left."""
+    whole = mask_of_image(mask, image)
+    fitted = fit_mask(whole, side, fit)
+    if any((before > WHITE).any() and not (after > WHITE).any() for before, after in zip(whole, fitted, strict=True)):
+        raise ValueError(
+            "all that is white in the mask lies outside the center of the image, which alone is kept: set fit to pad "
+            "or stretch, or crop the image around the mask first"
+        )
+    return fitted
 
 
 class MingTokEncode:
@@ -79,9 +92,7 @@ class MingTokEncode:
         tokenizer = mingtok.model
         side = DETAILS[detail] * tokenizer.native_side
         check_images(image, side, fit)
-        fitted = (
-            torch.ones(1, side, side, device="cpu") if mask is None else fit_mask(mask_of_image(mask, image), side, fit)
-        )
+        fitted = torch.ones(1, side, side, device="cpu") if mask is None else _fitted(mask, image, side, fit)
         patches = (side // tokenizer.patch_size) ** 2
         host.load_to_gpu(mingtok, tokenizer.working_memory(min(len(image), AT_ONCE), patches))
         latents = in_batches(len(image), lambda few: tokenizer.encode(to_pixels(image[few], side, fit)))

@@ -1,8 +1,10 @@
 """What the nodes accept, and what gives one clear error and leaves everything usable."""
 
+import errno
 import json
 import os
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -723,8 +725,42 @@ def test_a_linked_file_name_that_no_file_can_have_is_refused_in_words(small, tmp
 def test_a_conversation_is_not_saved_where_a_file_is_in_the_way_of_its_folder(tmp_path, overwrite):
     (tmp_path / "output").mkdir(exist_ok=True)
     (tmp_path / "output" / "ming").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot write .*: .*choose a"):
+    with pytest.raises(ValueError, match=r"ming is a file, and a folder is needed there"):
         node("MingSaveConversation", conversation=Conversation(), filename_prefix="x", overwrite=overwrite)
+
+
+def test_a_prefix_that_leads_through_a_file_is_refused_before_the_run(tmp_path):
+    (tmp_path / "output" / "ming").mkdir(parents=True)
+    (tmp_path / "output" / "ming" / "cats").write_text("in the way")
+    assert "cats is a file" in NODE_CLASS_MAPPINGS["MingSaveFeatures"].VALIDATE_INPUTS("cats/first")
+
+
+def test_a_prefix_with_a_way_back_makes_no_folder_for_it(tmp_path):
+    shown = node("MingSaveConversation", conversation=Conversation(), filename_prefix="x/../y", overwrite=True)
+    assert shown["ui"]["text"] == ["ming/y.safetensors [output]"]
+    assert [path.name for path in (tmp_path / "output" / "ming").iterdir()] == ["y.safetensors"]
+
+
+def test_a_full_disk_is_named_with_what_helps(small, tmp_path, monkeypatch, unharmed):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    features = features_of(small, image())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=r"ming: No space left on device; free space on its disk"):
+        node("MingSaveFeatures", features=features, filename_prefix="x")
+
+
+def test_an_optional_widget_that_is_none_has_its_default(small):
+    features = features_of(small, image())
+    (expected,) = node("MingTokDecode", mingtok=small[1], features=features)
+    assert torch.equal(node("MingTokDecode", mingtok=small[1], features=features, enlarge_to=None)[0], expected)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "."])
+def test_the_region_of_an_edit_that_is_not_named_is_refused(text):
+    with pytest.raises(ValueError, match='text is empty, and the task "identify region" needs it'):
+        node("MingInstruction", task="identify region", text=text)
 
 
 @pytest.mark.parametrize(
@@ -749,7 +785,7 @@ def test_an_unwritable_output_folder(small, tmp_path, unharmed):
 
 def test_an_output_folder_that_is_a_file(small, tmp_path):
     (tmp_path / "output").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot write"):
+    with pytest.raises(ValueError, match="output is a file"):
         node("MingSaveFeatures", features=features_of(small, image()), filename_prefix="x")
     workflow = read_workflow(host.PACK / "workflows" / "api" / "text_chat.json")
     with pytest.raises(WorkflowError, match="is a file"):

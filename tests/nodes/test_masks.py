@@ -67,6 +67,18 @@ def test_encode_gives_the_mask_back_and_edit_keeps_what_is_black(loaded, mingtok
     assert changed.any() and not changed.all() and not changed[0].any()
 
 
+def test_a_mask_whose_white_is_cropped_away_says_so(mingtok):
+    image, painted = torch.rand(2, 32, 96, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(2, 32, 96)
+    painted[0, :, 40:60], painted[1, :, :8] = 1, 1
+    encode = NODE_CLASS_MAPPINGS["MingTokEncode"]().encode
+    with pytest.raises(ValueError, match="lies outside the center of the image"):
+        encode(mingtok, image, "center crop", "standard", painted)
+    for fit in ("stretch", "pad"):
+        assert encode(mingtok, image, fit, "standard", painted)[1].amax((1, 2)).tolist() == [1, 1]
+    _, mask = encode(mingtok, image, "center crop", "standard", torch.zeros(2, 32, 96))
+    assert not mask.any(), "a black mask, as of an image without alpha, stays black"
+
+
 @pytest.mark.parametrize("size", [(1, 24, 32), (1, 480, 640), (48, 64)])
 def test_a_mask_of_another_size_is_scaled_to_the_picture_first(mingtok, size):
     image = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(1))

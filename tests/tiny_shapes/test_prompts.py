@@ -58,8 +58,10 @@ def test_the_published_instructions_are_kept_word_for_word():
 
 @pytest.mark.parametrize("task", TASK_INSTRUCTIONS)
 def test_every_instruction_reads_well_without_text_and_keeps_braces_in_it(task):
-    bare, braces = instruction(task), instruction(task, "{odd} text")
-    assert bare == bare.strip() and "{" not in bare
+    braces = instruction(task, "{odd} text")
+    if task != "identify region":  # it has no meaning without the edit, and says so
+        bare = instruction(task)
+        assert bare == bare.strip() and "{" not in bare
     assert ("{odd} text" in braces) == ("{text}" in TASK_INSTRUCTIONS[task])
 
 

@@ -33,19 +33,21 @@ TASK_INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_MIDDLE_OF_SENTENCE = "{text},"  # a full stop at the end of the user's text would read badly here
+_MIDDLE_OF_SENTENCE = "{text},"  # no text, or a full stop at its end, would read badly here
 
 
 def instruction(task: str, text: str = "") -> str:
     """The instruction of a task with the user's text in it, in the words of `TASK_INSTRUCTIONS`.
 
-    Raises ValueError for an unknown task.
+    Raises ValueError for an unknown task, and for an empty text in the middle of a sentence.
     """
     if task not in TASK_INSTRUCTIONS:
         raise ValueError(f"{task!r} is not a task: use one of {', '.join(TASK_INSTRUCTIONS)}")
     template, text = TASK_INSTRUCTIONS[task], text.strip()
     if _MIDDLE_OF_SENTENCE in template:
         text = text.rstrip(" .")
+        if not text:
+            raise ValueError(f'text is empty, and the task "{task}" needs it: write the edit that you mean')
     return template.replace("{text}", text).strip()
 
 
