@@ -1,11 +1,12 @@
-"""Make the pictures of the README and the thumbnails of the templates, from what the built-in model really draws.
+"""Make docs/examination.png and the thumbnails of the templates, from what the built-in model really draws.
 
     python docs/pictures.py [NAME ...]
 
-NAME: "reconstruction", "rounds", "examination", or a workflow; all of them by default. A thumbnail shows the scene that
+NAME: "examination", or a workflow; all of them by default. A thumbnail shows the scene that
 a workflow starts from, the image of each of its drawing nodes (decoded for the thumbnail alone), and the answers; or
 the nodes of SHOWN. The page has no slider for the thumbnails of a node pack, so before and after stand side by side.
-docs/graph.png, a screenshot, is not made here.
+Of the README's other pictures, animation.py makes docs/chain.gif, benchmarks/steps.py and benchmarks/speed.py their
+plots; docs/graph.png is a screenshot.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import logging
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -31,7 +30,6 @@ MODEL = ROOT / "models" / "tiny-shapes"
 WORKFLOWS = ROOT / "workflows"
 SIDE, GAP, LINE = 512, 8, 26  # side of a thumbnail, gap between images, height of a line of text, in pixels
 DARK, WHITE = (32, 35, 39), (255, 255, 255)
-SCENES = (3, 5, 8, 12, 13, 21, 34)  # seeds of unseen scenes for the reconstructions
 DRAWING = ("MingGenerate", "MingEdit")
 SHOWN = {  # the nodes whose images a thumbnail shows, where they are not the scene and all that is drawn
     "reconstruct": ("10", "5"),
@@ -63,36 +61,27 @@ def runner() -> tuple[Any, Any]:
     )
 
 
-def results(name: str) -> tuple[list[Image.Image], list[str], list[str]]:
-    """The images of a workflow (what it starts from first), the prompts of its drawing nodes, and the answers."""
+def results(name: str) -> tuple[list[Image.Image], list[str]]:
+    """The images of a workflow (what it starts from first), and the answers."""
     run, reader = runner()
     workflow = reader.read_workflow(WORKFLOWS / "api" / f"{name}.json")
     with tempfile.TemporaryDirectory() as folder:  # empty, or a chat would go on where it was
         found = run.run_workflow(workflow, output_dir=folder, input_dir=ROOT / "input")
     images: list[Image.Image] = []
-    prompts: list[str] = []
     shown = SHOWN.get(name, [n for n in found if workflow[n]["class_type"] in ("MingExampleScene", *DRAWING)])
     for node in shown:
         kind, (first, *_) = workflow[node]["class_type"], found[node].outputs
         if kind in DRAWING:
             images += [decoded(tokenizer(workflow, found), features) for features in first]
-            prompts += [prompt_of(workflow, found, node)] * len(first)
         else:
             images.append(first_image(first[0]))
     answers = [found[n].outputs[0][0] for n in found if workflow[n]["class_type"] == "MingUnderstand"]
-    return images, prompts, answers
+    return images, answers
 
 
 def tokenizer(workflow: dict, found: dict) -> Any:
     """The MingTok that a workflow loads."""
     return next(found[n].outputs[1][0].model for n in found if workflow[n]["class_type"] == "MingUniVisionLoader")
-
-
-def prompt_of(workflow: dict, found: dict, node: str) -> str:
-    """The prompt of a drawing node, typed or linked."""
-    inputs = workflow[node]["inputs"]
-    prompt = inputs.get("instruction", inputs.get("prompt"))
-    return found[prompt[0]].outputs[prompt[1]][0] if isinstance(prompt, list) else prompt
 
 
 def first_image(images: torch.Tensor) -> Image.Image:
@@ -117,7 +106,7 @@ def row(images: list[Image.Image], side: int, background: Color = DARK) -> Image
 
 def thumbnail(name: str) -> None:
     """Write the thumbnail of a workflow: its images in two columns, and the answers below."""
-    images, _, answers = results(name)
+    images, answers = results(name)
     canvas = Image.new("RGB", (SIDE, SIDE), DARK)
     columns = 1 if len(images) == 1 else 2
     side = (SIDE - (columns + 1) * GAP) // columns
@@ -171,13 +160,6 @@ def captioned(rows: list[list[Image.Image]], captions: list[str], side: int, siz
     return stacked([*strips, text])
 
 
-def rounds() -> None:
-    """Write docs/rounds.png: the rounds of the demo, with what was said."""
-    images, prompts, answers = results("multi_round_edit")
-    canvas = captioned([images], [f'The scene. "{answers[0]}"', *prompts], 384, 19)
-    canvas.save(ROOT / "docs" / "rounds.png", optimize=True)
-
-
 def examination() -> None:
     """Write docs/examination.png: the first scenes of the evaluation, drawn from text, and edited."""
     sys.path.insert(0, str(ROOT))
@@ -194,35 +176,12 @@ def examination() -> None:
     stacked(parts).save(ROOT / "docs" / "examination.png", optimize=True)
 
 
-def reconstruction() -> None:
-    """Write docs/reconstruction.png: unseen scenes, and below them what the tokenizer makes of them."""
-    sys.path.insert(0, str(ROOT))
-    from ming_core import load_mingtok
-    from tiny_shapes.world import draw, scene_from_seed
-
-    mingtok = load_mingtok(MODEL)
-    scenes = [draw(scene_from_seed(seed, split="eval")) for seed in SCENES]
-    pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.no_grad():
-        features = mingtok.semantic_features(mingtok.encode(pixels))
-    below = [decoded(mingtok, image) for image in features.split()]
-    strips = [row(images, 160, WHITE) for images in ([Image.fromarray(scene) for scene in scenes], below)]
-    stacked(strips).save(ROOT / "docs" / "reconstruction.png", optimize=True)
-
-
-PICTURES: dict[str, Callable[[], None]] = {
-    "reconstruction": reconstruction,
-    "rounds": rounds,
-    "examination": examination,
-}
-
-
 def main(names: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     workflows = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
-    for name in names or [*PICTURES, *workflows]:
+    for name in names or ["examination", *workflows]:
         log.info("%s", name)
-        PICTURES.get(name, functools.partial(thumbnail, name))()
+        examination() if name == "examination" else thumbnail(name)
 
 
 if __name__ == "__main__":

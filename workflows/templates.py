@@ -21,7 +21,6 @@ SWAP = "or Load Image"
 DECODE_COLUMN = 112 + 56  # height of MingTok Decode and the space below it
 FILE_NAME = 28  # height of the file name above the image of Save Image
 SEED = 7
-COLORING_SEED = 8  # with 7, the built-in model sharpens the gray circle to a green one, and cannot make that red
 
 
 def node(number: int, kind: str, label: str = "", area: int = 0, **inputs: Any) -> Node:
@@ -143,8 +142,8 @@ def read_coarse_picture() -> tuple[Group, ...]:
 def sharpen_and_color(width: int) -> tuple[Group, Group]:
     """The first two rounds with a coarse gray scene."""
     words = instruction("super-resolution"), instruction("colorize", SCENE)
-    sharpened = edit(8, "1, super-resolution", words[0], Out(6, "features"), seed=COLORING_SEED)
-    colored = edit(10, "2, colorize", words[1], *drawn(8), seed=COLORING_SEED)
+    sharpened = edit(8, "1, super-resolution", words[0], Out(6, "features"), seed=SEED)
+    colored = edit(10, "2, colorize", words[1], *drawn(8), seed=SEED)
     return (
         group("1. Sharpen", ROUND, column(width, sharpened)),
         group("2. Color", ROUND, column(width, colored)),
@@ -475,7 +474,7 @@ TEMPLATES = [
             "从任意尺寸的照片中裁出一块方形，编辑后放回原处。",
         ),
         (
-            "The model draws 512x512, so a square is cut out, edited, scaled back and laid over the photograph.",
+            "The model draws at one size, so a square is cut out, edited, scaled back and laid over the photograph.",
             "With a photograph of yours, enter the same place and size in all nodes that are named *the part*.",
         ),
         (
@@ -696,7 +695,7 @@ TEMPLATES = [
                 group(
                     "3. Clean",
                     ROUND,
-                    column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10), seed=COLORING_SEED)),
+                    column(270, edit(12, "3, denoise", instruction("denoise"), *drawn(10), seed=SEED)),
                 ),
                 before_and_after(
                     decode(13, Out(12, "features"), "once"),
