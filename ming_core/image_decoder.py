@@ -41,7 +41,7 @@ class GuidanceRows(NamedTuple):
         """Of `masks` possible rows. renorm: the solver needs the conditional velocity even where its weight is 0."""
         # three rows: v = g_t v_c + (1 - g_i) v_u + (g_i - g_t) v_t, so equal guidances leave the last row out
         weights = guidance.weights(masks)
-        # a third row adds 5 % to the bytes of a token, since weights are shared, but half to its FLOPs
+        # a third row adds 6 % to the bytes of a token, since weights are shared, but half to its FLOPs
         used = [i for i, w in enumerate(weights) if i == 0 or w != 0]
         return cls(used, tuple(weights[i] for i in used if weights[i] != 0 or renorm))
 

@@ -1,6 +1,7 @@
-"""`python -m ming_core.training lora` trains a LoRA; `ablation` compares two designs of the built-in model.
+"""Train a LoRA: python -m ming_core.training lora --help
 
-Without one of these words it runs `python -m tiny_shapes.training`, its new name, for one more release.
+The training of the built-in model is python -m tiny_shapes.training, its ablation python -m tiny_shapes.ablation; here
+they can be had under their former names, without a word and with "ablation".
 """
 
 import runpy
@@ -8,6 +9,8 @@ import sys
 import warnings
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__.strip()))
     if sys.argv[1:2] == ["lora"]:
         from .command import main
 

@@ -7,6 +7,7 @@ The folder may have any of these:
     name.png, name.txt                          drawing; the text is the prompt
     name_before.png, name_after.png, name.txt   editing
     name.jsonl, name.png                        questions: {"question": "...", "answer": "..."} a line
+    name.jsonl                                  questions without a picture
 
 Beside the LoRA a folder my-lora.training is made, with encoded pictures, checkpoints, log.csv and loss.png. If the
 training was interrupted (Ctrl-C), the same command with --resume continues it. With several GPUs:

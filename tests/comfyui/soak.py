@@ -2,8 +2,8 @@
 
     python -m tests.comfyui.soak --comfyui CHECKOUT [--comfyui-python FILE] [--prompts 1000] [--seed 1] [--kills 10]
 
-Run it by hand, from the root of the project: a thousand prompts take about half an hour on two cores. Every prompt, and
-what happens to it (an interrupt, a free, a delete, a lost connection), is a function of the seed and of its number;
+Run it by hand, from the root of the project: a thousand prompts take some 15 minutes on two free cores. Every prompt,
+and what happens to it (an interrupt, a free, a delete, a lost connection), is a function of the seed and of its number;
 only the order in which the clients come is not. At the end
 
 - the memory of the server is back where it was after every workflow had run once,

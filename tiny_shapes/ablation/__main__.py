@@ -1,8 +1,8 @@
 """Train the unified and the separate design with one budget, and compare them.
 
-    python -m ming_core.training ablation                    all runs, one after another, then the table and the plot
-    python -m ming_core.training ablation --run unified-1    one run; several can go on at once
-    python -m ming_core.training ablation --report           the table and the plot of what there is
+    python -m tiny_shapes.ablation                    all runs, one after another, then the table and the plot
+    python -m tiny_shapes.ablation --run unified-1    one run; several can go on at once
+    python -m tiny_shapes.ablation --report           the table and the plot of what there is
 
 An interrupted run (Ctrl-C) is continued by the same command; a finished one is skipped. Each writes log.csv into a
 folder of its name, and the report writes ablation.md and, where Matplotlib is installed, ablation.png.
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = documented_parser("python -m ming_core.training ablation", __doc__)
+    parser = documented_parser("python -m tiny_shapes.ablation", __doc__)
     parser.add_argument("--model", type=Path, default=MODEL, help="whose MingTok and tokenizer to use (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, help="of the report; default: the folder of the runs")
