@@ -124,7 +124,7 @@ def load_conversation(
     if isinstance(other, str) and other not in ("", model.fingerprint):
         raise ValueError(
             f"{path} was saved with another model ({other[:12]}) than this one ({model.fingerprint[:12]}): "
-            "load that model to go on with it"
+            "load that model to go on with it, or begin a conversation under another name"
         )
     try:
         bare = _parse(tensors, about, model)
