@@ -105,7 +105,7 @@ def folder_problem(folder: Path) -> str | None:
     for part in (folder, *folder.parents):
         if os.path.islink(part) and not os.path.exists(part):
             return f"{part} is a link to {os.readlink(part)}, which is not there: make that folder or remove the link"
-        if os.path.isfile(part):
+        if os.path.exists(part) and not os.path.isdir(part):
             return f"{part} is a file, and a folder is needed there: use another name, or move the file"
     return None
 

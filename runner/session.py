@@ -215,7 +215,5 @@ def check_writable(folder: Path) -> None:
     existing = nearest_existing(folder)
     if existing is None:
         raise WorkflowError(f"cannot make the output folder {folder}: {folder.anchor} does not exist; choose another")
-    if not existing.is_dir():
-        raise WorkflowError(f"cannot make the output folder {folder}: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise WorkflowError(f"cannot write to the output folder {folder}: no permission to write in {existing}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,11 +317,18 @@ def test_pictures_saved_before_a_failure_stay(tmp_path):
     assert (tmp_path / "output" / "kept_00001_.png").is_file()
 
 
-def test_a_folder_that_cannot_be_made_is_named_with_a_remedy(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named_with_a_remedy(tmp_path, monkeypatch):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "ming").write_text("in the way")
-    with pytest.raises(OSError, match="choose another output folder"):
+    with pytest.raises(ValueError, match="ming is a file, and a folder is needed there"):
         SaveImage().save_images(batch(), "ming/x")
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(OSError, match="choose another output folder"):
+        SaveImage().save_images(batch(), "cats/x")
 
 
 def test_previews_go_to_a_folder_of_their_own(tmp_path):
